@@ -1,0 +1,42 @@
+"""A task set as a PEFT LoRA directory, for every tool that reads those.
+
+The set's scales are folded into B and lora_alpha equals the rank, so PEFT's own factor lora_alpha / r is one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from loraf.checkpoint import Checkpoint
+from loraf.delta import combined_b
+from loraf.tasksets import TaskSet
+
+PREFIX = "base_model.model."
+
+
+def export_peft(checkpoint: Checkpoint, task_set: TaskSet, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors into `out` (made if missing)."""
+    manifest = checkpoint.manifest
+    tensors = {}
+    for module in manifest.modules:
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = checkpoint.projection_of(module).to(dtype)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = combined_b(checkpoint, module, task_set).to(dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": manifest.base_model.name,
+        "revision": manifest.base_model.revision,
+        "inference_mode": True,
+        "r": manifest.rank,
+        "lora_alpha": manifest.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(manifest.modules),
+    }
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

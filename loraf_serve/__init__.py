@@ -1,0 +1,1 @@
+"""`loraf-serve`: serves LoRAF checkpoints over gRPC, the task set chosen by each request."""

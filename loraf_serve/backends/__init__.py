@@ -1,0 +1,1 @@
+"""Ways to apply a task set while generating."""

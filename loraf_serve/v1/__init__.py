@@ -1,0 +1,1 @@
+"""gRPC stubs, generated from proto/loraf/v1 when the package is built."""

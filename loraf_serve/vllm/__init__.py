@@ -1,0 +1,1 @@
+"""Everything that is particular to vLLM: the only place that imports it."""

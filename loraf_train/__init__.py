@@ -1,0 +1,1 @@
+"""`loraf-train`: trains LoRAF checkpoints, scores, inspects and exports them."""
