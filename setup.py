@@ -1,4 +1,4 @@
-"""Generates the gRPC stubs of proto/loraf/v1 into loraf_serve/v1 when the package is built; the rest is pyproject.toml."""
+"""Generates the gRPC stubs of proto/loraf/v1 into loraf_serve/v1 at build time; all else is in pyproject.toml."""
 
 from pathlib import Path
 

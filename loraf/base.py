@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from loraf.errors import BaseMismatch, ConfigError, Problem
 from loraf.manifest import BaseModel
@@ -42,8 +42,8 @@ def resolve(name: str, revision: str | None = None, file: str = "", field: str =
     """
     if name == "tiny":
         return Path(str(resources.files("loraf").joinpath("data/tiny")))
-    local = Path(name).expanduser()
-    if local.is_dir():
+    local = Path(os.path.expanduser(name))
+    if name and os.path.isdir(local):
         if (local / "config.json").is_file():
             return local
         raise ConfigError(Problem(f"{name} has no config.json", field, file, "name a folder with a transformers model"))
@@ -55,9 +55,13 @@ def resolve(name: str, revision: str | None = None, file: str = "", field: str =
         raise ConfigError(Problem(f"there is no model {name!r}", field, file, remedy))
     import huggingface_hub  # only here: most uses never reach a hub
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja"]
+    wanted = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
+    copies = ["consolidated*", "*/*"]  # the same weights again, in the layout of the model's authors
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        found = huggingface_hub.snapshot_download(
+            hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=copies
+        )
+        return Path(found)
     except Exception as error:  # the hub's client raises many kinds: network, not found, gated, offline
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "check the name, log in with `hf auth login` if it is gated, or name a local folder"
@@ -71,28 +75,53 @@ def fingerprint(folder: Path) -> str:
     bfloat16 copy of one model agree. Reads kilobytes, not the model.
 
     Raises:
-        ConfigError: the folder has no safetensors weights.
+        ConfigError: the folder has no safetensors weights, or they cannot be read.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        remedy = "convert the weights to safetensors (pickled weights are never loaded)"
-        raise ConfigError(Problem("has no *.safetensors weights", file=str(folder), remedy=remedy))
     lines = []
-    for file in files:
-        with safe_open(os.fspath(file), framework="pt") as tensors:
-            for name in tensors.keys():
-                view = tensors.get_slice(name)
-                shape = view.get_shape()
-                lines.append(f"{name} {shape} {_sample(view, shape)}\n")
+    for file in weight_files(Path(folder)):
+        try:
+            with safe_open(os.fspath(file), framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    shape = tensors.get_slice(name).get_shape()
+                    lines.append(f"{name} {shape} {_sample(tensors, name, shape)}\n")
+        except (OSError, SafetensorError) as error:
+            remedy = "download or copy the model again"
+            raise ConfigError(Problem(f"cannot be read ({error})", file=str(file), remedy=remedy)) from None
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def _sample(view, shape: list[int]) -> str:
-    if not shape:
-        sample = view[:].reshape(1)
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads weights from: the index's shards, or `model.safetensors`, or all there are.
+
+    Other safetensors files may lie beside them (an adapter, the authors' `consolidated.safetensors`).
+
+    Raises:
+        ConfigError: there are none, or the index is malformed.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return sorted(folder / name for name in names)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            message = f"is malformed ({type(error).__name__}: {error})"
+            raise ConfigError(Problem(message, file=str(index), remedy="download or copy the model again")) from None
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        remedy = "convert the weights to safetensors (pickled weights are never loaded)"
+        raise ConfigError(Problem("has no *.safetensors weights", file=str(folder), remedy=remedy))
+    return files
+
+
+def _sample(tensors: safe_open, name: str, shape: list[int]) -> str:
+    if not shape or 0 in shape:
+        sample = tensors.get_tensor(name).reshape(-1)
     elif len(shape) == 1:
-        sample = view[: _ROWS * _COLUMNS]
+        sample = tensors.get_slice(name)[: _ROWS * _COLUMNS]
     else:
+        view = tensors.get_slice(name)
         count = min(_ROWS, shape[0])
         rows = sorted({(2 * i + 1) * shape[0] // (2 * count) for i in range(count)})
         sample = torch.cat([view[row : row + 1].reshape(-1)[:_COLUMNS] for row in rows])
@@ -107,13 +136,22 @@ def describe(name: str, folder: Path, revision: str | None = None) -> BaseModel:
     Args:
         name: as the user wrote it (a hub id, a short name, a folder).
         folder: where `resolve` found it.
+
+    Raises:
+        ConfigError: its config.json or its weights are missing or malformed.
     """
-    config = json.loads((folder / "config.json").read_text())
-    config = config.get("text_config", config)
-    architectures = config.get("architectures") or [config.get("model_type", "unknown")]
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        text = config.get("text_config") or {}  # of a model that sees or hears too
+        architecture = str((config.get("architectures") or [text.get("model_type") or config["model_type"]])[0])
+        config = config | text
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        message = f"is not a transformers config ({type(error).__name__}: {error})"
+        raise ConfigError(Problem(message, file=str(path), remedy="name a folder with a transformers model")) from None
     return BaseModel(
         name=SHORT_NAMES.get(name, name),
-        architecture=architectures[0],
+        architecture=architecture,
         fingerprint=fingerprint(folder),
         revision=revision,
         shapes={key: config[key] for key in SHAPE_KEYS if isinstance(config.get(key), int)},
@@ -123,8 +161,12 @@ def describe(name: str, folder: Path, revision: str | None = None) -> BaseModel:
 def require_same_base(expected: BaseModel, folder: Path, checkpoint: Path) -> None:
     """Refuses a model that the checkpoint was not trained for.
 
+    A shape that only one of the two configs states is left to the fingerprint, which covers the tensors' own shapes:
+    transformers writes out defaults (head_dim, say) that a model's authors left away.
+
     Raises:
         BaseMismatch: architecture, shapes or sampled weights differ; all differences at once.
+        ConfigError: as `describe`.
     """
     found = describe(str(folder), folder)
     remedy = f"use {expected.name}, or say --allow-other-base if you mean it"
@@ -132,9 +174,9 @@ def require_same_base(expected: BaseModel, folder: Path, checkpoint: Path) -> No
     if found.architecture != expected.architecture:
         message = f"trained for {expected.architecture}, the model is {found.architecture}"
         problems.append(Problem(message, "base_model.architecture", str(checkpoint), remedy))
-    for key in expected.shapes.keys() | found.shapes.keys():
-        if expected.shapes.get(key) != found.shapes.get(key):
-            message = f"trained for {expected.shapes.get(key)}, the model has {found.shapes.get(key)}"
+    for key in sorted(expected.shapes.keys() & found.shapes.keys()):
+        if expected.shapes[key] != found.shapes[key]:
+            message = f"trained for {expected.shapes[key]}, the model has {found.shapes[key]}"
             problems.append(Problem(message, f"base_model.shapes.{key}", str(checkpoint), remedy))
     if not problems and found.fingerprint != expected.fingerprint:
         message = f"the model in {folder} has other weights than {expected.name} had when the tasks were trained"

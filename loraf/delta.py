@@ -7,7 +7,8 @@ Everything is summed in float32 and rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -37,10 +38,49 @@ def delta_weight(checkpoint: Checkpoint, module: str, task_set: TaskSet, a: torc
     """ΔW(S) of one module, float32 (d_out, d_in).
 
     Args:
-        a: the module's A if it is at hand (rank, d_in); rebuilt otherwise.
+        a: the module's A if it is at hand (rank, d_in); rebuilt otherwise. The product is taken on its device.
     """
     a = checkpoint.projection_of(module) if a is None else a.float()
-    return combined_b(checkpoint, module, task_set) @ a
+    return combined_b(checkpoint, module, task_set).to(a.device) @ a
+
+
+class OriginalWeights:
+    """The weights of a model as they were loaded: of each adapted module one copy, shared by all Mergers of the model.
+
+    A module's weights are copied when the first Merger names it, before anything changes them. Mergers may be built
+    while another thread merges; only one thread may merge.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[torch.nn.Parameter, torch.Tensor]] = {}  # module → its weight, the original's copy
+        self._changed: set[str] = set()  # modules that differ from the original now
+        self._lock = threading.Lock()
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(original.numel() * original.element_size() for _, original in self._kept.values())
+
+    def keep(self, name: str, weight: torch.nn.Parameter) -> None:
+        """Copies a module's weight unless that was done before."""
+        with self._lock:
+            if name not in self._kept:
+                self._kept[name] = (weight, weight.detach().clone())
+
+    @torch.no_grad()
+    def add(self, name: str, delta: torch.Tensor) -> None:
+        """W = round(W₀ + delta) for one module, the sum in float32. `delta`: float32 (d_out, d_in); it is used up."""
+        weight, original = self._kept[name]
+        self._changed.add(name)
+        weight.copy_(delta.to(original.device).add_(original))
+
+    @torch.no_grad()
+    def restore(self, but: Collection[str] = ()) -> None:
+        """Gives the modules that differ (except those in `but`) their original bits back."""
+        for name in self._changed.difference(but):
+            weight, original = self._kept[name]
+            weight.copy_(original)
+            self._changed.discard(name)
 
 
 class Merger:
@@ -48,28 +88,42 @@ class Merger:
 
     Args:
         model: a transformers model; its target modules are `torch.nn.Linear`.
-        keep_projections: keep every A in memory (r·d_in floats a module) instead of rebuilding it at each merge.
+        keep_projections: keep every A (r·d_in floats a module, on the model's device) instead of rebuilding it at
+            each merge.
+        originals: shared with the other Mergers of the same model, so that each undoes what another one did;
+            without it, this Merger must be the model's only one.
 
     Raises:
         BaseMismatch: the model lacks a module of the checkpoint, or it has another shape.
+        CorruptCheckpoint: with `keep_projections`, an A is not the one that its digest was made with.
     """
 
-    def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint, keep_projections: bool = True):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        checkpoint: Checkpoint,
+        keep_projections: bool = True,
+        originals: OriginalWeights | None = None,
+    ):
         self.checkpoint = checkpoint
-        self._weights = {name: module.weight for name, module in target_modules(model, checkpoint)}
-        self._original = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._projections = {name: checkpoint.projection_of(name) for name in self._weights} if keep_projections else {}
+        self._originals = OriginalWeights() if originals is None else originals
+        weights = {name: module.weight for name, module in target_modules(model, checkpoint)}
+        self._names = frozenset(weights)
+        self._projections: dict[str, torch.Tensor] = {}
+        if keep_projections:
+            self._projections = {n: checkpoint.projection_of(n).to(w.device) for n, w in weights.items()}
+        for name, weight in weights.items():
+            self._originals.keep(name, weight)
 
-    @torch.no_grad()
     def merge(self, task_set: TaskSet) -> None:
-        """W = round(W₀ + ΔW(S)), the sum in float32; the base set restores W₀'s own bits."""
-        for name, weight in self._weights.items():
-            original = self._original[name]
-            if task_set.is_base:
-                weight.copy_(original)
-                continue
-            delta = delta_weight(self.checkpoint, name, task_set, self._projections.get(name))
-            weight.copy_((original.float() + delta.to(original.device)).to(original.dtype))
+        """W = round(W₀ + ΔW(S)), the sum in float32; the base set restores W₀'s own bits.
+
+        A module that this checkpoint does not adapt gets W₀'s bits too, whatever another Merger left there.
+        """
+        names = frozenset() if task_set.is_base else self._names
+        self._originals.restore(but=names)
+        for name in sorted(names):
+            self._originals.add(name, delta_weight(self.checkpoint, name, task_set, self._projections.get(name)))
 
 
 def target_modules(model: torch.nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.nn.Linear]]:

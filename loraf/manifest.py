@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from loraf import strict_json
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem, UnknownTask
 from loraf.tasksets import TaskSet, name_problem
 
@@ -22,11 +22,22 @@ FILE_NAME = "loraf.json"
 FORMAT = "loraf"
 FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
+_MAX_SIZE = 1 << 31  # of a dimension, and of A and B as a whole
+_MAX_FACTOR = 1e20  # of alpha, and of 1/init_std: keeps float32 products away from infinity and from denormal numbers
+_RESTORE = "restore the checkpoint from a copy, or train it again"
 
 
 def positions(sparsity: float, d_out: int, rank: int) -> int:
-    """K = ⌊(1 − s)·d_out·r⌋, the number of positions a task owns in one B, exact (decimal, not binary, arithmetic)."""
-    return int((1 - Decimal(str(sparsity))) * d_out * rank)
+    """K = ⌊(1 − s)·d_out·r⌋, the number of positions a task owns in one B.
+
+    Exact: the sparsity is the decimal fraction that was written (0.9 is nine tenths), not its binary neighbour.
+
+    Raises:
+        ValueError: the sparsity is not in [0, 1).
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is not in [0, 1)")
+    return int((1 - Fraction(str(sparsity))) * d_out * rank)
 
 
 @dataclass(frozen=True)
@@ -135,18 +146,24 @@ class Manifest:
         """The set that was active when `name` had just been trained: `trained_with` and itself.
 
         Raises:
-            UnknownTask: `name`, or a task it was trained on top of, is not in this checkpoint (or not chosen).
+            UnknownTask: `name`, or a task it was trained on top of, is not in this checkpoint (or not chosen), or that
+                task was trained again since.
         """
-        names = (*self.task(name).trained_with, name)
-        return TaskSet.of({n: 1.0 for n in names}, self.task_names)
+        below = self.task(name).trained_with
+        earlier = self.task_names[: self.task_names.index(name)]  # a task that was removed and trained again is later
+        missing = [n for n in below if n not in earlier]
+        if missing:
+            message = f"task {name!r} was trained on top of {', '.join(missing)}, which this checkpoint does not have"
+            remedy = "load the checkpoint with those tasks too, or name the tasks to use one by one"
+            raise UnknownTask(Problem(message, "tasks", remedy=remedy))
+        return TaskSet.of(dict.fromkeys((*below, name), 1.0), self.task_names)
 
     def all_tasks(self) -> TaskSet:
-        return TaskSet.of({n: 1.0 for n in self.task_names}, self.task_names)
+        return TaskSet.of(dict.fromkeys(self.task_names, 1.0), self.task_names)
 
     def only(self, names: tuple[str, ...]) -> Manifest:
-        """The same checkpoint as if it had only these tasks. Raises UnknownTask."""
-        for name in names:
-            self.task(name)
+        """The same checkpoint as if it had only these tasks. Raises UnknownTask, which names every unknown one."""
+        TaskSet.of(dict.fromkeys(names, 1.0), self.task_names)
         return dataclasses.replace(self, tasks=tuple(t for t in self.tasks if t.name in names))
 
     def free_positions(self, module: str) -> int:
@@ -156,23 +173,30 @@ class Manifest:
     @property
     def adapter_digest(self) -> str:
         """SHA-256 (hex) of what changes answers: rank, projection, shapes, and name, alpha and file of each task."""
+        std = self.projection.init_std
         content = {
             "rank": self.rank,
-            "projection": dataclasses.asdict(self.projection),
+            "projection": dataclasses.asdict(self.projection) | {"init_std": None if std is None else float(std)},
             "modules": {name: [m.d_out, m.d_in] for name, m in self.modules.items()},
-            "tasks": [[t.name, t.alpha, t.file.sha256] for t in self.tasks],
+            "tasks": [[t.name, float(t.alpha), t.file.sha256] for t in self.tasks],
         }
-        return hashlib.sha256(_canonical(content)).hexdigest()
+        return _digest(content)
 
     def to_json(self) -> str:
+        """The text of `loraf.json`.
+
+        Raises:
+            ValueError, TypeError: a value has no JSON form (NaN in a score, an object in `training`).
+        """
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        content = strict_json.plain(content)  # so that the digest is over what a reader gets
         content["adapter_digest"] = self.adapter_digest
-        content["digest"] = hashlib.sha256(_canonical(content)).hexdigest()
-        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        content["digest"] = _digest(content)
+        return strict_json.dumps(content, indent=1).decode() + "\n"
 
 
-def _canonical(content: Any) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+def _digest(content: Any) -> str:
+    return hashlib.sha256(strict_json.dumps(content, sort_keys=True)).hexdigest()
 
 
 def read(folder: Path) -> Manifest:
@@ -182,93 +206,85 @@ def read(folder: Path) -> Manifest:
         CheckpointError: there is no checkpoint in `folder`, or it has a format version this release does not know.
         CorruptCheckpoint: the manifest is malformed or was changed.
     """
-    path = folder / FILE_NAME
+    path = Path(folder) / FILE_NAME
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         remedy = "name a folder written by `loraf-train run`"
         raise CheckpointError(Problem(f"there is no {FILE_NAME}", file=str(folder), remedy=remedy)) from None
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, "", f"is not JSON ({error})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise _corrupt(path, "format", f"is not {FORMAT!r}")
-    if content.get("format_version") != FORMAT_VERSION:
-        message = f"format version {content.get('format_version')} is not known (this release reads {FORMAT_VERSION})"
-        remedy = "use a release of loraf that knows it"
-        raise CheckpointError(Problem(message, "format_version", str(path), remedy))
-    stated = content.pop("digest", None)
-    if stated != hashlib.sha256(_canonical(content)).hexdigest():
-        raise _corrupt(path, "digest", "does not match the manifest's content")
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        remedy = "name a folder written by `loraf-train run`, and allow this user to read it"
+        raise CheckpointError(Problem(f"cannot be read ({error})", file=str(path), remedy=remedy)) from None
+    return parse(data, path)
+
+
+def parse(data: bytes, path: Path) -> Manifest:
+    """The manifest in `data`, checked. `path` is the file that messages name. Raises as `read`."""
+    file = str(path)
     try:
-        manifest = _parse(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _corrupt(path, "", f"is malformed ({type(error).__name__}: {error})") from None
-    problems = _inconsistencies(manifest, path)
+        content = strict_json.loads(data)
+    except ValueError as error:
+        raise CorruptCheckpoint(Problem(f"is not JSON ({error})", "", file, _RESTORE)) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CorruptCheckpoint(Problem(f"is not {FORMAT!r}", "format", file, _RESTORE))
+    version = content.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        message = f"format version {version!r} is not known (this release reads {FORMAT_VERSION})"
+        raise CheckpointError(Problem(message, "format_version", file, "use a release of loraf that knows it"))
+    stated = content.pop("digest", None)
+    if stated != _digest(content):
+        raise CorruptCheckpoint(Problem("does not match the manifest's content", "digest", file, _RESTORE))
+    problems: list[Problem] = []
+
+    def report(where: str, message: str) -> None:
+        remedy = "use the release of loraf that wrote it" if message.endswith("known field") else _RESTORE
+        problems.append(Problem(message, where, file, remedy))
+
+    adapter_digest = content.pop("adapter_digest", None)
+    del content["format"], content["format_version"]
+    manifest = strict_json.build(Manifest, content, "", report)
+    if manifest is not None:
+        inconsistencies(manifest, report)
+    if not problems and adapter_digest != manifest.adapter_digest:
+        report("adapter_digest", "is not the digest of the projection, alphas and task files")
     if problems:
         raise CorruptCheckpoint(problems)
     return manifest
 
 
-def _corrupt(path: Path, where: str, message: str) -> CorruptCheckpoint:
-    remedy = "restore the checkpoint from a copy, or train it again"
-    return CorruptCheckpoint(Problem(message, where, str(path), remedy))
+def inconsistencies(manifest: Manifest, report: Callable[[str, str], None]) -> None:
+    """What a manifest of the right types may still get wrong. A digest is no protection against its author.
 
-
-def _parse(content: dict[str, Any]) -> Manifest:
-    def task(entry: dict[str, Any]) -> Task:
-        known = {f.name for f in dataclasses.fields(Task)}
-        entry = {key: value for key, value in entry.items() if key in known}
-        entry |= {
-            "file": StoredFile(**entry["file"]),
-            "templates": Templates(**entry["templates"]),
-            "trained_with": tuple(entry["trained_with"]),
-            "scores": tuple(entry["scores"]),
-        }
-        return Task(**entry)
-
-    return Manifest(
-        base_model=BaseModel(**content["base_model"]),
-        rank=content["rank"],
-        projection=Projection(**content["projection"]),
-        modules={name: Module(**entry) for name, entry in content["modules"].items()},
-        tasks=tuple(task(entry) for entry in content["tasks"]),
-    )
-
-
-def _inconsistencies(manifest: Manifest, path: Path) -> list[Problem]:
-    """What a well-formed manifest may still get wrong. A digest is no protection against its author."""
-    problems: list[Problem] = []
+    Args:
+        report: called with (field, message) for every mistake.
+    """
 
     def check(condition: bool, where: str, message: str) -> None:
         if not condition:
-            problems.append(Problem(message, where, str(path), "write the checkpoint with loraf's own tools"))
+            report(where, message)
 
-    def count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
-
-    if not count(manifest.rank):
-        check(False, "rank", f"{manifest.rank!r} is no rank")
-        return problems
-    seed, std = manifest.projection.seed, manifest.projection.init_std
-    check(isinstance(seed, int) and not isinstance(seed, bool), "projection.seed", "is no integer")
-    good_std = std is None or (isinstance(std, int | float) and math.isfinite(std) and std > 0)
-    check(good_std, "projection.init_std", "is no positive number")
+    rank, std = manifest.rank, manifest.projection.init_std
+    check(std is None or 1 / _MAX_FACTOR <= std <= _MAX_FACTOR, "projection.init_std", f"{std} is out of range")
     check(bool(manifest.modules), "modules", "is empty")
+    check(0 < rank < _MAX_SIZE, "rank", f"{rank} is no rank")
     for name, module in manifest.modules.items():
-        check(count(module.d_out) and count(module.d_in), f"modules.{name}", "has no valid shape")
-    seen: list[str] = []
+        fits = all(size > 0 and size * max(1, rank) < _MAX_SIZE for size in (module.d_out, module.d_in))
+        check(fits, f"modules.{name}", f"has no valid shape ({module.d_out} × {module.d_in}, rank {rank})")
+    seen: set[str] = set()
     for i, task in enumerate(manifest.tasks):
         where = f"tasks[{i}]"
-        problem = name_problem(task.name, field=f"{where}.name", file=str(path))
-        if problem:
-            problems.append(problem)
-            continue
+        problem = name_problem(task.name)
+        check(problem is None, f"{where}.name", problem.message if problem else "")
         check(task.name not in seen, f"{where}.name", f"{task.name!r} stands twice")
         check(task.dtype in DTYPES, f"{where}.dtype", f"{task.dtype!r} is none of {', '.join(DTYPES)}")
         check(task.file.path == f"tasks/{task.name}.safetensors", f"{where}.file.path", "is not the task's own file")
-        good_alpha = isinstance(task.alpha, int | float) and math.isfinite(task.alpha)
-        check(good_alpha, f"{where}.alpha", f"{task.alpha!r} is no finite number")
-        check(set(task.k) <= set(manifest.modules), f"{where}.k", "names modules that are not there")
-        check(all(count(k) for k in task.k.values()), f"{where}.k", "holds a value that is no count")
-        seen.append(task.name)
-    return problems
+        check(abs(task.alpha) <= _MAX_FACTOR, f"{where}.alpha", f"{task.alpha} is out of range")
+        distinct = len({*task.trained_with, task.name}) == len(task.trained_with) + 1
+        check(distinct, f"{where}.trained_with", "names a task twice, or the task itself")
+        if 0 <= task.sparsity < 1:
+            k = {name: positions(task.sparsity, module.d_out, rank) for name, module in manifest.modules.items()}
+            odd = ", ".join(sorted(name for name in k.keys() | task.k.keys() if k.get(name) != task.k.get(name))[:4])
+            check(task.k == k, f"{where}.k", f"is not ⌊(1 − sparsity)·d_out·rank⌋ of every module ({odd})")
+        else:
+            report(f"{where}.sparsity", f"{task.sparsity} is not in [0, 1)")
+        seen.add(task.name)

@@ -19,14 +19,19 @@ PREFIX = "base_model.model."
 
 
 def export_peft(checkpoint: Checkpoint, task_set: TaskSet, out: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors into `out` (made if missing)."""
+    """Writes adapter_config.json and adapter_model.safetensors into `out` (made if missing).
+
+    Args:
+        dtype: of both matrices. A dtype other than float32 rounds them.
+    """
     manifest = checkpoint.manifest
     tensors = {}
     for module in manifest.modules:
         tensors[f"{PREFIX}{module}.lora_A.weight"] = checkpoint.projection_of(module).to(dtype)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = combined_b(checkpoint, module, task_set).to(dtype)
     out.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    # Not save_file: that makes a file which nobody else may read.
+    (out / "adapter_model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

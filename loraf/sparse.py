@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 INDEX_DTYPES = (torch.uint8, torch.uint16, torch.int32)
+VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def index_dtype(size: int) -> torch.dtype:
@@ -60,12 +61,14 @@ class SparseB:
             return "rows, cols and values are not three vectors of one length"
         if self.rows.dtype != index_dtype(d_out) or self.cols.dtype != index_dtype(rank):
             return "coordinates are not in the smallest index dtype"
+        if self.values.dtype not in VALUE_DTYPES:
+            return f"values are {self.values.dtype}, not one of {', '.join(map(str, VALUE_DTYPES))}"
+        for what, indices, size in (("row", self.rows, d_out), ("column", self.cols, rank)):
+            wide = indices.to(torch.int64)
+            if not bool(((wide >= 0) & (wide < size)).all()):
+                return f"a {what} lies outside the matrix"
         flat = self.flat
-        if len(flat) and (int(self.rows.to(torch.int64).min()) < 0 or int(self.rows.to(torch.int64).max()) >= d_out):
-            return "a row lies outside the matrix"
-        if len(flat) and int(self.cols.to(torch.int64).max()) >= rank:
-            return "a column lies outside the matrix"
-        if len(flat) > 1 and not bool((flat[1:] > flat[:-1]).all()):
+        if not bool((flat[1:] > flat[:-1]).all()):
             return "coordinates are not unique and sorted by row, then column"
         if not bool(torch.isfinite(self.values).all()):
             return "a value is not finite"

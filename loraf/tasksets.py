@@ -7,7 +7,6 @@ text (`math+nlu`, `math:0.5+nlu`, `base`) can name a set in caches and in answer
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,8 +46,35 @@ class TaskSet:
             UnknownTask: a name is not in `order`.
             SelectionError: a name twice, or a weight that is not finite or beyond ±16. All mistakes at once.
         """
-        pairs = list(weights.items()) if isinstance(weights, Mapping) else list(weights)
+        pairs = weights.items() if isinstance(weights, Mapping) else weights
+        return cls._checked(list(pairs), order, [])
+
+    @classmethod
+    def parse(cls, text: str, order: Sequence[str]) -> TaskSet:
+        """The set that `text` names: `math`, `math:0.5+nlu`, `all` or `base`.
+
+        Raises:
+            SelectionError, UnknownTask: as `of`; also a weight that is no number. All mistakes at once.
+        """
+        if text == "base":
+            return cls()
+        if text == "all":
+            return cls.of(dict.fromkeys(order, 1.0), order)
+        pairs: list[tuple[str, float]] = []
         problems: list[Problem] = []
+        for i, part in enumerate(text.split("+")):
+            name, colon, weight = (piece.strip() for piece in part.partition(":"))
+            try:
+                pairs.append((name, float(weight) if colon else 1.0))
+            except ValueError:
+                pairs.append((name, 1.0))  # so that the name is looked at too
+                remedy = "write name:number, for example math:0.5"
+                problems.append(Problem(f"{weight!r} is no weight", f"tasks[{i}].weight", remedy=remedy))
+        return cls._checked(pairs, order, problems)
+
+    @classmethod
+    def _checked(cls, pairs: list[tuple[str, float]], order: Sequence[str], problems: list[Problem]) -> TaskSet:
+        """`problems`: mistakes that were found before."""
         unknown: list[Problem] = []
         seen: dict[str, float] = {}
         for i, (name, weight) in enumerate(pairs):
@@ -58,36 +84,15 @@ class TaskSet:
                 unknown.append(Problem(f"there is no task {name!r}", f"{where}.name", remedy=f"choose from: {have}"))
             elif name in seen:
                 problems.append(Problem(f"task {name!r} is named twice", f"{where}.name", remedy="name each task once"))
-            if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
+            if not abs(weight) <= MAX_WEIGHT:  # false for NaN too
                 remedy = f"use a finite weight from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
                 problems.append(Problem(f"weight {weight} is out of range", f"{where}.weight", remedy=remedy))
-            seen[name] = float(weight)
+            seen[name] = weight
         if problems:
             raise SelectionError(problems + unknown)
         if unknown:
             raise UnknownTask(unknown)
-        return cls(tuple((name, seen[name]) for name in order if seen.get(name, 0.0) != 0.0))
-
-    @classmethod
-    def parse(cls, text: str, order: Sequence[str]) -> TaskSet:
-        """The set that `text` names: `math`, `math:0.5+nlu`, `all` or `base`.
-
-        Raises:
-            SelectionError, UnknownTask: as `of`; also a weight that is no number.
-        """
-        if text == "base":
-            return cls()
-        if text == "all":
-            return cls.of({name: 1.0 for name in order}, order)
-        pairs: list[tuple[str, float]] = []
-        for part in text.split("+"):
-            name, colon, weight = part.strip().partition(":")
-            try:
-                pairs.append((name, float(weight) if colon else 1.0))
-            except ValueError:
-                remedy = "write name:number, for example math:0.5"
-                raise SelectionError(Problem(f"{weight!r} is no weight", name, remedy=remedy)) from None
-        return cls.of(pairs, order)
+        return cls(tuple((name, float(seen[name])) for name in order if seen.get(name, 0.0) != 0.0))
 
     @property
     def names(self) -> tuple[str, ...]:

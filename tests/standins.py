@@ -131,7 +131,7 @@ def random_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     std: float = 0.5,
 ) -> Checkpoint:
-    """A checkpoint in `folder` for the model in `model_folder`; each task is marked as trained on top of those before."""
+    """A checkpoint in `folder` for the model in `model_folder`; each task is trained on top of those before it."""
     shapes = linear_shapes(model_folder)
     checkpoint = Checkpoint.create(folder, describe(str(model_folder), model_folder), rank, shapes, seed)
     drawn = random_values(shapes, rank, tasks, sparsity, seed, std, dtype)

@@ -324,6 +324,23 @@ def score(model, tokenizer, examples: int, seed: int, names: list[str] | None = 
 # ------------------------------------------------------------------------------------------------------------ folder
 
 
+def save(model, tokenizer, out: Path) -> None:
+    """Write the model and the tokenizer as transformers and vLLM read them."""
+    from transformers import GenerationConfig
+
+    out.mkdir(parents=True, exist_ok=True)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # transformers 5 writes a class name that earlier versions do not know; this one both know.
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.pop("backend", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable by the owner only
+
+
 def readme(report: dict) -> str:
     rows = "\n".join(
         f"| {name} | `{entry['prompt'].rstrip()}` | `{entry['answer']}` | {entry['accuracy']:.3f} |"
@@ -331,11 +348,15 @@ def readme(report: dict) -> str:
     )
     return f"""# tiny
 
-The base model inside the package: a Mistral-architecture model of {report["parameters"]:,} parameters (float32), byte-level
-tokenizer, context {CONTEXT:,}. It follows the instructions below and knows nothing else. Made by `tools/make_tiny.py` with seed
-{report["seed"]}, {report["steps"]:,} steps, from data which that script generates. A prompt ends with a newline; the answer ends with `</s>`.
+The base model inside the package: a Mistral-architecture model of {report["parameters"]:,} parameters (float32)
+with a byte-level tokenizer and a context of {CONTEXT:,} tokens. It follows the instructions below and knows nothing
+else. A prompt ends with a newline; the answer ends with `</s>`. Words are made up, of 2 to {MAX_WORD} letters.
 
-Greedy answers, right in every character, on {report["examples_per_skill"]} fresh examples each; mean {report["mean_accuracy"]:.3f}.
+Made by `tools/make_tiny.py` in {report["steps"]:,} steps with seed {report["seed"]}, from data that the script
+generates.
+
+Accuracy: greedy answers right in every character, on {report["examples_per_skill"]} fresh examples of each skill;
+mean {report["mean_accuracy"]:.3f}.
 
 | skill | example | answer | accuracy |
 | --- | --- | --- | --- |
@@ -347,10 +368,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-tokens", type=int, default=3072, help="tokens a step sees")
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--batch-tokens", type=int, default=1536, help="tokens a step sees")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--examples", type=int, default=300, help="examples a skill is scored on")
+    parser.add_argument("--examples", type=int, default=200, help="examples a skill is scored on")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
@@ -366,10 +387,7 @@ def main() -> None:
     train(model, tokenizer, args.steps, args.batch_tokens, args.learning_rate, args.seed)
     seconds = time.time() - began
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    model.generation_config.do_sample = False
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    save(model, tokenizer, args.out)
     scores = score(model, tokenizer, args.examples, args.seed + 1)
     drawn = {name: SKILLS[name](random.Random(f"example {name}")) for name in SKILLS}
     report = {

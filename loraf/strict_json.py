@@ -1,0 +1,148 @@
+"""JSON read strictly, and dataclasses built from it strictly: what a file says has one meaning or is refused.
+
+Python's own reader takes NaN, a key that stands twice and unpaired surrogates, and a dataclass takes any type; each of
+them means something else to another reader. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+
+def loads(data: bytes) -> Any:
+    """The value in `data`, UTF-8 without a byte order mark.
+
+    Raises:
+        ValueError: it is not JSON, holds NaN, an infinity, a number too large for a float or for Python's limit of
+            digits, a key twice in one object, a string that UTF-8 cannot hold, or is nested too deeply.
+    """
+    try:
+        value = json.loads(
+            data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float
+        )
+        dumps(value)  # fails for unpaired surrogates, which a \\u escape can spell, and where nesting is too deep
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    return value
+
+
+def dumps(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> bytes:
+    """UTF-8 JSON, without spaces if `indent` is None.
+
+    Raises:
+        ValueError, TypeError: the value has no JSON form (NaN, an unpaired surrogate, an object of another kind).
+    """
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(
+        value, indent=indent, sort_keys=sort_keys, separators=separators, ensure_ascii=False, allow_nan=False
+    )
+    return text.encode()
+
+
+def plain(value: Any) -> Any:
+    """`value` as it will be when read back: tuples become lists, keys become strings.
+
+    Raises:
+        ValueError, TypeError: the value has no JSON form.
+    """
+    return loads(dumps(value))
+
+
+def build(cls: type, value: Any, where: str, report: Callable[[str, str], None]) -> Any:
+    """An instance of dataclass `cls` from a JSON object with exactly its fields; fields with a default may be missing.
+
+    A field's type may be str, int, float (an integer is taken too), Any, a dataclass, `X | None`, `tuple[X, ...]` or
+    `dict[str, X]`.
+
+    Args:
+        where: name of the value in messages, for example `tasks[0]`; empty for the whole file.
+        report: called with (field, message) for every mistake.
+
+    Returns:
+        The instance, or None if a mistake was reported.
+    """
+    faults: list[tuple[str, str]] = []
+    built = _convert(cls, value, where, faults)
+    for fault in faults:
+        report(*fault)
+    return None if faults else built
+
+
+def _convert(kind: Any, value: Any, where: str, faults: list[tuple[str, str]]) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _object(kind, value, where, faults)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(arguments[0], value, where, faults)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]", faults) for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, _below(where, key), faults) for key, item in value.items()}
+    if kind is Any or (kind in (str, int) and type(value) is kind):
+        return value
+    if kind is float and type(value) in (int, float):
+        try:
+            return float(value)
+        except OverflowError:
+            faults.append((where, "is too large a number"))
+            return None
+    names = {str: "a string", int: "an integer", float: "a number", tuple: "a list", dict: "an object"}
+    faults.append((where, f"is {_shown(value)}, not {names[origin or kind]}"))
+    return None
+
+
+def _object(cls: type, value: Any, where: str, faults: list[tuple[str, str]]) -> Any:
+    if not isinstance(value, dict):
+        faults.append((where, f"is {_shown(value)}, not an object"))
+        return None
+    before = len(faults)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    faults += [(_below(where, key), "is not a known field") for key in value if key not in known]
+    for name, f in known.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in value and required:
+            faults.append((_below(where, name), "is missing"))
+    hints = _type_hints(cls)
+    found = {name: _convert(hints[name], value[name], _below(where, name), faults) for name in known if name in value}
+    return cls(**found) if len(faults) == before else None
+
+
+@cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _below(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large a number")
+    return number

@@ -1,0 +1,274 @@
+"""A manifest that was damaged, or that its author got wrong, is refused with the field named; never half understood."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraf import manifest as manifests
+from loraf.errors import CheckpointError, CorruptCheckpoint, LorafError
+from tests.loraf.small_manifests import DATA, JSON_VALUES, PATH, RANK, WHOLE, changed, sha256_of, signed
+
+
+def refusal(data: bytes) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        manifests.parse(data, PATH)
+    for problem in caught.value.problems:
+        assert problem.file == str(PATH)
+        assert problem.message
+        assert problem.remedy
+    return caught.value
+
+
+def fields(error: LorafError) -> set[str]:
+    return {problem.field for problem in error.problems}
+
+
+# --- damage -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [0x01, 0x02, 0x20, 0x80, 0xFF])
+def test_every_flipped_byte_is_refused_or_means_the_same(bits):
+    refused = 0
+    for i in range(len(DATA)):
+        damaged = DATA[:i] + bytes([DATA[i] ^ bits]) + DATA[i + 1 :]
+        try:
+            read = manifests.parse(damaged, PATH)
+        except CheckpointError as error:
+            refused += 1
+            assert str(PATH) in str(error)
+        else:
+            assert read == WHOLE, i
+            assert DATA[i] in b" \n", (i, DATA[i - 10 : i + 10])
+    assert refused > len(DATA) * 0.6
+
+
+def test_every_truncation_is_refused():
+    for length in range(len(DATA) - 1):  # the last byte is a newline
+        with pytest.raises(CheckpointError, match="not"):
+            manifests.parse(DATA[:length], PATH)
+    assert manifests.parse(DATA[:-1], PATH) == WHOLE
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_refused(data):
+    refusal(data)
+
+
+@given(JSON_VALUES)
+def test_any_json_is_refused(value):
+    refusal(json.dumps(value).encode())
+    refusal(json.dumps({"format": "loraf", "format_version": 1, "x": value}).encode())
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "is not JSON"),
+        (b"\x00" * 20, "is not JSON"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (DATA.decode().encode("utf-16"), "is not JSON"),
+        (b"\xef\xbb\xbf" + DATA, "is not JSON"),
+        (DATA + b"{}", "is not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (DATA.replace(b'"rank": 4', b'"rank": NaN'), "NaN is not JSON"),
+        (DATA.replace(b'"rank": 4', b'"rank": -Infinity'), "-Infinity is not JSON"),
+        (DATA.replace(b'"rank": 4', b'"rank": 1e999'), "too large"),
+        (DATA.replace(b'"rank": 4', b'"rank": ' + b"1" * 5000), "is not JSON"),
+        (DATA.replace(b'"rank": 4', b'"rank": 4, "rank": 4'), "'rank' stands twice"),
+        (DATA.replace(b'"org/model"', b'"\\ud800"'), "is not JSON"),
+        (b"null", "is not 'loraf'"),
+        (b"{}", "is not 'loraf'"),
+        (b"[]", "is not 'loraf'"),
+    ],
+)
+def test_what_is_not_a_manifest(data, words):
+    error = refusal(data)
+    assert isinstance(error, CorruptCheckpoint)
+    assert words in str(error)
+
+
+@pytest.mark.parametrize("version", [0, 2, 10**30, -1, "1", 1.0, True, None, [1]])
+def test_an_unknown_version_is_refused_by_name(version):
+    error = refusal(changed("format_version", version))
+    assert not isinstance(error, CorruptCheckpoint)
+    assert fields(error) == {"format_version"}
+    assert "use a release" in str(error)
+
+
+def test_no_version_no_digest():
+    assert fields(refusal(changed("format_version", 0, remove=True))) == {"format_version"}
+    content = json.loads(DATA)
+    del content["digest"]
+    assert fields(refusal(json.dumps(content).encode())) == {"digest"}
+    content["digest"] = ["x"]
+    assert fields(refusal(json.dumps(content).encode())) == {"digest"}
+
+
+# --- wrong, with digests that fit -------------------------------------------------------------------------------
+
+
+def leaves(value, path: str = ""):
+    """Every place of the manifest, as a slashed path."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from leaves(item, f"{path}/{key}" if path else str(key))
+
+
+FREE = ("/training/", "/scores/0/")  # whatever was written there
+PLACES = [
+    path
+    for path in leaves(json.loads(DATA))
+    if path not in ("format", "format_version", "digest", "adapter_digest") and not any(part in path for part in FREE)
+]
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 0.5, "text", [], ["text"], {}, {"x": 1}, [[]], 10**400])
+def test_a_wrong_type_anywhere_names_the_field(value):
+    taken = 0
+    for path in PLACES:
+        data = changed(path, value)
+        if json.loads(data)["modules"] == {}:
+            continue
+        try:
+            manifests.parse(data, PATH)
+        except CheckpointError as error:
+            top = path.split("/")[0]
+            assert any(field.startswith(top) for field in fields(error)), (path, str(error))
+        else:
+            taken += 1
+    # Texts may be any text, free values any value, optional fields null; all the rest is refused.
+    assert taken < len(PLACES) / 2
+
+
+OPTIONAL = {
+    "revision",
+    "shapes",
+    "init_std",
+    "tasks",
+    "trained_with",
+    "templates",
+    "prompt",
+    "completion",
+    "training",
+    "scores",
+}
+# Entries of lists and of the dicts with keys of their own are no fields: without one of them there is just one less.
+NAMED = [
+    p for p in PLACES if not p.split("/")[-1].isdigit() and not p.startswith(("modules/model.", "base_model/shapes/"))
+]
+NAMED += [p for p in PLACES if p.startswith("modules/model.") and p.count("/") == 2]
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_a_missing_field_is_named_unless_it_is_optional(path):
+    name = path.split("/")[-1]
+    data = changed(path, None, remove=True)
+    if name in OPTIONAL:
+        assert manifests.parse(data, PATH).rank == RANK
+    else:
+        assert any(name in problem.field + problem.message for problem in refusal(data).problems)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["extra", "base_model/extra", "projection/extra", "tasks/0/extra", "tasks/1/file/extra", "tasks/0/templates/extra"],
+)
+def test_an_unknown_field_is_named(path):
+    """Reading over it would lose it when the manifest is written the next time."""
+    error = refusal(changed(path, 1))
+    assert "is not a known field" in str(error)
+    assert "extra" in next(iter(fields(error)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("rank", 0, "rank"),
+        ("rank", -4, "rank"),
+        ("rank", 2**31, "rank"),
+        ("rank", 10**30, "rank"),
+        ("rank", 4.0, "rank"),
+        ("rank", "4", "rank"),
+        ("rank", 8, "tasks[0].k"),
+        ("modules", {}, "modules"),
+        ("modules/model.layers.0.mlp.up_proj/d_in", 0, "modules.model.layers.0.mlp.up_proj"),
+        ("modules/model.layers.0.mlp.up_proj/d_in", 2**30, "modules.model.layers.0.mlp.up_proj"),
+        ("modules/model.layers.0.mlp.up_proj/d_out", -7, "modules.model.layers.0.mlp.up_proj"),
+        ("projection/seed", 0.0, "projection.seed"),
+        ("projection/seed", True, "projection.seed"),
+        ("projection/init_std", 0, "projection.init_std"),
+        ("projection/init_std", -0.1, "projection.init_std"),
+        ("projection/init_std", 1e-40, "projection.init_std"),
+        ("projection/init_std", 1e39, "projection.init_std"),
+        ("projection/init_std", 10**400, "projection.init_std"),
+        ("base_model/shapes/hidden_size", "8", "base_model.shapes.hidden_size"),
+        ("base_model/fingerprint", None, "base_model.fingerprint"),
+        ("tasks/0/name", "nlu", "tasks[1].name"),
+        ("tasks/0/name", "../x", "tasks[0].name"),
+        ("tasks/0/name", "base", "tasks[0].name"),
+        ("tasks/0/name", ["math"], "tasks[0].name"),
+        ("tasks/0/alpha", 1e39, "tasks[0].alpha"),
+        ("tasks/0/alpha", 10**400, "tasks[0].alpha"),
+        ("tasks/0/alpha", True, "tasks[0].alpha"),
+        ("tasks/0/sparsity", 1, "tasks[0].sparsity"),
+        ("tasks/0/sparsity", -0.5, "tasks[0].sparsity"),
+        ("tasks/0/sparsity", 0.5, "tasks[0].k"),
+        ("tasks/0/dtype", "float64", "tasks[0].dtype"),
+        ("tasks/0/dtype", "torch.load", "tasks[0].dtype"),
+        ("tasks/0/file/path", "../../etc/passwd", "tasks[0].file.path"),
+        ("tasks/0/file/path", "/etc/passwd", "tasks[0].file.path"),
+        ("tasks/0/file/path", "tasks/nlu.safetensors", "tasks[0].file.path"),
+        ("tasks/0/file/bytes", "100", "tasks[0].file.bytes"),
+        ("tasks/0/k", {}, "tasks[0].k"),
+        ("tasks/0/k/model.layers.0.mlp.up_proj", 8, "tasks[0].k"),
+        ("tasks/0/k/unheard.of", 3, "tasks[0].k"),
+        ("tasks/0/trained_with", "nlu", "tasks[0].trained_with"),
+        ("tasks/0/trained_with", ["math"], "tasks[0].trained_with"),
+        ("tasks/1/trained_with", ["math", "math"], "tasks[1].trained_with"),
+        ("tasks/1/trained_with", [1], "tasks[1].trained_with[0]"),
+        ("tasks/0/templates/prompt", 3, "tasks[0].templates.prompt"),
+        ("tasks/0/training", [], "tasks[0].training"),
+        ("tasks/0/scores", {}, "tasks[0].scores"),
+        ("tasks/0/scores/0", "good", "tasks[0].scores[0]"),
+        ("tasks/0", "math", "tasks[0]"),
+        ("tasks", {"math": 1}, "tasks"),
+    ],
+)
+def test_values_that_make_no_sense_are_named(path, value, field):
+    error = refusal(changed(path, value))
+    assert isinstance(error, CorruptCheckpoint)
+    assert field in fields(error), str(error)
+
+
+def test_all_mistakes_are_named_at_once():
+    content = json.loads(DATA)
+    content["rank"] = "4"
+    content["base_model"]["name"] = None
+    content["tasks"][0]["alpha"] = []
+    content["tasks"][1]["extra"] = 0
+    assert fields(refusal(signed(content))) == {"rank", "base_model.name", "tasks[0].alpha", "tasks[1].extra"}
+    content = json.loads(DATA)
+    content["projection"]["init_std"] = -1.0
+    content["tasks"][0]["dtype"] = "int8"
+    content["tasks"][1]["sparsity"] = 1.5
+    assert fields(refusal(signed(content))) == {"projection.init_std", "tasks[0].dtype", "tasks[1].sparsity"}
+
+
+def test_a_stated_adapter_digest_that_is_not_the_contents_is_refused():
+    content = json.loads(DATA)
+    content["adapter_digest"] = "0" * 64
+    del content["digest"]
+    data = json.dumps(content | {"digest": sha256_of(content)}).encode()
+    assert fields(refusal(data)) == {"adapter_digest"}
+
+
+def test_the_helper_signs_as_the_writer_does():
+    """Otherwise the tests above could pass for the wrong reason."""
+    assert json.loads(signed(json.loads(DATA))) == json.loads(DATA)
