@@ -1,0 +1,331 @@
+"""The thread that owns the model: requests wait by task set, and the sets take turns.
+
+    submit ─▶ waiting ─▶ prefill (a chunk a step) ─▶ batch (a token of each answer a step) ─▶ sink
+              └──────────────── of one set ────────────────┘
+
+A set's turn lasts until it has nothing to do, or, while others have, for TURN_STEPS steps (longer if putting the set
+into the weights took longer than that). Then its answers pause: their KV cache stays, since it belongs to their set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from loraf_serve.backends.answers import Answer, ModelFacts, longest_answer
+from loraf_serve.backends.base import BackendUnavailable, ChoiceDelta, GenerationRequest
+from loraf_serve.backends.decoding import Batch, Forward, Prefill
+from loraf_serve.backends.merged_weights import BASE, MergedWeights, SetKey
+
+log = logging.getLogger(__name__)
+
+TURN_STEPS = 64
+MAX_ROWS = 16  # answers of one set that are decoded together
+PREFILL_TOKENS_PER_STEP = 64  # a step of this many prompt tokens counts as one step of decoding
+
+
+class Sink(Protocol):
+    """Where a request's answers go. Called from the engine's thread; never blocks."""
+
+    def put(self, deltas: Sequence[ChoiceDelta]) -> None: ...
+
+    def end(self, error: Exception | None) -> None: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in the engine.
+
+    Attributes:
+        reserved: tokens of KV cache that all its answers may need.
+        over: it has been answered, failed or cancelled.
+    """
+
+    request: GenerationRequest
+    key: SetKey
+    sink: Sink
+    reserved: int = 0
+    arrival: int = 0
+    answers: list[Answer] = field(default_factory=list)
+    over: bool = False
+
+
+class Group:
+    """What one task set has to do."""
+
+    def __init__(self, key: SetKey):
+        self.key = key
+        self.waiting: deque[Job] = deque()
+        self.prefill: tuple[Job, Prefill] | None = None
+        self.running: list[Job] = []  # jobs with answers in the batch
+        self.batch = Batch()
+
+    @property
+    def busy(self) -> bool:
+        return self.prefill is not None or len(self.batch) > 0
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [*([self.prefill[0]] if self.prefill else []), *self.running, *self.waiting]
+
+    def remove(self, job: Job) -> None:
+        """Takes a job out wherever it is; its KV cache is freed."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+        if self.prefill and self.prefill[0] is job:
+            self.prefill = None
+        if job in self.running:
+            self.running.remove(job)
+        for answer in job.answers:
+            answer.finished = True
+        self.drop_finished()
+
+    def drop_finished(self) -> None:
+        self.batch.keep([row for row, answer in enumerate(self.batch.answers) if not answer.finished])
+
+
+class Engine:
+    """Runs jobs in a thread of its own, until `stop` or until the model cannot be used any more.
+
+    Args:
+        kv_tokens: tokens of KV cache that all jobs together may reserve; one job alone may exceed it.
+        max_rows: answers of one set that are decoded together; one job alone may exceed it.
+        turn_steps: see above.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        weights: MergedWeights,
+        facts: ModelFacts,
+        kv_tokens: int,
+        max_rows: int = MAX_ROWS,
+        turn_steps: int = TURN_STEPS,
+    ):
+        self._forward = forward
+        self._weights = weights
+        self._facts = facts
+        self._kv_tokens = kv_tokens
+        self._max_rows = max_rows
+        self._turn_steps = turn_steps
+        self._groups: dict[SetKey, Group] = {}  # in the order of their turns
+        self._reserved = 0
+        self._arrivals = itertools.count()
+        self._inbox: list[Callable[[], None]] = []
+        self._condition = threading.Condition()
+        self._ended: str | None = None  # why nothing more is accepted
+        self._thread = threading.Thread(target=self._run, name="merged-backend", daemon=True)
+
+    # From any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Raises BackendUnavailable."""
+        self._post(partial(self._enqueue, job))
+
+    def cancel(self, job: Job) -> None:
+        """Ends the work on a job before the next step; its sink hears nothing more."""
+        if not job.over:
+            try:
+                self._post(partial(self._close, job))
+            except BackendUnavailable:
+                return  # all jobs are over
+
+    def retire(self) -> None:
+        """Frees adapters that have been replaced, but for those that jobs still need."""
+        self._post(self._forget)
+
+    def check(self) -> None:
+        """Raises BackendUnavailable if no further job is accepted."""
+        with self._condition:
+            if self._ended is not None:
+                raise BackendUnavailable(self._ended)
+
+    def stop(self) -> None:
+        """Ends all jobs with BackendUnavailable, after the step that is running. May be called twice."""
+        self._end("the backend has been stopped")
+        self._thread.join()
+
+    def _end(self, reason: str) -> None:
+        with self._condition:
+            self._ended = self._ended or reason
+            self._condition.notify()
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._condition:
+            if self._ended is not None:
+                raise BackendUnavailable(self._ended)
+            self._inbox.append(action)
+            self._condition.notify()
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._ended is None:
+                    self._receive(wait=not self._ready())
+                    ready = self._ready()
+                    if ready:
+                        self._turn(ready[0])
+        except Exception as error:
+            log.critical("the merged backend cannot go on", exc_info=error)
+            self._end(f"the model cannot be used any more ({type(error).__name__})")
+        finally:
+            self._receive(wait=False)  # nothing more comes in now
+            for job in [job for group in self._groups.values() for job in group.jobs]:
+                self._close(job)
+                job.sink.end(BackendUnavailable(self._ended))
+
+    def _receive(self, wait: bool) -> None:
+        with self._condition:
+            if wait:
+                self._condition.wait_for(lambda: self._inbox or self._ended is not None)
+            actions, self._inbox = self._inbox, []
+        for action in actions:
+            action()
+
+    def _enqueue(self, job: Job) -> None:
+        job.arrival = next(self._arrivals)
+        sampling = job.request.sampling
+        # A row that ends with the context or max_tokens never caches its last token; the difference does not matter.
+        length = len(job.request.prompt_token_ids) + longest_answer(job.request, self._facts.max_model_len)
+        job.reserved = sampling.n * length
+        self._groups.setdefault(job.key, Group(job.key)).waiting.append(job)
+
+    def _forget(self) -> None:
+        self._weights.forget_replaced({group.key[0] for group in self._groups.values() if group.jobs})
+
+    def _ready(self) -> list[Group]:
+        """The groups that can do something, in the order of their turns. Those with nothing to do are forgotten."""
+        self._groups = {key: group for key, group in self._groups.items() if group.jobs}
+        line = self._line()
+        return [g for g in self._groups.values() if g.busy or (self._has_room(g) and g.waiting[0].arrival < line)]
+
+    def _has_room(self, group: Group) -> bool:
+        """Whether the group's next job may join its batch, as far as rows go."""
+        if not group.waiting or group.prefill:
+            return False
+        return not group.batch or len(group.batch) + group.waiting[0].request.sampling.n <= self._max_rows
+
+    def _line(self) -> float:
+        """Arrival of the oldest job that waits for memory alone: nobody younger may take it away."""
+        heads = [group.waiting[0] for group in self._groups.values() if self._has_room(group)]
+        full = [job.arrival for job in heads if self._reserved and self._reserved + job.reserved > self._kv_tokens]
+        return min(full, default=math.inf)
+
+    def _turn(self, group: Group) -> None:
+        self._groups[group.key] = self._groups.pop(group.key)  # its next turn comes after everyone else's
+        steps, merging, began = 0, 0.0, time.monotonic()
+        while self._ended is None:
+            try:
+                merging += self._weights.use(group.key)  # before every step: a failed one may have left other weights
+            except Exception as error:
+                self._recover(group.jobs, error)
+                return
+            steps += self._step(group)
+            self._receive(wait=False)
+            ready = self._ready()
+            if group not in ready:
+                return
+            if len(ready) > 1 and steps >= self._turn_steps and time.monotonic() - began >= 2 * merging:
+                return
+
+    def _step(self, group: Group) -> int:
+        """One chunk of a prompt, or one token for every answer. Returns what it counts as."""
+        if self._has_room(group) and group.waiting[0].arrival < self._line():
+            job = group.waiting.popleft()
+            self._reserved += job.reserved
+            group.prefill = (job, Prefill(job.request.prompt_token_ids))
+        if group.prefill:
+            return self._prefill(group, *group.prefill)
+        self._decode(group)
+        return 1
+
+    def _prefill(self, group: Group, job: Job, prefill: Prefill) -> int:
+        cost = math.ceil(prefill.next_chunk / PREFILL_TOKENS_PER_STEP)
+        try:
+            logits = prefill.step(self._forward)
+        except Exception as error:
+            self._recover([job], error)
+            return cost
+        if logits is None:
+            return cost
+        group.prefill = None
+        group.running.append(job)
+        try:
+            job.answers = [Answer(job.request, index, self._facts) for index in range(job.request.sampling.n)]
+        except Exception as error:
+            self._fail(job, error)
+            return cost
+        self._advance(job, [logits] * len(job.answers))
+        unfinished = [answer for answer in job.answers if not answer.finished]
+        try:
+            group.batch.add(unfinished, prefill.cache, len(job.request.prompt_token_ids))
+        except Exception as error:  # out of memory: the batch's cache may be half old, half new
+            self._recover(group.running, error)
+        return cost
+
+    def _decode(self, group: Group) -> None:
+        try:
+            logits = group.batch.step(self._forward)
+        except Exception as error:
+            self._recover(group.running, error)
+            return
+        row_of = {answer: row for row, answer in enumerate(group.batch.answers)}
+        for job in list(group.running):
+            self._advance(job, [logits[row_of[answer]] for answer in job.answers if not answer.finished])
+        group.drop_finished()
+
+    def _advance(self, job: Job, logits: Sequence[torch.Tensor]) -> None:
+        """Gives each unfinished answer its next token."""
+        unfinished = [answer for answer in job.answers if not answer.finished]
+        try:
+            deltas = [answer.accept(row) for answer, row in zip(unfinished, logits, strict=True)]
+        except Exception as error:
+            self._fail(job, error)
+            return
+        job.sink.put(deltas)
+        if all(answer.finished for answer in job.answers):
+            self._close(job)
+            job.sink.end(None)
+
+    def _close(self, job: Job) -> None:
+        """Takes a job out of its group and frees its memory."""
+        if job.over:
+            return
+        job.over = True
+        group = self._groups[job.key]
+        if job not in group.waiting:
+            self._reserved -= job.reserved
+        group.remove(job)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        log.error("request %s failed", job.request.request_id, exc_info=error)
+        self._close(job)
+        failure = RuntimeError(f"decoding failed ({type(error).__name__})")
+        failure.__cause__ = error
+        job.sink.end(failure)
+
+    def _recover(self, jobs: Iterable[Job], error: Exception) -> None:
+        """Fails the jobs, then makes sure that the model still works: a fault of a device may be there to stay.
+
+        Raises:
+            Exception: the model does not work.
+        """
+        for job in list(jobs):
+            self._fail(job, error)
+        self._weights.use(BASE)
+        Prefill([0]).step(self._forward)

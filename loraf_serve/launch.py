@@ -1,0 +1,106 @@
+"""`loraf-serve` as a child process, for notebooks, examples and tests.
+
+with launch("tiny", "./ckpt") as server:
+    print(server.client.generate("Reverse: kitten\n", tasks=["math"]).text)
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from types import TracebackType
+from typing import IO
+
+from loraf_serve.client import Client
+
+_LISTENING = re.compile(r"listening on (\S+)")
+
+
+class ServerFailed(RuntimeError):
+    """The server ended before it listened, or not within the time given; the text holds its last lines."""
+
+
+class Server:
+    """A running `loraf-serve`.
+
+    Attributes:
+        address: host:port.
+        client: a client of it.
+        log: its last 200 lines of output.
+    """
+
+    def __init__(self, arguments: list[str], start_timeout: float, echo: IO[str] | None):
+        self.log: deque[str] = deque(maxlen=200)
+        self.address = ""
+        self._listening = threading.Event()
+        command = [sys.executable, "-m", "loraf_serve.cli", *arguments]
+        # A session of its own: Ctrl-C in the parent must not reach the engine before the server has drained.
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        self._reader = threading.Thread(target=self._read, args=(echo,), daemon=True)
+        self._reader.start()
+        if not self._listening.wait(start_timeout) or not self.address:
+            self._process.kill()
+            self._process.wait()
+            self._reader.join(5)
+            raise ServerFailed("loraf-serve did not start:\n" + "\n".join(self.log))
+        self.client = Client(self.address)
+
+    def _read(self, echo: IO[str] | None) -> None:
+        for line in self._process.stdout or ():
+            self.log.append(line.rstrip("\n"))
+            if echo:
+                echo.write(line)
+                echo.flush()
+            found = _LISTENING.search(line)
+            if found:
+                self.address = found[1]
+                self._listening.set()
+        self._listening.set()  # it has ended; nobody should go on waiting
+
+    def stop(self, timeout: float = 60.0) -> int:
+        """Asks it to finish what it does and to stop (SIGTERM). Returns its exit status, 0 when all went well.
+
+        Raises:
+            subprocess.TimeoutExpired: it did not stop in time; it has been killed.
+        """
+        if self._process.poll() is None:
+            self.client.close()
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.stop()
+
+
+def launch(
+    model: str, *adapters: str, options: tuple[str, ...] = (), start_timeout: float = 600.0, echo: IO[str] | None = None
+) -> Server:
+    """Starts `loraf-serve` on a free port of this machine and waits until it answers.
+
+    Args:
+        model, adapters: as `--model` and `--adapter` take them.
+        options: further options of `loraf-serve`.
+        start_timeout: seconds.
+        echo: where its output is copied to.
+
+    Raises:
+        ServerFailed: with what it printed.
+    """
+    arguments = ["--model", model, "--port", "0", *options]
+    for adapter in adapters:
+        arguments += ["--adapter", adapter]
+    return Server(arguments, start_timeout, echo)

@@ -1,0 +1,134 @@
+"""From what backends and checkpoints hold to the protocol's messages."""
+
+from __future__ import annotations
+
+from loraf_serve.backends.base import ChoiceDelta, GenerationRequest, Output, PositionLogprobs, ServedAdapter
+from loraf_serve.v1 import adapter_pb2
+from loraf_serve.v1 import generation_pb2 as pb
+
+_FINISH = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORTED,
+}
+
+
+class Stream:
+    """Turns the Outputs of one request into messages; usage comes with the last.
+
+    The first and the last message say what answers (`request_id`, `served_by`).
+    """
+
+    def __init__(self, request: GenerationRequest, request_id: str, backend: str):
+        self._request = request
+        self._request_id = request_id
+        self._backend = backend
+        self._first = True
+        self._unfinished = set(range(request.sampling.n))
+        self._cached = 0
+        self._completion_tokens = 0
+
+    @property
+    def finished(self) -> bool:
+        """Every choice has its finish reason."""
+        return not self._unfinished
+
+    def message(self, output: Output) -> pb.StreamGenerateResponse | None:
+        """None if there is nothing to send."""
+        news = [d for d in output.choices if d.text or d.token_ids or d.finish_reason]
+        self._cached = max(self._cached, output.cached_prompt_tokens)
+        self._completion_tokens += sum(len(delta.token_ids) for delta in news)
+        self._unfinished -= {delta.index for delta in news if delta.finish_reason}
+        if not news:
+            return None
+        message = pb.StreamGenerateResponse(choices=[_choice(delta) for delta in news])
+        if self._first or self.finished:
+            message.request_id = self._request_id
+            message.served_by.CopyFrom(served_by(self._request, self._backend))
+        if self.finished:
+            message.usage.prompt_tokens = len(self._request.prompt_token_ids)
+            message.usage.cached_prompt_tokens = self._cached
+            message.usage.completion_tokens = self._completion_tokens
+        self._first = False
+        return message
+
+
+class Answer:
+    """Gathers the messages of a stream into one response.
+
+    Attributes:
+        response: complete when the stream has ended.
+    """
+
+    def __init__(self):
+        self.response = pb.GenerateResponse()
+        self._choices: dict[int, pb.Choice] = {}
+        self._texts: dict[int, list[str]] = {}
+
+    async def add(self, message: pb.StreamGenerateResponse) -> None:
+        for new in message.choices:
+            choice = self._choices.setdefault(new.index, pb.Choice(index=new.index))
+            self._texts.setdefault(new.index, []).append(new.text)
+            choice.token_ids.extend(new.token_ids)
+            choice.logprobs.extend(new.logprobs)
+            if new.finish_reason:
+                choice.finish_reason, choice.stop_reason = new.finish_reason, new.stop_reason
+        if not message.HasField("usage"):
+            return
+        for index in sorted(self._choices):
+            self._choices[index].text = "".join(self._texts[index])
+            self.response.choices.append(self._choices[index])
+        self.response.request_id = message.request_id
+        self.response.served_by.CopyFrom(message.served_by)
+        self.response.usage.CopyFrom(message.usage)
+
+
+def served_by(request: GenerationRequest, backend: str) -> pb.ServedBy:
+    """The adapter's content and the canonical task set."""
+    adapter = request.adapter
+    return pb.ServedBy(
+        adapter=adapter.name if adapter else "",
+        digest=adapter.digest if adapter else "",
+        tasks=[pb.WeightedTask(name=name, weight=weight) for name, weight in request.task_set.weights],
+        backend=backend,
+    )
+
+
+def adapter(served: ServedAdapter) -> adapter_pb2.Adapter:
+    manifest = served.checkpoint.manifest
+    return adapter_pb2.Adapter(
+        name=served.name,
+        digest=served.digest,
+        base_model=manifest.base_model.name,
+        rank=manifest.rank,
+        tasks=[
+            adapter_pb2.Task(
+                name=task.name,
+                alpha=task.alpha,
+                sparsity=task.sparsity,
+                parameters=task.parameters,
+                trained_with=task.trained_with,
+            )
+            for task in manifest.tasks
+        ],
+        resident_bytes=served.resident_bytes,
+    )
+
+
+def _choice(delta: ChoiceDelta) -> pb.Choice:
+    return pb.Choice(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        finish_reason=_FINISH[delta.finish_reason],
+        stop_reason=delta.stop_reason,
+        logprobs=[_position(position) for position in delta.logprobs],
+    )
+
+
+def _position(position: PositionLogprobs) -> pb.PositionLogprobs:
+    def entry(token) -> pb.TokenLogprob:
+        return pb.TokenLogprob(token_id=token.token_id, logprob=token.logprob, rank=token.rank, text=token.text)
+
+    return pb.PositionLogprobs(chosen=entry(position.chosen), top=[entry(token) for token in position.top])

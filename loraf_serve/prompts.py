@@ -1,0 +1,118 @@
+"""The input of a request as token ids: text, a chat through the model's template, or ids as they are."""
+
+from __future__ import annotations
+
+import copy
+import string
+from typing import TYPE_CHECKING
+
+from loraf.errors import Problem
+from loraf_serve.errors import InvalidRequest
+from loraf_serve.v1 import generation_pb2 as pb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_INPUTS = "prompt, messages or prompt_token_ids"
+
+
+class PromptReader:
+    """Not for two threads at once: a fast tokenizer does not bear that.
+
+    Args:
+        tokenizer: is copied.
+        max_model_len: tokens that prompt and answer may have together.
+        vocab_size: None for the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_model_len: int, vocab_size: int | None = None):
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size or len(tokenizer)
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)  # characters
+
+    def read(self, request: pb.GenerateRequest | pb.StreamGenerateRequest, template: str | None) -> tuple[int, ...]:
+        """The prompt's token ids: at least one, and fewer than max_model_len.
+
+        Args:
+            template: the task's prompt template, which wraps the prompt as it was trained.
+
+        Raises:
+            InvalidRequest: there is none, it is empty or too long, an id is not in the vocabulary, the model has no
+                chat template or its template refuses the messages, the task's template has not exactly one field.
+        """
+        kind = request.WhichOneof("input")
+        if kind is None:
+            raise _invalid("input", "there is none", f"set {_INPUTS}")
+        if kind == "prompt":
+            if not request.prompt:
+                raise _invalid("prompt", "is empty", "send some text")
+            text = fill(template, request.prompt) if template is not None else request.prompt
+            ids = self._encode("prompt", text, add_special_tokens=True)
+        elif kind == "messages":
+            # The template writes the special tokens itself: a second BOS would change the answer.
+            ids = self._encode("messages", self._chat_text(request.messages), add_special_tokens=False)
+        else:
+            ids = tuple(request.prompt_token_ids.ids)
+            if ids and max(ids) >= self.vocab_size:
+                i = next(i for i, token in enumerate(ids) if token >= self.vocab_size)
+                remedy = f"use ids from 0 to {self.vocab_size - 1}"
+                raise _invalid(f"prompt_token_ids.ids[{i}]", f"{ids[i]} is not in the vocabulary", remedy)
+        if not ids:
+            raise _invalid(kind, "has no tokens", "send at least one")
+        if len(ids) >= self.max_model_len:
+            raise self._too_long(kind, f"{len(ids)} tokens")
+        return ids
+
+    def _encode(self, field: str, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        # Text that cannot fit however it is cut into tokens is refused before the work of cutting it is done.
+        at_least = -(-len(text) // self._longest_token)
+        if at_least >= self.max_model_len:
+            raise self._too_long(field, f"at least {at_least} tokens")
+        return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def _too_long(self, field: str, length: str) -> InvalidRequest:
+        message = f"has {length}, and prompt and answer together may have {self.max_model_len}"
+        return _invalid(field, message, f"send at most {self.max_model_len - 1} tokens")
+
+    def _chat_text(self, messages: pb.Messages) -> str:
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise _invalid("messages", "the model has no chat template", "send prompt, or serve a chat model")
+        if not messages.messages:
+            raise _invalid("messages.messages", "is empty", "send at least one message")
+        for i, message in enumerate(messages.messages):
+            if not message.role:
+                raise _invalid(f"messages.messages[{i}].role", "is empty", "use user, assistant or system")
+        chat = [{"role": m.role, "content": m.content} for m in messages.messages]
+        try:
+            return self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError) as error:  # templates refuse roles and orders that they do not know
+            remedy = "send messages as the model's chat template expects them"
+            raise _invalid("messages", f"the chat template refuses them ({error})", remedy) from None
+
+
+def fill(template: str, prompt: str) -> str:
+    """A task's prompt template with `prompt` in its only field.
+
+    Raises:
+        InvalidRequest: the template has no field or several, or one that is more than a name (`{a.b}`, `{a:>9}`).
+    """
+    where = "apply_task_template"
+    remedy = "leave apply_task_template out and send the whole prompt"
+    try:
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise _invalid(where, f"the task's template cannot be read ({error})", remedy) from None
+    fields = list(dict.fromkeys(field for field, _, _ in parts))
+    if len(fields) != 1:
+        names = ", ".join(fields) or "none"
+        raise _invalid(where, f"the task's template has {len(fields)} fields ({names}), one is needed", remedy)
+    if not fields[0].isidentifier() or any(spec or conversion for _, spec, conversion in parts):
+        raise _invalid(where, f"the task's template has a field that is more than a name ({fields[0]})", remedy)
+    return template.format(**{fields[0]: prompt})
+
+
+def _invalid(field: str, message: str, remedy: str) -> InvalidRequest:
+    return InvalidRequest(Problem(message, field, remedy=remedy))

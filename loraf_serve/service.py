@@ -1,0 +1,133 @@
+"""The two gRPC services. A request passes admission and validation, runs in the backend, and ends in one status.
+
+request ──▶ Admission ──▶ Validator ──▶ Backend.generate ──▶ messages
+                               any exception ──▶ loraf_serve.status
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+
+import grpc
+from grpc_status.rpc_status import GRPC_DETAILS_METADATA_KEY
+
+from loraf_serve import messages, status
+from loraf_serve.admission import Admission
+from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest
+from loraf_serve.errors import DeadlineExceeded
+from loraf_serve.registry import Registry
+from loraf_serve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
+from loraf_serve.validation import Validator, request_id_problem
+
+log = logging.getLogger(__name__)
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """Generate and StreamGenerate.
+
+    Args:
+        default_deadline: seconds for requests that bring no deadline of their own; None: as long as they take.
+        engine_gone: awaited when the backend says that it cannot answer any more.
+
+    Attributes:
+        validator: set when the backend has started and its tokenizer is known, before admission opens.
+    """
+
+    validator: Validator
+
+    def __init__(
+        self,
+        backend: Backend,
+        admission: Admission,
+        default_deadline: float | None,
+        engine_gone: Callable[[BackendUnavailable], Awaitable[None]],
+    ):
+        self._backend = backend
+        self._admission = admission
+        self._default_deadline = default_deadline
+        self._engine_gone = engine_gone
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, context) -> generation_pb2.GenerateResponse:
+        answer = messages.Answer()
+        await self._run(request, context, answer.add)
+        return answer.response
+
+    # Not an asynchronous generator: one that is suspended in a `yield` when the client goes away is closed only when
+    # it is collected. No headers are sent before the first token, so that a client may retry until then.
+    async def StreamGenerate(self, request: generation_pb2.StreamGenerateRequest, context) -> None:
+        await self._run(request, context, context.write)
+
+    async def _run(
+        self,
+        request: generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest,
+        context: grpc.aio.ServicerContext,
+        emit: Callable[[generation_pb2.StreamGenerateResponse], Awaitable[None]],
+    ) -> None:
+        """Feeds `emit` the pieces of the answer; ends the call with a status if anything is wrong."""
+        client_id = "" if request_id_problem(request.request_id) else request.request_id
+        request_id = client_id or uuid.uuid4().hex
+        # A deadline of the client's own reaches this handler as a cancellation.
+        deadline = self._default_deadline if context.time_remaining() is None else None
+        try:
+            async with asyncio.timeout(deadline) as timeout:
+                with self._admission.enter():
+                    valid = await self.validator.read(request)
+                    async with aclosing(self._pieces(valid, request_id)) as pieces:
+                        async for piece in pieces:
+                            await emit(piece)
+        except BackendUnavailable as error:
+            await self._engine_gone(error)
+            await _abort(context, self._admission.refusal or error, request_id)
+        except TimeoutError as error:
+            await _abort(context, DeadlineExceeded(deadline) if timeout.expired() else error, request_id)
+        except asyncio.CancelledError as error:
+            if asyncio.current_task().cancelling():
+                raise  # the client's deadline went by, or it cancelled, or is gone
+            await _abort(context, error, request_id)  # nobody cancelled this call: a fault inside
+        except Exception as error:
+            await _abort(context, error, request_id)
+
+    async def _pieces(
+        self, request: GenerationRequest, request_id: str
+    ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
+        """The backend's outputs as messages."""
+        stream = messages.Stream(request, request_id, self._backend.name)
+        async with aclosing(self._backend.generate(request)) as outputs:
+            async for output in outputs:
+                message = stream.message(output)
+                if message is not None:
+                    yield message
+        if not stream.finished:
+            raise RuntimeError(f"the {self._backend.name} backend ended an answer without a finish reason")
+
+
+class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
+    """What is loaded."""
+
+    def __init__(self, registry: Registry):
+        self._registry = registry
+
+    async def ListAdapters(self, request, context) -> adapter_pb2.ListAdaptersResponse:
+        return adapter_pb2.ListAdaptersResponse(adapters=[messages.adapter(a) for a in self._registry])
+
+    async def GetAdapter(self, request, context) -> adapter_pb2.GetAdapterResponse:
+        try:
+            return adapter_pb2.GetAdapterResponse(adapter=messages.adapter(self._registry.get(request.name)))
+        except Exception as error:
+            await _abort(context, error, uuid.uuid4().hex)
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: BaseException, request_id: str) -> None:
+    """Ends the call with the status for `error`; logs what nobody expected."""
+    found = status.status_of(error, request_id)
+    code = status.code_of(error)
+    if code is grpc.StatusCode.INTERNAL:
+        log.error("request %s failed", request_id, exc_info=error)
+    else:
+        log.info("request %s: %s: %s", request_id, code.name, found.message)
+    metadata = ((GRPC_DETAILS_METADATA_KEY, found.SerializeToString()),)
+    await context.abort(code, found.message, metadata)

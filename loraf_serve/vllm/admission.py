@@ -1,0 +1,100 @@
+"""Which task sets are in the engine: at most as many as it has slots, and each gets its turn.
+
+vLLM's scheduler starts no waiting request whose LoRA is not among the running ones while all slots are taken, but goes
+on starting requests behind it whose LoRA is: a steady stream for a few sets would keep every other set waiting for
+ever. So sets are admitted here, in the order in which they began to wait. As soon as a set waits, one admitted set is
+closed: its running requests end, its new ones queue, and the slot goes to the set that has waited longest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Hashable
+from contextlib import asynccontextmanager
+
+
+class SlotAdmission:
+    """Admits requests to `slots` slots; every request of an admitted set shares its set's slot."""
+
+    def __init__(self, slots: int):
+        self._slots = slots
+        self._running: dict[Hashable, int] = {}  # admitted set → its requests, in order of admission
+        self._closed: list[Hashable] = []  # admitted sets that take no more requests, in order of closing
+        self._waiting: dict[Hashable, list[asyncio.Future[None]]] = {}  # in the order in which sets began to wait
+        self._ended: Exception | None = None
+
+    @property
+    def admitted(self) -> frozenset[Hashable]:
+        return frozenset(self._running)
+
+    def end(self, error: Exception) -> None:
+        """Admits nobody any more: whoever waits, or comes later, gets `error`."""
+        self._ended = error
+        waiting, self._waiting = self._waiting, {}
+        for turns in waiting.values():
+            for turn in turns:
+                if not turn.done():
+                    turn.set_exception(error)
+
+    @asynccontextmanager
+    async def slot(self, key: Hashable) -> AsyncIterator[None]:
+        """Waits until the set `key` has a slot, and holds it."""
+        await self._acquire(key)
+        try:
+            yield
+        finally:
+            self._release(key)
+
+    async def _acquire(self, key: Hashable) -> None:
+        if self._ended is not None:
+            raise self._ended
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, []).append(turn)
+        self._settle()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._release(key)
+            else:
+                self._forget(key, turn)
+            raise
+
+    def _release(self, key: Hashable) -> None:
+        self._running[key] -= 1
+        self._settle()
+
+    def _forget(self, key: Hashable, turn: asyncio.Future[None]) -> None:
+        turns = self._waiting.get(key, [])
+        if turn in turns:
+            turns.remove(turn)
+            if not turns:
+                del self._waiting[key]
+            self._settle()
+
+    def _settle(self) -> None:
+        """Brings admitted, closed and waiting sets in line after any change."""
+        for key in [key for key, requests in self._running.items() if requests == 0]:
+            del self._running[key]
+            if key in self._closed:
+                self._closed.remove(key)
+        for key in list(self._waiting):
+            if key in self._running:
+                if key not in self._closed:
+                    self._admit(key)
+            elif len(self._running) < self._slots:
+                self._admit(key)
+        without_slot = sum(key not in self._running for key in self._waiting)
+        while len(self._closed) > without_slot:
+            key = self._closed.pop()
+            if key in self._waiting:
+                self._admit(key)
+        while len(self._closed) < min(without_slot, len(self._running)):
+            open_sets = [key for key in self._running if key not in self._closed]
+            self._closed.append(min(open_sets, key=lambda key: self._running[key]))  # the soonest to be empty
+
+    def _admit(self, key: Hashable) -> None:
+        for turn in self._waiting.pop(key):
+            if not turn.done():  # a cancelled one has not left the queue yet
+                self._running[key] = self._running.get(key, 0) + 1
+                turn.set_result(None)

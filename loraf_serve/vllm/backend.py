@@ -1,0 +1,231 @@
+"""The slots backend: each task set that requests name is a LoRA slot of a vLLM engine."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Collection, Hashable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
+from loraf.tasksets import TaskSet
+from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
+from loraf_serve.vllm.admission import SlotAdmission
+from loraf_serve.vllm.environment import engine_environment
+from loraf_serve.vllm.naming import lora_path
+from loraf_serve.vllm.store import raise_error
+from loraf_serve.vllm.support import can_serve
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_POLL_SECONDS = 0.02
+_STOP_SECONDS = 1.0
+
+
+class SlotsBackend(Backend):
+    """Task sets as slots of vLLM.
+
+    A set is built in vLLM's worker from the checkpoint, which the worker has in memory. Sets beyond the number of
+    slots (`--max-loras`) wait their turn. Base requests need no slot and never wait.
+
+    Args:
+        model_folder: a transformers model.
+        engine_options: vLLM's own command-line options.
+        max_rank: the largest rank among the adapters known at start; slots are allocated for it.
+    """
+
+    name = "slots"
+
+    def __init__(self, model_folder: Path, engine_options: Sequence[str] = (), max_rank: int = 64):
+        self._model_folder = Path(model_folder)
+        self._engine_options = tuple(engine_options)
+        self._max_rank = max_rank
+        self._engine: AsyncLLM | None = None
+        self._stopping = False
+        self._resident: set[str] = set()  # adapter digests that every worker has in memory
+        self._request_ids: set[str] = set()
+
+    async def start(self) -> None:
+        engine = self._engine = await asyncio.to_thread(self._start_engine)
+        self.tokenizer = engine.get_tokenizer()
+        self.max_model_len = engine.model_config.max_model_len
+        lora = engine.vllm_config.lora_config
+        self._admission = SlotAdmission(lora.max_loras)
+        self._lora_requests = _LoraRequests(first_id=lora.max_loras + 1, idle=lora.max_cpu_loras)
+        try:
+            if not all(await self._call_workers("loraf_layers")):
+                message = "vLLM's workers did not take LoRAF's LoRA manager"
+                raise ConfigError(Problem(message, "--backend slots", remedy="serve with --backend merged"))
+            await self._warm_up()
+        except BaseException:
+            await self.stop()
+            raise
+
+    def _start_engine(self) -> AsyncLLM:
+        """Blocks until the engine's processes have loaded the model."""
+        with engine_environment():
+            reason = can_serve(self._model_folder)
+            if reason:
+                raise ConfigError(Problem(reason, "--backend slots", remedy="serve with --backend merged"))
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            from loraf_serve.vllm.options import engine_args
+
+            args = engine_args(self._model_folder, self._engine_options, self._max_rank)
+            try:
+                config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                remedy = "change the option, or the model"
+                raise ConfigError(Problem(str(error), "vLLM's options", remedy=remedy)) from None
+            try:
+                return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            except Exception as error:  # what stopped the engine's processes stands in their own log
+                remedy = "read the reason above, in vLLM's own log"
+                raise ConfigError(Problem(f"vLLM did not start ({error})", "--backend slots", remedy=remedy)) from error
+
+    async def _warm_up(self) -> None:
+        """One token of the base model: an engine's first step is slow."""
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import SamplingParams
+
+        token = self.tokenizer.bos_token_id or 0
+        params = SamplingParams(max_tokens=1)
+        async for _ in self._running().generate(tokens_input([token]), params, _new_request_id()):
+            pass
+
+    async def add_adapter(self, adapter: ServedAdapter) -> None:
+        """Has every worker read the checkpoint, compare it with the adapter's digest, and keep it in memory."""
+        folder = str(adapter.path.resolve())
+        await self._call_workers("loraf_begin_load", folder, list(adapter.tasks), adapter.digest)
+        while None in (states := await self._call_workers("loraf_load_state", adapter.digest)):
+            await asyncio.sleep(_POLL_SECONDS)
+        for state in states:
+            raise_error(state)
+        self._resident.add(adapter.digest)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:
+        """Sampling fields that vLLM refuses, a prompt that does not fit: LorafError with vLLM's words."""
+        self._running()
+        if request.task_set.is_base:
+            async with aclosing(self._stream(request, None)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        key = self._set_key(request)
+        async with self._admission.slot(key):
+            lora_request = self._lora_requests.get(key, self._admission.admitted)
+            async with aclosing(self._stream(request, lora_request)) as outputs:
+                async for output in outputs:
+                    yield output
+
+    def _set_key(self, request: GenerationRequest) -> str:
+        """The set's name in the engine. Refuses here what would otherwise fail inside a step and end the engine."""
+        adapter = request.adapter
+        if adapter is None or adapter.digest not in self._resident:
+            name = "none" if adapter is None else adapter.name
+            raise UnknownTask(Problem(f"adapter {name!r} is not loaded", "adapter"))
+        task_set = TaskSet.of(request.task_set.weights, adapter.tasks)
+        return lora_path(adapter.digest, str(task_set))
+
+    async def _stream(self, request: GenerationRequest, lora_request: LoRARequest | None) -> AsyncIterator[Output]:
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        from loraf_serve.vllm import convert
+
+        engine = self._running()
+        request_id = _new_request_id()  # the caller's may come twice
+        finished = False
+        self._request_ids.add(request_id)
+        try:
+            params = convert.sampling_params(request.sampling)
+            prompt = tokens_input(list(request.prompt_token_ids))
+            made = engine.generate(prompt, params, request_id, lora_request=lora_request)
+            async with aclosing(made):
+                async for part in made:
+                    finished = part.finished
+                    if self._stopping and any(choice.finish_reason == "abort" for choice in part.outputs):
+                        raise _stopped()
+                    yield convert.output(part, request.sampling.logprobs)
+        except EngineDeadError as error:
+            raise BackendUnavailable("the engine has died") from error
+        except (VLLMClientError, ValueError) as error:
+            field = getattr(error, "parameter", None) or "sampling"
+            raise LorafError(Problem(str(error), field)) from None
+        finally:
+            self._request_ids.discard(request_id)
+            if not finished:
+                # vLLM aborts by itself, but not while a request is still on its way into the engine.
+                await asyncio.shield(engine.abort(request_id))
+
+    async def check_health(self) -> None:
+        if self._running().errored:
+            raise BackendUnavailable("the engine has died")
+
+    async def stop(self) -> None:
+        self._stopping = True
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        self._admission.end(_stopped())
+        deadline = asyncio.get_running_loop().time() + _STOP_SECONDS
+        while self._request_ids and asyncio.get_running_loop().time() < deadline:
+            await engine.abort(list(self._request_ids))
+            await asyncio.sleep(_POLL_SECONDS)
+        await asyncio.to_thread(engine.shutdown)
+
+    def _running(self) -> AsyncLLM:
+        if self._engine is None or self._stopping:
+            raise _stopped()
+        return self._engine
+
+    async def _call_workers(self, method: str, *args: object) -> list:
+        """Calls a method of `WorkerExtension` in every worker; one result each."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await self._running().collective_rpc(method, args=args)
+        except EngineDeadError as error:
+            raise BackendUnavailable("the engine has died") from error
+
+
+class _LoraRequests:
+    """vLLM's request object of each set. An id is never used for a second set: vLLM would go on with the first.
+
+    Args:
+        first_id: ids below belong to vLLM's warm-up.
+        idle: sets without a slot to remember: as many as the workers keep built.
+    """
+
+    def __init__(self, first_id: int, idle: int):
+        self._ids = itertools.count(first_id)
+        self._idle = idle
+        self._requests: OrderedDict[str, LoRARequest] = OrderedDict()
+
+    def get(self, key: str, in_use: Collection[Hashable]) -> LoRARequest:
+        """Args: the set's name; the names of sets that have a slot, which must keep their ids."""
+        from vllm.lora.request import LoRARequest
+
+        if key not in self._requests:
+            self._requests[key] = LoRARequest(lora_name=key, lora_int_id=next(self._ids), lora_path=key)
+        self._requests.move_to_end(key)
+        idle = [name for name in self._requests if name not in in_use]
+        for name in idle[: max(0, len(idle) - self._idle)]:
+            del self._requests[name]
+        return self._requests[key]
+
+
+def _stopped() -> BackendUnavailable:
+    return BackendUnavailable("the engine is being stopped")
+
+
+def _new_request_id() -> str:
+    return uuid.uuid4().hex

@@ -1,0 +1,67 @@
+"""Between the service's requests and answers and vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from loraf_serve.backends.base import ChoiceDelta, Output, PositionLogprobs, Sampling, TokenLogprob
+
+
+def sampling_params(sampling: Sampling) -> SamplingParams:
+    """vLLM's parameters; every field of `Sampling` has its counterpart."""
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias) or None,
+        logprobs=sampling.logprobs,
+        n=sampling.n,
+        ignore_eos=sampling.ignore_eos,
+        skip_special_tokens=sampling.skip_special_tokens,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def output(made: RequestOutput, wanted_logprobs: int | None) -> Output:
+    """Args: what vLLM made since its last output; `Sampling.logprobs`."""
+    choices = tuple(_choice(completion, wanted_logprobs) for completion in made.outputs)
+    return Output(choices, made.num_cached_tokens or 0)
+
+
+def _choice(completion: CompletionOutput, wanted_logprobs: int | None) -> ChoiceDelta:
+    token_ids = tuple(completion.token_ids)
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    if wanted_logprobs is not None and completion.logprobs:
+        positions = zip(token_ids, completion.logprobs, strict=True)
+        logprobs = tuple(_position(token_id, found, wanted_logprobs) for token_id, found in positions)
+    return ChoiceDelta(
+        index=completion.index,
+        text=completion.text,
+        token_ids=token_ids,
+        finish_reason=completion.finish_reason,
+        stop_reason="" if completion.stop_reason is None else str(completion.stop_reason),
+        logprobs=logprobs,
+    )
+
+
+def _position(chosen: int, found: Mapping[int, Logprob], wanted: int) -> PositionLogprobs:
+    """vLLM gives the `wanted` most likely tokens (-1: all), and the chosen one as well where it is not among them."""
+    converted = {
+        token_id: TokenLogprob(token_id, entry.logprob, entry.rank or 0, entry.decoded_token or "")
+        for token_id, entry in found.items()
+    }
+    ranked = sorted(converted.values(), key=lambda entry: entry.rank)
+    return PositionLogprobs(converted[chosen], tuple(ranked if wanted < 0 else ranked[:wanted]))

@@ -1,0 +1,46 @@
+"""The environment in which vLLM is imported and starts its processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from loraf_serve.vllm.plugin import ENGINE_OWNER
+
+
+def quiet() -> None:
+    """Lets vLLM log errors only, unless the user chose a level (VLLM_LOGGING_LEVEL)."""
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+@contextmanager
+def engine_environment() -> Iterator[None]:
+    """vLLM's processes inherit this environment; this process gets its own back at the end."""
+    quiet()
+    needed = {
+        ENGINE_OWNER: str(os.getpid()),
+        # A fork of a process with threads (gRPC's) may hang.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_NO_USAGE_STATS": "1",
+        # The model is a folder by now: nothing may be looked up on a hub.
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+    unless_chosen = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+    before = {name: os.environ.get(name) for name in needed | unless_chosen}
+    os.environ.update({name: value for name, value in unless_chosen.items() if name not in os.environ} | needed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

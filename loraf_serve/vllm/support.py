@@ -1,0 +1,35 @@
+"""Can vLLM serve a model with LoRA on this machine? Answered without starting an engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from loraf_serve.vllm.environment import quiet
+
+
+def can_serve(model_folder: Path) -> str | None:
+    """Why the slots backend cannot serve a model; None if it can.
+
+    Imports vLLM (seconds), reads the model's config, starts nothing.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    quiet()
+    try:
+        from vllm.model_executor.models import ModelRegistry, supports_lora
+    except ImportError as error:  # an installation for another processor, or one that misses a library
+        return f"vLLM cannot be imported ({error})"
+    from loraf_serve.vllm import relied_on
+
+    broken = relied_on.broken()
+    if broken:
+        return "this release of vLLM is not the one that loraf was made for: " + "; ".join(broken)
+    architectures = json.loads((Path(model_folder) / "config.json").read_text()).get("architectures") or []
+    known = [name for name in architectures if name in ModelRegistry.models]
+    if not known:
+        return f"vLLM has no model {' or '.join(architectures) or 'without a named architecture'}"
+    if not supports_lora(ModelRegistry.models[known[0]].load_model_cls()):
+        return f"vLLM has no LoRA for {known[0]}"
+    return None

@@ -1,0 +1,40 @@
+"""A program for test_vllm_processes.py: a service in miniature. Usage: python -m tests.serve.engine_process MODEL
+
+It starts the slots backend, ignores SIGTERM and SIGINT as a service does that drains, answers one long base request,
+and says on standard output how far it is, one word a line. Then it waits to be killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+from loraf.tasksets import TaskSet
+from loraf_serve.backends.base import GenerationRequest, Sampling
+from loraf_serve.vllm.backend import SlotsBackend
+from tests.serve.vllm_engines import OPTIONS
+
+
+async def main(model: Path) -> None:
+    backend = SlotsBackend(model, OPTIONS, 16)
+    await backend.start()
+    sampling = Sampling(max_tokens=400, ignore_eos=True)
+    reason = None
+    async for output in backend.generate(GenerationRequest("r", (1, 5), sampling, None, TaskSet())):
+        if reason is None:
+            say("answering")
+        reason = output.choices[0].finish_reason or "unfinished"
+    say(reason)
+    await asyncio.sleep(600)
+
+
+def say(word: str | None) -> None:
+    print(word, flush=True)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    asyncio.run(main(Path(sys.argv[1])))

@@ -1,0 +1,127 @@
+"""A backend without a model, for tests of everything around backends."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+
+from loraf_serve.backends.base import (
+    Backend,
+    BackendUnavailable,
+    ChoiceDelta,
+    GenerationRequest,
+    Output,
+    PositionLogprobs,
+    ServedAdapter,
+    TokenLogprob,
+    UnsupportedField,
+)
+from tests.standins import byte_tokenizer
+
+LETTERS = "abcdefghijklmnop"
+
+
+def expected_text(request: GenerationRequest, index: int = 0) -> str:
+    """What the fake answers: a letter from a hash of prompt, adapter, canonical set with weights, choice and place."""
+    digest = request.adapter.digest if request.adapter and not request.task_set.is_base else ""
+    key = f"{request.prompt_token_ids}|{digest}|{request.task_set}|{index}"
+    places = range(request.sampling.max_tokens)
+    return "".join(LETTERS[hashlib.sha256(f"{key}|{i}".encode()).digest()[0] % len(LETTERS)] for i in places)
+
+
+class FakeBackend(Backend):
+    """Finds these bugs of a service: the wrong prompt, adapter, set or weight reaches the backend (the text differs);
+    pieces are lost, doubled or mixed between choices; an iterator is left running when its client is gone (`running`,
+    `closed_early`); a request arrives before `start` or after `stop`; an adapter is named that was never added; two
+    requests come under one id; a failure becomes the wrong status.
+
+    Attributes:
+        seconds_per_token: how long a token takes.
+        gate: held closed, `start` waits for it.
+        failure: raised before the first token; failure_after: raised after two.
+        unsupported: name of a sampling field that it does not obey.
+        dead: what check_health raises.
+    """
+
+    name = "fake"
+
+    def __init__(self, seconds_per_token: float = 0.0, max_model_len: int = 256):
+        self.tokenizer = byte_tokenizer()
+        self.max_model_len = max_model_len
+        self.seconds_per_token = seconds_per_token
+        self.gate: asyncio.Event | None = None
+        self.failure: Exception | None = None
+        self.failure_after: Exception | None = None
+        self.unsupported = ""
+        self.dead: Exception | None = None
+        self.requests: list[GenerationRequest] = []
+        self.running: set[str] = set()
+        self.closed_early: list[str] = []
+        self.state = "new"
+        self._added: set[str] = set()
+        self._stopping = asyncio.Event()
+
+    async def start(self) -> None:
+        assert self.state == "new"
+        if self.gate:
+            await self.gate.wait()
+        self.state = "started"
+
+    async def add_adapter(self, adapter: ServedAdapter) -> None:
+        assert self.state == "started"
+        self._added.add(adapter.digest)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:
+        assert self.state == "started", f"a request while the backend is {self.state}"
+        assert request.task_set.is_base or request.adapter.digest in self._added
+        assert request.request_id not in {earlier.request_id for earlier in self.requests}
+        assert 0 < len(request.prompt_token_ids) <= self.max_model_len - request.sampling.max_tokens
+        if self.unsupported:
+            raise UnsupportedField(self.unsupported, self.name)
+        if self.failure:
+            raise self.failure
+        self.requests.append(request)
+        self.running.add(request.request_id)
+        finished = False
+        try:
+            for i in range(request.sampling.max_tokens):
+                if self.seconds_per_token and await self._stopped_within(self.seconds_per_token):
+                    yield Output(tuple(ChoiceDelta(n, "", (), "abort") for n in range(request.sampling.n)))
+                    finished = True
+                    return
+                if self.failure_after and i == 2:
+                    raise self.failure_after
+                finished = i == request.sampling.max_tokens - 1
+                yield Output(tuple(self._piece(request, n, i) for n in range(request.sampling.n)), 1)
+        finally:
+            self.running.discard(request.request_id)
+            if not finished:
+                self.closed_early.append(request.request_id)
+
+    def _piece(self, request: GenerationRequest, index: int, place: int) -> ChoiceDelta:
+        letter = expected_text(request, index)[place]
+        token = self.tokenizer.convert_tokens_to_ids(letter)
+        entry = TokenLogprob(token, -0.5, 1, letter)
+        wanted = request.sampling.logprobs
+        logprobs = () if wanted is None else (PositionLogprobs(entry, (entry,) * wanted),)
+        finish = "length" if place == request.sampling.max_tokens - 1 else None
+        return ChoiceDelta(index, letter, (token,), finish, "", logprobs)
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def check_health(self) -> None:
+        if self.dead:
+            raise self.dead
+
+    async def stop(self) -> None:
+        self.state = "stopped"
+        self._stopping.set()
+
+
+GONE = BackendUnavailable("engine core died at /srv/secret/engine.py")

@@ -1,0 +1,398 @@
+"""The slots backend on a real engine: sampling, cancelling, adapters that are refused and that are different."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from loraf.base import describe
+from loraf.checkpoint import Checkpoint
+from loraf.errors import BaseMismatch, CheckpointError, CorruptCheckpoint, LorafError, UnknownTask
+from tests.serve.references import Merged
+from tests.serve.vllm_engines import SLOTS, Engine, Pool, open_adapter, random_prompt
+from tests.standins import linear_shapes, make_model, random_checkpoint, random_values
+
+PROMPT = [3 + 37 * i % 94 for i in range(12)]  # printable: else vLLM's text begins with the prompt's broken character
+
+
+@pytest.fixture(scope="session")
+def engine(vllm_pool: Pool) -> Engine:
+    return vllm_pool.get("mistral")
+
+
+@pytest.fixture(scope="session")
+def merged(engine: Engine) -> Merged:
+    return Merged(engine.folder, engine.adapter.checkpoint)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -> bool:
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not await condition():
+        if asyncio.get_running_loop().time() > deadline:
+            return False
+        await asyncio.sleep(0.01)
+    return True
+
+
+# Sampling
+
+
+def test_pieces_make_the_text_and_the_end_is_named(engine: Engine) -> None:
+    tokenizer = engine.backend.tokenizer
+    letters = dict.fromkeys(tokenizer.encode("".join(map(chr, range(32, 127))), add_special_tokens=False), 50.0)
+    prompt = tokenizer.encode("Say something:")
+    (answer,) = engine.ask(engine.request("all", prompt, max_tokens=20, logit_bias=letters))
+    assert answer.finish_reason == "length" and answer.stop_reason == "" and len(answer.token_ids) == 20
+    assert answer.text == tokenizer.decode(answer.token_ids) and answer.text.isascii()
+    assert answer.logprobs == []
+    assert engine.backend.max_model_len == 1024
+
+
+def test_stop_texts_and_stop_tokens(engine: Engine) -> None:
+    (whole,) = engine.ask(engine.request("all", PROMPT, max_tokens=20))
+    token = next(t for t in whole.token_ids[2:] if t not in whole.token_ids[:2])
+    at = whole.token_ids.index(token)
+    (stopped,) = engine.ask(engine.request("all", PROMPT, max_tokens=20, stop_token_ids=(token,), ignore_eos=False))
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", str(token))
+    assert stopped.token_ids == whole.token_ids[: at + 1]
+    (later,) = engine.ask(
+        engine.request("all", PROMPT, max_tokens=20, stop_token_ids=(token,), min_tokens=at + 2, ignore_eos=False)
+    )
+    assert len(later.token_ids) >= at + 2
+
+    bias = {engine.backend.tokenizer.encode(letter, add_special_tokens=False)[0]: 100.0 for letter in "a"}
+    (text,) = engine.ask(engine.request("all", PROMPT, max_tokens=9, logit_bias=bias, stop=("aaa",)))
+    assert (text.text, text.finish_reason, text.stop_reason) == ("", "stop", "aaa")
+    assert len(text.token_ids) == 3
+
+
+def test_end_of_sequence_ends_unless_it_is_ignored(engine: Engine) -> None:
+    bias = {engine.backend.tokenizer.eos_token_id: 100.0}
+    ended, ignored = engine.ask(
+        engine.request("base", PROMPT, logit_bias=bias, ignore_eos=False),
+        engine.request("base", PROMPT, logit_bias=bias, ignore_eos=True, skip_special_tokens=False),
+    )
+    assert (ended.finish_reason, ended.text) == ("stop", "")
+    assert (ignored.finish_reason, ignored.text) == ("length", "</s>" * 8)
+
+
+def test_logprobs(engine: Engine) -> None:
+    """The test engine gives logits for log-probabilities."""
+    (answer,) = engine.ask(engine.request("math", PROMPT, max_tokens=5, logprobs=3))
+    merged = Merged(engine.folder, engine.adapter.checkpoint)
+    logits = merged.logits("math", PROMPT + answer.token_ids[:-1])[-5:]
+    for token_id, position, row in zip(answer.token_ids, answer.logprobs, logits, strict=True):
+        best = row.topk(3)
+        assert [token.token_id for token in position.top] == best.indices.tolist()
+        assert [token.logprob for token in position.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+        assert [token.rank for token in position.top] == [1, 2, 3]
+        assert position.chosen == position.top[0] and position.chosen.token_id == token_id
+    (chosen_only,) = engine.ask(engine.request("math", PROMPT, max_tokens=5, logprobs=0))
+    assert [len(position.top) for position in chosen_only.logprobs] == [0] * 5
+    letter = engine.backend.tokenizer.encode("g", add_special_tokens=False)[0]
+    (forced,) = engine.ask(engine.request("math", PROMPT, max_tokens=1, logprobs=2, logit_bias={letter: 100.0}))
+    position = forced.logprobs[0]
+    assert (position.chosen.token_id, position.chosen.text) == (letter, "g")
+    assert position.chosen.rank == int((logits[0] > logits[0, letter]).sum()) + 1 > 2
+    assert [token.token_id for token in position.top] == logits[0].topk(2).indices.tolist()
+
+
+def test_several_answers_and_seeds(engine: Engine) -> None:
+    def several(seed: int) -> list[list[int]]:
+        request = engine.request("all", PROMPT, temperature=1.5, n=3, seed=seed, max_tokens=12)
+        answers = engine.loop.run(engine.answers(request))
+        assert [answer.finish_reason for answer in answers] == ["length"] * 3
+        return [answer.token_ids for answer in answers]
+
+    first = several(1)
+    assert all(len(token_ids) == 12 for token_ids in first) and len({tuple(t) for t in first}) == 3
+    assert several(1) == first and several(2) != first
+
+
+def test_every_sampling_field_reaches_vllm() -> None:
+    from loraf_serve.backends.base import Sampling
+    from loraf_serve.vllm.convert import sampling_params
+
+    given = Sampling(
+        max_tokens=7, min_tokens=3, temperature=0.7, top_p=0.8, top_k=5, min_p=0.1, seed=9, stop=("x", "y"),
+        stop_token_ids=(4, 5), repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3,
+        logit_bias={3: -1.0}, logprobs=2, n=2, ignore_eos=True, skip_special_tokens=False,
+    )  # fmt: skip
+    assert all(getattr(given, f.name) != getattr(Sampling(), f.name) for f in dataclasses.fields(Sampling))
+    made = sampling_params(given)
+    for field in dataclasses.fields(Sampling):
+        value = getattr(given, field.name)
+        assert getattr(made, field.name) == (list(value) if isinstance(value, tuple) else value), field.name
+
+
+def test_penalties_and_truncation_change_the_answer(engine: Engine) -> None:
+    loop = random_prompt(1, seed=7) * 30
+    plain, penalised = engine.ask(
+        engine.request("base", loop, max_tokens=20),
+        engine.request("base", loop, max_tokens=20, repetition_penalty=1.8, presence_penalty=2, frequency_penalty=2),
+    )
+    assert len(set(penalised.token_ids)) > len(set(plain.token_ids)) or penalised.token_ids != plain.token_ids
+    greedy, narrowed = engine.ask(
+        engine.request("nlu", PROMPT), engine.request("nlu", PROMPT, temperature=2.0, top_k=1, seed=1)
+    )
+    assert narrowed.token_ids == greedy.token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "words"),
+    [
+        (PROMPT, {"top_p": 2.0}, "top_p"),
+        (PROMPT, {"logit_bias": {100_000: 1.0}}, "100000"),
+        ([1, 100_000], {}, "100000"),
+        (random_prompt(1030, seed=1), {}, "1024"),
+    ],
+)
+def test_what_vllm_refuses_is_an_ordinary_error(engine: Engine, prompt, sampling, words: str) -> None:
+    for text in ("base", "math"):
+        with pytest.raises(LorafError, match=words):
+            engine.ask(engine.request(text, prompt, **sampling))
+    assert len(engine.ask(engine.request("math", PROMPT))[0].token_ids) == 8
+    assert not engine.backend._admission.admitted
+
+
+# Cancelling
+
+
+@pytest.mark.parametrize("text", ["base", "math"])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("how", ["task", "iterator"])
+def test_a_cancelled_request_leaves_the_engine_at_once(engine: Engine, text: str, n: int, how: str) -> None:
+    async def scenario() -> None:
+        request = engine.request(text, PROMPT, max_tokens=900, n=n, temperature=1.0)
+        begun = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in engine.backend.generate(request):
+                begun.set()
+
+        if how == "task":
+            task = asyncio.ensure_future(read())
+            await asyncio.wait_for(begun.wait(), 60)
+            assert await engine.busy()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        else:
+            outputs = engine.backend.generate(request)
+            await anext(outputs)
+            assert await engine.busy()
+            await outputs.aclose()
+        assert engine.backend._engine.get_num_unfinished_requests() == 0
+        assert await until(lambda: _not(engine.busy()), 5)
+        assert not engine.backend._admission.admitted and not engine.backend._request_ids
+
+    engine.loop.run(scenario())
+
+
+async def _not(condition: Awaitable[bool]) -> bool:
+    return not await condition
+
+
+def test_cancels_at_any_moment_leave_nothing_behind(engine: Engine) -> None:
+    """Also before the request is in the engine, and while it waits for a slot."""
+    texts = ["math", "nlu", "code", "all", "base", "math:2", "nlu:3"]
+
+    async def scenario() -> None:
+        tasks = []
+        for i in range(60):
+            request = engine.request(texts[i % len(texts)], PROMPT, max_tokens=100)
+            tasks.append(asyncio.ensure_future(engine.answers(request)))
+            if i % 3:
+                asyncio.get_running_loop().call_later(0.003 * (i % 17), tasks[-1].cancel)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        for i, outcome in enumerate(outcomes):
+            if i % 3:
+                assert isinstance(outcome, asyncio.CancelledError | list)
+            else:
+                assert len(outcome[0].token_ids) == 100
+        assert sum(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes) > 20
+        assert await until(lambda: _not(engine.busy()), 5)
+        assert not engine.backend._admission.admitted and not engine.backend._request_ids
+        assert not engine.backend._engine.output_processor.parent_requests
+
+    engine.loop.run(scenario())
+
+
+def test_a_set_that_waits_does_not_starve(engine: Engine, merged: Merged) -> None:
+    """A steady stream for as many sets as there are slots; vLLM alone would never start a further set."""
+    busy = ["math", "nlu", "code"]
+    assert len(busy) == SLOTS
+    patient = engine.request("math+nlu", PROMPT, max_tokens=4)
+
+    async def scenario() -> list[int]:
+        stop = asyncio.Event()
+        served = 0
+
+        async def stream(text: str) -> None:
+            nonlocal served
+            while not stop.is_set():
+                await engine.answers(engine.request(text, PROMPT, max_tokens=30))
+                served += 1
+
+        streams = [asyncio.ensure_future(stream(text)) for text in busy for _ in range(3)]
+        await until(lambda: _true(served > 3))
+        before = served
+        (answer,) = await asyncio.wait_for(engine.answers(patient), 60)
+        stop.set()
+        await asyncio.gather(*streams)
+        assert served - before <= 40
+        return answer.token_ids
+
+    assert engine.loop.run(scenario()) == merged.greedy("math+nlu", PROMPT, 4)
+
+
+async def _true(value: bool) -> bool:
+    return value
+
+
+# Adapters
+
+
+def test_different_checkpoints_at_once(engine: Engine, merged: Merged, tmp_path: Path) -> None:
+    """Another seed, another rank, other targets (some parts of fused layers only), a subset of the tasks."""
+    base = describe("stand-in", engine.folder)
+    all_shapes = linear_shapes(engine.folder)
+    adapters = [open_adapter("seed", random_checkpoint(tmp_path / "seed", engine.folder, seed=5).path)]
+    adapters.append(open_adapter("rank", random_checkpoint(tmp_path / "rank", engine.folder, rank=8, seed=6).path))
+    for name, targets in (("few", ("v_proj", "down_proj")), ("up", ("up_proj", "q_proj"))):
+        shapes = {module: shape for module, shape in all_shapes.items() if module.endswith(targets)}
+        checkpoint = Checkpoint.create(tmp_path / name, base, 16, shapes, 7)
+        for task, values in random_values(shapes, 16, ("math", "code"), 0.5, 7).items():
+            checkpoint.add_task(task, values, alpha=32.0, sparsity=0.5)
+        adapters.append(open_adapter(name, tmp_path / name))
+    adapters.append(open_adapter("subset", engine.adapter.path, ["code", "math"]))
+    for adapter in adapters:
+        engine.loop.run(engine.backend.add_adapter(adapter))
+
+    requests = [engine.request("math:0.5+code", PROMPT, adapter) for adapter in [engine.adapter, *adapters]]
+    answers = engine.ask(*requests, *requests)
+    first = [answer.token_ids for answer in answers[: len(requests)]]
+    assert first == [answer.token_ids for answer in answers[len(requests) :]]
+    for adapter, token_ids in zip([engine.adapter, *adapters], first, strict=True):
+        assert token_ids == Merged(engine.folder, adapter.checkpoint).greedy("math:0.5+code", PROMPT, 8), adapter.name
+    assert first[-1] == first[0] and len({tuple(token_ids) for token_ids in first}) == len(first) - 1
+
+
+def test_an_adapter_that_is_not_loaded_is_refused(engine: Engine, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "other", engine.folder, seed=9)
+    adapter = open_adapter("other", tmp_path / "other")
+    with pytest.raises(UnknownTask, match="'other' is not loaded"):
+        engine.ask(engine.request("math", PROMPT, adapter))
+
+
+def answers_still(engine: Engine, merged: Merged) -> bool:
+    (answer,) = engine.ask(engine.request("all", PROMPT))
+    return answer.token_ids == merged.greedy("all", PROMPT, 8)
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = folder / "tasks" / "nlu.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+
+
+def remove_a_file(folder: Path) -> None:
+    (folder / "tasks" / "code.safetensors").unlink()
+
+
+def replace_by_another(folder: Path) -> None:
+    """A sound checkpoint, but not the one that was verified."""
+    made = Checkpoint.open(folder)
+    shutil.rmtree(folder)
+    other = Checkpoint.create(folder, made.manifest.base_model, made.manifest.rank, _shapes(made), seed=77)
+    for task, values in made.tasks.items():
+        other.add_task(task, values, alpha=1.0, sparsity=made.manifest.task(task).sparsity)
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    return {name: (module.d_out, module.d_in) for name, module in checkpoint.manifest.modules.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (flip_a_bit, "nlu.safetensors.*SHA-256"),
+        (remove_a_file, "code.safetensors"),
+        (replace_by_another, "changed after"),
+    ],
+)
+def test_a_checkpoint_changed_after_it_was_verified_is_refused(
+    engine: Engine, merged: Merged, tmp_path: Path, change: Callable[[Path], None], words: str
+) -> None:
+    folder = tmp_path / "checkpoint"
+    random_checkpoint(folder, engine.folder, seed=hash(change.__name__) % 1000)
+    adapter = open_adapter("changed", folder)
+    change(folder)
+    with pytest.raises(CorruptCheckpoint, match=words):
+        engine.loop.run(engine.backend.add_adapter(adapter))
+    assert answers_still(engine, merged)
+    with pytest.raises(UnknownTask):
+        engine.ask(engine.request("math", PROMPT, adapter))
+
+
+def test_a_loaded_checkpoint_needs_its_files_no_more(engine: Engine, tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "gone", engine.folder, seed=11)
+    adapter = open_adapter("gone", checkpoint.path)
+    engine.loop.run(engine.backend.add_adapter(adapter))
+    shutil.rmtree(checkpoint.path)
+    texts = [f"math:{1 + i / 4}" for i in range(4 * SLOTS)]  # more than the engine keeps built
+    expected = Merged(engine.folder, adapter.checkpoint)
+    for _ in range(2):
+        answers = engine.ask(*(engine.request(text, PROMPT, adapter, max_tokens=3) for text in texts))
+        for text, answer in zip(texts, answers, strict=True):
+            assert answer.token_ids == expected.greedy(text, PROMPT, 3)
+
+
+def test_a_rank_beyond_the_slots_is_refused(engine: Engine, merged: Merged, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "wide", engine.folder, rank=17)
+    with pytest.raises(CheckpointError, match="rank 17 is beyond .* 16 .*--max-lora-rank"):
+        engine.loop.run(engine.backend.add_adapter(open_adapter("wide", tmp_path / "wide")))
+    assert answers_still(engine, merged)
+
+
+def test_another_model_and_layers_without_lora_are_refused_by_name(engine: Engine, merged: Merged, tmp_path) -> None:
+    shapes = linear_shapes(engine.folder)
+    wrong = {
+        "lm_head": (320, 128),
+        "model.embed_tokens": (320, 128),
+        "model.layers.9.mlp.up_proj": (192, 128),
+        "model.layers.0.mlp.up_proj": (193, 128),
+        "model.layers.0.self_attn.k_proj": (64, 64),
+    }
+    checkpoint = Checkpoint.create(tmp_path / "odd", describe("stand-in", engine.folder), 16, shapes | wrong, 3)
+    for task, values in random_values(shapes | wrong, 16, ("math",), 0.75, 3).items():
+        checkpoint.add_task(task, values, alpha=16.0, sparsity=0.75)
+    with pytest.raises(BaseMismatch) as refused:
+        engine.loop.run(engine.backend.add_adapter(open_adapter("odd", tmp_path / "odd")))
+    assert {problem.field for problem in refused.value.problems} == set(wrong)
+    assert all(problem.remedy for problem in refused.value.problems)
+    assert answers_still(engine, merged)
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "llama", "qwen2"])
+def test_lora_covers_exactly_the_projections(vllm_pool: Pool, architecture: str) -> None:
+    engine = vllm_pool.get(architecture)
+    (layers,) = engine.loop.run(engine.backend._call_workers("loraf_layers"))
+    expected = linear_shapes(engine.folder)
+    assert {name: tuple(shape) for name, shape in layers.items()} == expected
+
+
+def test_a_second_engine_process_is_not_needed_to_say_why_none_starts(tmp_path: Path) -> None:
+    """A model that vLLM cannot load, an impossible option: the user's mistakes, told before processes start."""
+    from loraf.errors import ConfigError
+    from loraf_serve.vllm.backend import SlotsBackend
+
+    folder = make_model("mistral", tmp_path / "model")
+    for options, words in ((["--max-model-len", "100000"], "max_model_len"), (["--quantization", "awq"], "quant")):
+        with pytest.raises(ConfigError, match=words):
+            asyncio.run(SlotsBackend(folder, options, 16).start())

@@ -1,0 +1,54 @@
+"""What LoRAF relies on inside vLLM. When a new vLLM breaks something, these tests say in words what it is."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from loraf_serve.vllm import relied_on
+from loraf_serve.vllm.backend import can_serve
+
+FACTS = dict(relied_on.facts())
+
+
+@pytest.mark.parametrize("statement", FACTS)
+def test_vllm_still_does_what_loraf_relies_on(statement: str) -> None:
+    assert FACTS[statement](), f"no longer true of the installed vLLM: {statement}"
+
+
+def test_a_fact_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import vllm
+
+    (tmp_path / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    assert relied_on.broken() == ["vLLM's release is 0.32.x, the one whose insides were read"]
+    assert "0.32.x" in (can_serve(tmp_path) or "")
+
+
+def test_the_plugin_is_an_entry_point_of_this_distribution() -> None:
+    from loraf_serve.vllm import plugin
+
+    (found,) = [point for point in entry_points(group="vllm.general_plugins") if point.name == "loraf"]
+    assert found.load() is plugin.register
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ('{"architectures": ["MistralForCausalLM"]}', None),
+        ('{"architectures": ["Qwen2ForCausalLM"]}', None),
+        ('{"architectures": ["GPT2LMHeadModel"]}', "vLLM has no LoRA for GPT2LMHeadModel"),
+        ('{"architectures": ["NoSuchForCausalLM"]}', "vLLM has no model NoSuchForCausalLM"),
+        ("{}", "vLLM has no model without a named architecture"),
+    ],
+)
+def test_can_serve(tmp_path: Path, config: str, reason: str | None) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert can_serve(tmp_path) == reason
+
+
+def test_without_vllm_the_reason_is_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert can_serve(tmp_path) == "vLLM is not installed"

@@ -1,0 +1,71 @@
+"""A dead engine is told at once, and stopping it is clean. Last of the vLLM tests: the engine has to be started again."""
+
+from __future__ import annotations
+
+import asyncio
+
+import psutil
+import pytest
+
+from loraf_serve.backends.base import BackendUnavailable
+from tests.serve.vllm_engines import Engine, Pool, random_prompt
+
+PROMPT = random_prompt(10, seed=90)
+
+
+@pytest.fixture
+def engine(vllm_pool: Pool) -> Engine:
+    return vllm_pool.get("qwen2")
+
+
+def workers(engine: Engine) -> list[psutil.Process]:
+    (core,) = engine.backend._engine.engine_core.resources.engine_manager.processes
+    return [psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)]
+
+
+def test_requests_of_a_dead_engine_end(engine: Engine) -> None:
+    texts = ["base", "math", "nlu", "code", "all"]  # "all" waits for a slot
+
+    async def scenario() -> None:
+        requests = [engine.request(text, PROMPT, max_tokens=900) for text in texts]
+        tasks = [asyncio.ensure_future(engine.answers(request)) for request in requests]
+        while not await engine.busy():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        processes = workers(engine)
+        processes[-1].kill()
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        assert [type(outcome) for outcome in outcomes] == [BackendUnavailable] * len(texts)
+        with pytest.raises(BackendUnavailable):
+            await engine.backend.check_health()
+        with pytest.raises(BackendUnavailable):
+            await engine.answers(engine.request("base", PROMPT))
+        with pytest.raises(BackendUnavailable):
+            await engine.backend.add_adapter(engine.adapter)
+        await engine.backend.stop()
+        await engine.backend.stop()
+        _, alive = psutil.wait_procs(processes, timeout=20)
+        assert not alive
+
+    engine.loop.run(scenario())
+
+
+def test_stopping_ends_requests_and_processes(engine: Engine) -> None:
+    texts = ["base", "math", "nlu", "code", "all"]
+
+    async def scenario() -> None:
+        requests = [engine.request(text, PROMPT, max_tokens=900) for text in texts]
+        tasks = [asyncio.ensure_future(engine.answers(request)) for request in requests]
+        while not await engine.busy():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        processes = workers(engine)
+        await engine.backend.stop()
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        assert [type(outcome) for outcome in outcomes] == [BackendUnavailable] * len(texts)
+        with pytest.raises(BackendUnavailable):
+            await engine.backend.check_health()
+        _, alive = psutil.wait_procs(processes, timeout=20)
+        assert not alive
+
+    engine.loop.run(scenario())

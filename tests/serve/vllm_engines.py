@@ -1,0 +1,171 @@
+"""vLLM engines for tests: one of each architecture for the whole session, on small random models, in float32.
+
+`from tests.serve.vllm_engines import …` helpers; the fixture `vllm_pool` stands in conftest.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from loraf.checkpoint import Checkpoint
+from loraf.tasksets import TaskSet
+from loraf_serve.backends.base import (
+    BackendUnavailable,
+    ChoiceDelta,
+    GenerationRequest,
+    PositionLogprobs,
+    Sampling,
+    ServedAdapter,
+)
+from loraf_serve.vllm.backend import SlotsBackend
+from tests.standins import make_model, random_checkpoint
+
+T = TypeVar("T")
+SLOTS = 3
+BLOCK = 128  # tokens in a block of the prefix cache, vLLM's default on the CPU
+OPTIONS = (
+    *("--dtype", "float32", "--enforce-eager", "--max-loras", str(SLOTS)),
+    *("--kv-cache-memory-bytes", str(256 << 20)),
+    # «Log-probabilities» of the whole vocabulary that are the logits themselves.
+    *("--max-logprobs", "-1", "--logprobs-mode", "raw_logits"),
+)
+
+
+@dataclass
+class Answer:
+    """One choice of an answer, put together from its pieces."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str = ""
+    cached: int = 0
+
+    def add(self, delta: ChoiceDelta) -> None:
+        assert self.finish_reason is None, "a piece after the end"
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+class Loop:
+    """An event loop in a thread of its own, so that plain tests can use an engine that lives as long as the session."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float = 300) -> T:
+        return self.submit(coroutine).result(timeout)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        self.loop.close()
+
+
+class Engine:
+    """A started slots backend with one checkpoint loaded.
+
+    Attributes:
+        folder: the model.
+        adapter: tasks math, nlu, code; rank 16.
+    """
+
+    def __init__(
+        self, loop: Loop, folder: Path, checkpoint: Path, options: Sequence[str] = OPTIONS, max_rank: int = 16
+    ):
+        self.loop = loop
+        self.folder = folder
+        self.adapter = open_adapter("main", checkpoint)
+        self.backend = SlotsBackend(folder, options, max_rank)
+        loop.run(self.backend.start())
+        loop.run(self.backend.add_adapter(self.adapter))
+
+    def request(self, text: str, prompt: Sequence[int], adapter: ServedAdapter | None = None, **sampling: Any):
+        """A greedy request for the task set that `text` names."""
+        adapter = adapter or self.adapter
+        sampling = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | sampling
+        task_set = TaskSet.parse(text, adapter.tasks)
+        return GenerationRequest("r", tuple(prompt), Sampling(**sampling), adapter, task_set)
+
+    async def answers(self, request: GenerationRequest) -> list[Answer]:
+        made = [Answer() for _ in range(request.sampling.n)]
+        async with aclosing(self.backend.generate(request)) as outputs:
+            async for output in outputs:
+                for delta in output.choices:
+                    made[delta.index].add(delta)
+                    made[delta.index].cached = output.cached_prompt_tokens
+        return made
+
+    def ask(self, *requests: GenerationRequest) -> list[Answer]:
+        """The first answer of each request, all asked at once."""
+
+        async def all_of_them() -> list[list[Answer]]:
+            return await asyncio.gather(*(self.answers(request) for request in requests))
+
+        return [made[0] for made in self.loop.run(all_of_them())]
+
+    async def busy(self) -> bool:
+        """Whether vLLM's engine core, or our end of it, has an unfinished request."""
+        engine = self.backend._engine
+        here = engine.get_num_unfinished_requests() > 0
+        return here or await engine.engine_core.call_utility_async("has_work")
+
+    def alive(self) -> bool:
+        try:
+            self.loop.run(self.backend.check_health())
+        except BackendUnavailable:
+            return False
+        return True
+
+
+class Pool:
+    """Engines by architecture, started when first asked for (and again if a test has killed one)."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._engines: dict[str, Engine] = {}
+        self._loop = Loop()
+
+    def get(self, architecture: str) -> Engine:
+        engine = self._engines.get(architecture)
+        if engine is None or not engine.alive():
+            folder, checkpoint = self._root / architecture, self._root / f"{architecture}-ckpt"
+            if engine is None:
+                make_model(architecture, folder)
+                random_checkpoint(checkpoint, folder)
+            engine = self._engines[architecture] = Engine(self._loop, folder, checkpoint)
+        return engine
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            self._loop.run(engine.backend.stop())
+        self._loop.close()
+
+
+def open_adapter(name: str, folder: Path, tasks: Sequence[str] | None = None) -> ServedAdapter:
+    """As the service opens one: read and verified whole."""
+    checkpoint = Checkpoint.open(folder, tasks)
+    manifest = checkpoint.manifest
+    return ServedAdapter(name, folder, manifest.adapter_digest, manifest.task_names, checkpoint)
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Token ids that no other seed gives."""
+    import torch
+
+    return torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
