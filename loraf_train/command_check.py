@@ -1,0 +1,175 @@
+"""`loraf-train check`: everything about a run but the training, and every mistake at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraf.manifest import positions
+from loraf_train import report
+from loraf_train.config import RunConfig, TaskConfig
+from loraf_train.data import Example, TaskData
+from loraf_train.preflight import ModelFacts, Prepared, prepare
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+LOSS_BEGINS, LOSS_ENDS = "⟦", "⟧"
+
+
+def check(path: Path, overrides: Sequence[str]) -> int:
+    """Prints what a run would do.
+
+    Raises:
+        ConfigError: every mistake of the file, the model, the records and the output folder.
+    """
+    prepared = prepare(path, overrides)
+    config, out = prepared.config, report.console()
+    out.print(f"{config.file}: {len(config.tasks)} tasks on {config.model} into {config.output}")
+    if prepared.existing:
+        done = ", ".join(prepared.existing.task_names) or "none"
+        out.print(f"the checkpoint is there already; finished tasks: {done}")
+    for task in config.tasks:
+        _print_task(out, config, task, prepared.data[task.name], prepared)
+    _print_capacity(out, prepared)
+    _print_memory(out, prepared)
+    out.print("no mistakes found")
+    return 0
+
+
+def steps(task: TaskConfig, examples: int) -> int:
+    """Optimizer steps of a task's adaptation: the last, smaller batch of an epoch is a step too."""
+    if task.training.max_steps is not None:
+        return task.training.max_steps
+    return max(1, math.ceil(task.training.epochs * math.ceil(examples / task.training.batch_size)))
+
+
+def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskData, prepared: Prepared) -> None:
+    out.print()
+    done = task.name not in prepared.waiting
+    out.print(f"{task.name}{' (finished)' if done else ''}")
+    t, c = task.training, task.calibration
+    out.print(f"  {data.records} records, {len(data.train)} examples of {_lengths(data.train)} tokens")
+    if data.cut or data.dropped:
+        out.print(
+            f"  warning: max_length {t.max_length} cuts the end of {data.cut} examples; {data.dropped} are left out, "
+            "since their prompt alone fills it"
+        )
+    for name, evaluation in data.evaluation.items():
+        choices = f", choices {', '.join(evaluation.choices)}" if evaluation.choices else ""
+        out.print(f"  evaluation {name}: {len(evaluation.examples)} examples, {task.metric}{choices}")
+        longest = max(len(example.prompt_ids) for example in evaluation.examples)
+        if prepared.model.context is not None and longest >= prepared.model.context:
+            out.print(f"  warning: a prompt has {longest} tokens, the model's context is {prepared.model.context}")
+    if not data.evaluation:
+        out.print("  no evaluation records (data.eval): the task gets no score")
+    out.print(
+        f"  calibration: {c.steps} steps of {c.optimizer}, batch {c.batch_size}, rate {c.learning_rate:g}; "
+        f"training: {steps(task, len(data.train))} steps, batch {t.batch_size}, rate {t.learning_rate:g}, "
+        f"alpha {task.alpha:g}, start {task.start}"
+    )
+    out.print("  one example; the loss is taken on " + ("what is bright" if out.is_terminal else "what is in ⟦ ⟧"))
+    _print_example(out, data.train[0], prepared.tokenizer)
+
+
+def _print_example(out: Console, example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
+    from rich.text import Text
+
+    prompt = tokenizer.decode(example.input_ids[: example.prompt_length])
+    completion = tokenizer.decode(example.input_ids[example.prompt_length :])
+    if out.is_terminal:
+        out.print(Text.assemble((prompt, "dim"), (completion, "bold green")))
+    else:
+        out.print(f"{prompt}{LOSS_BEGINS}{completion}{LOSS_ENDS}")
+
+
+def _lengths(examples: Sequence[Example]) -> str:
+    lengths = [len(example.input_ids) for example in examples]
+    return f"{min(lengths)} to {max(lengths)} (mean {sum(lengths) / len(lengths):.0f})"
+
+
+def _print_capacity(out: Console, prepared: Prepared) -> None:
+    """K of every task and what is left after it, those of the checkpoint first."""
+    model, existing = prepared.model, prepared.existing
+    rank = existing.rank if existing else prepared.config.adapter.rank
+    total = sum(d_out for d_out, _ in model.modules.values()) * rank
+    tasks = [(task.name, task.sparsity, task.parameters) for task in existing.tasks] if existing else []
+    tasks += [(t.name, t.sparsity, k_of(t, model, rank)) for t in prepared.config.tasks if t.name in prepared.waiting]
+    free, rows = total, []
+    for name, sparsity, k in tasks:
+        free -= k
+        rows.append([name, f"{sparsity:g}", f"{k:,}", f"{k / total:.2%}", f"{free:,}", f"{free / total:.2%}"])
+    title = f"capacity: {len(model.modules)} modules, rank {rank}, {total:,} positions"
+    out.print()
+    out.print(report.table(["task", "sparsity", "K", "share", "free after it", "share free"], rows, title))
+
+
+def k_of(task: TaskConfig, model: ModelFacts, rank: int) -> int:
+    """Values that a task trains, in all modules together."""
+    return sum(positions(task.sparsity, d_out, rank) for d_out, _ in model.modules.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training holds beside activations.
+
+    Attributes:
+        base: the frozen model.
+        projections: A of every module.
+        calibration: B dense on its feasible positions: value, gradient and two moments of AdamW in float32, and its
+            positions.
+        adaptation: the same for K values, and the values and positions of earlier tasks.
+        lora: what weights, gradients and moments of LoRA of the same rank would take, for comparison.
+    """
+
+    base: int
+    projections: int
+    calibration: int
+    adaptation: int
+    lora: int
+
+
+def memory(prepared: Prepared, bytes_per_weight: int) -> Memory:
+    """The estimate for the task that needs most. An arithmetic of what is kept, no measurement."""
+    model, config = prepared.model, prepared.config
+    rank = config.adapter.rank
+    shapes = model.modules.values()
+    entry = 4 + 4 + 8  # a float32 value, its gradient, AdamW's two moments
+    waiting = [task for task in config.tasks if task.name in prepared.waiting]
+    taken = sum(task.parameters for task in prepared.existing.tasks) if prepared.existing else 0
+    adaptation = calibration = 0
+    total = sum(d_out for d_out, _ in shapes) * rank
+    for task in waiting:
+        k = k_of(task, model, rank)
+        moments = 8 if task.calibration.optimizer == "adamw" else 0
+        calibration = max(calibration, (total - taken) * (4 + 4 + moments + 4) + taken * 8)
+        adaptation = max(adaptation, k * (entry + 4) + taken * 8)
+        taken += k
+    return Memory(
+        base=model.parameters * bytes_per_weight,
+        projections=sum(d_in for _, d_in in shapes) * rank * bytes_per_weight,
+        calibration=calibration,
+        adaptation=adaptation,
+        lora=sum(d_out + d_in for d_out, d_in in shapes) * rank * entry,
+    )
+
+
+def _print_memory(out: Console, prepared: Prepared) -> None:
+    import torch
+
+    precision = prepared.config.precision
+    if precision == "auto":
+        precision = "bfloat16" if torch.cuda.is_available() else "float32"
+    found = memory(prepared, 2 if precision == "bfloat16" else 4)
+    rows = [
+        [f"base model, {prepared.model.parameters:,} weights in {precision}", report.size_text(found.base)],
+        ["projections A", report.size_text(found.projections)],
+        ["calibration: B on its free positions, gradient and optimizer", report.size_text(found.calibration)],
+        ["adaptation: K values, gradient and AdamW, earlier tasks", report.size_text(found.adaptation)],
+        ["for comparison: LoRA's weights, gradients and AdamW", report.size_text(found.lora)],
+    ]
+    out.print(report.table(["memory without activations (estimate)", "bytes"], rows))

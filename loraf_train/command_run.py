@@ -1,0 +1,90 @@
+"""`loraf-train run`: trains what the checkpoint lacks, shows progress, and ends with the table of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraf_train import report, scores
+from loraf_train.preflight import prepare
+from loraf_train.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loraf.manifest import Manifest
+
+
+def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | None) -> int:
+    """Trains and scores.
+
+    Args:
+        evaluate: measure the scores that the table lacks.
+        eval_limit: examples of each evaluation set at most.
+
+    Raises:
+        LorafError: mistakes of the file, the model, the records or the output folder, before anything is trained.
+    """
+    prepared = prepare(path, overrides, eval_limit)
+    config, out = prepared.config, report.console()
+    out.print(f"{config.file}: {len(config.tasks)} tasks on {config.model} into {config.output}")
+    have = prepared.existing.task_names if prepared.existing else ()
+    done = [task.name for task in config.tasks if task.name in have]
+    if done:
+        out.print(f"trained already: {', '.join(done)}")
+    out.print(f"to train: {', '.join(prepared.waiting) or 'nothing'}")
+    for task in config.tasks:
+        if evaluate and not prepared.data[task.name].evaluation:
+            out.print(f"{task.name} has no evaluation records (data.eval), so it gets no score")
+    if prepared.existing and not prepared.waiting:
+        lacking = scores.missing(prepared.existing, prepared.data, config.tasks) if evaluate else []
+        if not lacking:  # nothing to do that needs the model
+            print_summary(out, prepared.existing)
+            return 0
+
+    from loraf_train import sequence
+    from loraf_train.watcher import Watcher
+
+    loaded = sequence.load_model(config)
+    with Progress(out) as progress:
+        watcher = Watcher(prepared, out, progress, evaluate)
+        checkpoint = sequence.run(config, prepared.data, watcher, loaded)
+        if evaluate:  # what a run before this one did not come to measure
+            watcher.score(checkpoint, loaded[0])
+    print_summary(out, checkpoint.manifest)
+    return 0
+
+
+def print_summary(out: Console, manifest: Manifest) -> None:
+    """The table R[i, j], what each task scored as trained, and the sequence in three numbers."""
+    stored = scores.stored(manifest)
+    if not stored:
+        out.print("no scores are stored")
+        return
+    found = scores.headlines(stored)
+    names = [name for name in manifest.task_names if any(task == name for _, task in found)]
+    metrics = {score.task: score.metric for score in stored}
+    rows = []
+    for finished, task_set in scores.rows(manifest):
+        cells = [found.get((str(task_set), name)) for name in names]
+        rows.append([f"after {finished}", str(task_set), *map(_cell, cells)])
+    for name in names:
+        as_trained = str(manifest.as_trained(name))
+        rows.append(
+            [f"{name} as trained", as_trained, *("" if n != name else _cell(found.get((as_trained, n))) for n in names)]
+        )
+    columns = ["", "task set", *(f"{name} ({metrics[name]})" for name in names)]
+    out.print(report.table(columns, rows, "score of each task under each task set (in brackets: examples)", left=2))
+    summary = scores.summary(manifest, stored)
+    if summary:
+        rest = len(manifest.tasks) - 1
+        over = f"mean over the first {rest} of {rest + 1} tasks" if rest > 1 else f"of {manifest.task_names[0]}"
+        out.print(
+            f"average of the last row {summary.average:.3f}; backward transfer {summary.backward_transfer:+.3f} and "
+            f"forgetting {summary.forgetting:.3f} ({over}, all tasks on)"
+        )
+
+
+def _cell(score: scores.Score | None) -> str:
+    return report.NONE if score is None else f"{report.score_text(score.score, score.metric)} ({score.count})"

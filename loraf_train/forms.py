@@ -1,0 +1,197 @@
+"""From a record to the text of its prompt and completion. Four forms of records are known:
+
+    fields named by templates     prompt: and completion: of the task, str.format over the record's fields
+    messages                      a conversation; the last answer of the assistant is the completion
+    prompt, completion            texts as they are
+    instruction, input, output    INSTRUCTION_PROMPT around instruction and input, output as the completion
+
+One form serves training, evaluation and serving of a task; its templates are stored with the task.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from loraf.manifest import Templates
+from loraf_train.config import DataConfig
+from loraf_train.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# After Stanford Alpaca's; where a record has an input, it follows the instruction after an empty line.
+INSTRUCTION_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_PLACEHOLDER = "loraf-prompt-placeholder"
+
+
+class RecordFault(Exception):
+    """A record that cannot become text."""
+
+    def __init__(self, message: str, remedy: str):
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class Form(ABC):
+    """How the records of one task become text.
+
+    Attributes:
+        templates: the same in the words of the manifest: what a server wraps a user's prompt in.
+    """
+
+    templates: Templates
+
+    @abstractmethod
+    def texts(self, record: Record) -> tuple[str, str]:
+        """(prompt, completion). Raises RecordFault."""
+
+
+def form_of(data: DataConfig, first: Record, tokenizer: PreTrainedTokenizerBase | None) -> Form | None:
+    """The form of a task's records, from its templates or from its first record.
+
+    Args:
+        tokenizer: needed for conversations; without one they have no form yet (None).
+
+    Raises:
+        RecordFault: the record has none of the known forms, or the tokenizer lacks a chat template.
+    """
+    if data.prompt is not None or data.completion is not None:
+        default = Templates()
+        return TemplateForm(
+            default.prompt if data.prompt is None else data.prompt,
+            default.completion if data.completion is None else data.completion,
+        )
+    if "messages" in first:
+        return ChatForm(tokenizer) if tokenizer is not None else None
+    if "prompt" in first and "completion" in first:
+        return TemplateForm()
+    if "instruction" in first and "output" in first:
+        return InstructionForm()
+    raise RecordFault(
+        f"has no form that is known (it has: {', '.join(map(str, first)) or 'no fields'})",
+        "say in data: how its fields become text, prompt: '{question}\\n' and completion: '{answer}'",
+    )
+
+
+class TemplateForm(Form):
+    def __init__(self, prompt: str = Templates().prompt, completion: str = Templates().completion):
+        self.templates = Templates(prompt, completion)
+
+    def texts(self, record: Record) -> tuple[str, str]:
+        absent = [name for name in self._fields() if name not in record]
+        if absent:
+            have = ", ".join(map(str, record)) or "no fields"
+            names = ", ".join(repr(name) for name in absent)
+            raise RecordFault(
+                f"has no field {names} (it has: {have})", "name fields that it has in data.prompt and data.completion"
+            )
+        return _FORMATTER.vformat(self.templates.prompt, (), record), _FORMATTER.vformat(
+            self.templates.completion, (), record
+        )
+
+    def _fields(self) -> list[str]:
+        names: dict[str, None] = {}
+        for template in (self.templates.prompt, self.templates.completion):
+            for _, name, _, _ in string.Formatter().parse(template):
+                if name is not None:
+                    names[name.split("[")[0]] = None
+        return list(names)
+
+
+class InstructionForm(TemplateForm):
+    def __init__(self) -> None:
+        super().__init__(INSTRUCTION_PROMPT, "{output}")
+
+    def texts(self, record: Record) -> tuple[str, str]:
+        given = record.get("input")
+        if given:
+            record = {**record, "instruction": f"{record.get('instruction')}\n\n{given}"}
+        return super().texts(record)
+
+
+class ChatForm(Form):
+    """Conversations, through the tokenizer's chat template. Turns after the assistant's last answer are left out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        if not tokenizer.chat_template:
+            message = "holds messages, and the model's tokenizer has no chat template"
+            raise RecordFault(message, "use an instruct model, or records with prompt and completion")
+        self._tokenizer = tokenizer
+        bos = tokenizer.bos_token
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._doubled = bos if adds_bos else None  # what the template writes and the tokenizer adds once more
+        try:
+            turn = self._render([{"role": "user", "content": _PLACEHOLDER}])
+        except RecordFault:  # a template that wants a system turn: what is served is the plain prompt
+            turn = _PLACEHOLDER
+        turn = turn if turn.count(_PLACEHOLDER) == 1 else _PLACEHOLDER
+        escaped = turn.replace("{", "{{").replace("}", "}}")
+        self.templates = Templates(escaped.replace(_PLACEHOLDER, "{prompt}"), "{completion}")
+
+    def texts(self, record: Record) -> tuple[str, str]:
+        messages = record.get("messages")
+        remedy = 'write messages as a list of {"role": …, "content": text}'
+        if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+            raise RecordFault("has no list of messages", remedy)
+        for number, message in enumerate(messages, 1):
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise RecordFault(f"has no role or no text content in message {number}", remedy)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers or answers[-1] == 0:
+            raise RecordFault(
+                "has no answer of the assistant after a first message", "end it with an assistant message"
+            )
+        return self._render(messages[: answers[-1]]), messages[answers[-1]]["content"]
+
+    def _render(self, messages: list[Mapping[str, Any]]) -> str:
+        import jinja2
+
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise RecordFault(f"is refused by the chat template ({error})", "mend the order of its roles") from None
+        return text.removeprefix(self._doubled) if self._doubled else text
+
+
+def plain_text(value: Any) -> str | None:
+    """A field's value as text: booleans, lists and mappings as JSON writes them. None stays None."""
+    if isinstance(value, bool | list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value if value is None else str(value)
+
+
+class _Formatter(string.Formatter):
+    """`str.format` over a record's fields: no attributes, booleans as JSON writes them, nothing for a missing value."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        name, *keys = field_name.replace("]", "").split("[")
+        if name not in kwargs:
+            raise RecordFault(f"has no field {name!r}", "name fields that it has in data.prompt and data.completion")
+        value = kwargs[name]
+        for key in keys:
+            try:
+                value = value[int(key) if isinstance(value, list) else key]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise RecordFault(f"has nothing at {{{field_name}}}", "mend the template or the record") from None
+        if value is None:
+            raise RecordFault(f"has null in field {field_name!r}", "fill the field or leave the record out")
+        return value, name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if not format_spec:
+            return plain_text(value)
+        try:
+            return super().format_field(value, format_spec)
+        except (ValueError, TypeError) as error:
+            raise RecordFault(f"has a value that the template cannot format ({error})", "mend the template") from None
+
+
+_FORMATTER = _Formatter()

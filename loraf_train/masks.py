@@ -1,0 +1,130 @@
+"""Which positions of B a task may have, and which of them it takes.
+
+    feasible     positions that no earlier task owns
+    top_k        the K feasible positions where calibration moved B most, ties to the lower position
+    shortage     tasks of a sequence for which too few positions are left, found before anything is trained
+
+Positions are flat: row · rank + column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal
+
+import torch
+
+from loraf.errors import Problem
+from loraf.manifest import Manifest, positions
+from loraf.sparse import SparseB
+
+_FINEST = 6  # decimals of a sparsity that a message may propose
+
+
+def feasible(shape: tuple[int, int], taken: Iterable[SparseB]) -> torch.Tensor:
+    """Positions of a (d_out, rank) matrix that none of `taken` owns: int64, ascending."""
+    free = torch.ones(shape[0] * shape[1], dtype=torch.bool)
+    for b in taken:
+        free[b.flat] = False
+    return free.nonzero().view(-1)
+
+
+def top_k(change: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the exactly k largest |change|, ascending; of equal ones the lower indices.
+
+    Args:
+        change: (n,), n ≥ k; finite.
+
+    Raises:
+        ValueError: k is more than n, or an entry is not finite.
+    """
+    size = change.abs()
+    if not 0 <= k <= len(size):
+        raise ValueError(f"cannot take {k} of {len(size)} positions")
+    if not bool(torch.isfinite(size).all()):
+        raise ValueError("an entry is not finite")
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=change.device)
+    smallest = torch.topk(size, k, sorted=False).values.min()
+    chosen = size > smallest
+    ties = (size == smallest).nonzero().view(-1)
+    chosen[ties[: k - int(chosen.sum())]] = True
+    return chosen.nonzero().view(-1)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A task that is still to be trained: its place in the file for messages, and its sparsity."""
+
+    name: str
+    sparsity: float
+    field: str
+    file: str = ""
+
+
+def shortage(
+    shapes: Mapping[str, tuple[int, int]], rank: int, wishes: Iterable[Wish], manifest: Manifest | None = None
+) -> list[Problem]:
+    """What stands in the way of training `wishes` in this order; empty if there is room for all.
+
+    Args:
+        shapes: module → (d_out, d_in).
+        manifest: the checkpoint that they are added to, if there is one already.
+
+    Returns:
+        For each task that does not fit: the task, the tightest module, what is left there, and the lowest sparsity
+        that fits all modules.
+    """
+    left = {
+        module: manifest.free_positions(module) if manifest else d_out * rank for module, (d_out, _) in shapes.items()
+    }
+    problems = []
+    for wish in wishes:
+        k = {module: positions(wish.sparsity, d_out, rank) for module, (d_out, _) in shapes.items()}
+        empty = [module for module, count in k.items() if count == 0]
+        if empty:
+            message = f"task {wish.name!r}: sparsity {wish.sparsity:g} leaves no position in {_and_more(empty)}"
+            problems.append(Problem(message, wish.field, wish.file, "lower the sparsity"))
+            continue
+        short = sorted((m for m in k if k[m] > left[m]), key=lambda m: Decimal(left[m]) / (shapes[m][0] * rank))
+        if short:
+            tightest = short[0]
+            message = (
+                f"task {wish.name!r} needs {k[tightest]} positions in {_and_more(short)}, "
+                f"{left[tightest]} of {shapes[tightest][0] * rank} are left there"
+            )
+            problems.append(Problem(message, wish.field, wish.file, _remedy(shapes, rank, left)))
+            continue
+        for module, count in k.items():
+            left[module] -= count
+    return problems
+
+
+def _remedy(shapes: Mapping[str, tuple[int, int]], rank: int, left: Mapping[str, int]) -> str:
+    fits = fitting_sparsity(shapes, rank, left)
+    other = "train into a new checkpoint, with a larger rank or sparser tasks"
+    return other if fits is None else f"a sparsity of {fits:f} would fit; or {other}"
+
+
+def fitting_sparsity(shapes: Mapping[str, tuple[int, int]], rank: int, left: Mapping[str, int]) -> Decimal | None:
+    """The lowest sparsity with 1 ≤ K ≤ left in every module: in hundredths, or finer where they are too coarse.
+
+    None: there is none of up to six decimals.
+    """
+    # ⌊(1 − s)·size⌋ ≤ left exactly where s > 1 − (left + 1) / size
+    above = max(1 - Decimal(left[module] + 1) / (d_out * rank) for module, (d_out, _) in shapes.items())
+    for decimals in range(2, _FINEST + 1):
+        step = Decimal(1).scaleb(-decimals)
+        candidate = max(above, Decimal(0)).quantize(step, ROUND_FLOOR) + step
+        if candidate >= 1:
+            continue
+        needed = {module: positions(float(candidate), d_out, rank) for module, (d_out, _) in shapes.items()}
+        if all(1 <= needed[module] <= left[module] for module in shapes):
+            return candidate.normalize()
+    return None
+
+
+def _and_more(modules: list[str]) -> str:
+    more = len(modules) - 1
+    return modules[0] + (f" (and {more} more modules)" if more else "")

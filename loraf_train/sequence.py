@@ -1,0 +1,258 @@
+"""A whole run: every task of a configuration, in order, into one checkpoint.
+
+    for each task that the checkpoint does not have yet:
+        calibrate   choose its K positions of each matrix
+        adapt       train its K values there
+        commit      its file, then the manifest
+
+A task trains on top of what earlier tasks stored (`start: previous`, Algorithm 1) or on the bare model (`start: base`);
+either way it never takes a position that another task owns.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+
+import loraf
+from loraf import base, manifest
+from loraf.checkpoint import Checkpoint
+from loraf.errors import ConfigError, Problem
+from loraf_train import loop, masks, processes, recorded
+from loraf_train.adapt import adapt
+from loraf_train.attach import Host, earlier, find_targets, projections, shapes_of
+from loraf_train.calibrate import calibrate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from loraf_train.config import RunConfig, TaskConfig
+    from loraf_train.data import TaskData
+
+Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]
+
+
+class Observer:
+    """What a run tells while it goes on. Every method does nothing; override those that matter."""
+
+    def task_kept(self, checkpoint: Checkpoint, task: TaskConfig) -> None:
+        """The checkpoint already has this task; it is not trained again."""
+
+    def task_started(self, task: TaskConfig) -> None: ...
+
+    def calibration_step(self, loss: float, step: int, total: int) -> None:
+        """A mini-batch of calibration is done; `step` counts from 1."""
+
+    def calibrated(self, task: TaskConfig) -> None:
+        """The task's positions are chosen."""
+
+    def step(self, loss: float, lr: float, step: int, total: int) -> None:
+        """An optimizer step of the task's training is done; `step` counts from 1."""
+
+    def adapted(self, task: TaskConfig, model: PreTrainedModel) -> None:
+        """The values are trained and rounded; the model still has the adapter's layers in it."""
+
+    def task_finished(self, checkpoint: Checkpoint, task: TaskConfig, model: PreTrainedModel) -> None:
+        """The task is in the checkpoint. The model is the bare base; leave its weights as they are."""
+
+
+def load_model(config: RunConfig) -> Loaded:
+    """The base model (frozen, on the GPU if there is one), its tokenizer, and the folder that both are in.
+
+    `precision: auto` is float32 on a CPU, and bfloat16 on a GPU that has it.
+
+    Raises:
+        ConfigError: the model cannot be had, or its files are not a whole causal language model.
+    """
+    file = str(config.file)
+    folder = base.resolve(config.model, config.revision, file)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    half = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        with _no_progress_bars():
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.bfloat16 if half else torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as error:  # transformers, tokenizers and safetensors have no exception in common
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        message = f"the model in {folder} cannot be loaded ({reason})"
+        remedy = "use a causal language model that this transformers knows, with safetensors weights"
+        raise ConfigError(Problem(message, "model", file, remedy)) from error
+    if found["missing_keys"]:
+        message = f"the weights in {folder} lack {', '.join(sorted(found['missing_keys'])[:3])}"
+        raise ConfigError(Problem(message, "model", file, "use a complete causal language model"))
+    return model.to(device).eval().requires_grad_(False), tokenizer, folder
+
+
+def run(
+    config: RunConfig,
+    data: Mapping[str, TaskData] | Callable[[TaskConfig], TaskData],
+    observer: Observer | None = None,
+    loaded: Loaded | None = None,
+) -> Checkpoint:
+    """Trains every task that `config.output` does not hold yet.
+
+    Args:
+        data: the tasks' data by name, or what gives it when a task's turn comes (never for tasks already trained).
+        loaded: what `load_model` gave, if it is at hand.
+
+    Raises:
+        ConfigError: before anything is trained, everything that speaks against the run: a checkpoint of another base,
+            seed or shape, edited settings of a finished task, too few free positions for a task still to come.
+        CheckpointError: the checkpoint in `config.output` cannot be used.
+    """
+    model, tokenizer, folder = loaded or load_model(config)
+    targets = find_targets(model, config.adapter.target_modules, str(config.file))
+    processes.join(model.device)
+    if observer is None or not processes.is_first():
+        observer = Observer()
+    checkpoint = Checkpoint.open(config.output) if (config.output / manifest.FILE_NAME).exists() else None
+    processes.wait()  # none may write before all have looked
+    _require_possible(config, checkpoint, folder, shapes_of(targets))
+    if checkpoint is None:
+        checkpoint = processes.first_writes(
+            lambda: _create(config, folder, shapes_of(targets)), lambda: Checkpoint.open(config.output)
+        )
+    host: Host | None = None
+    for task in config.tasks:
+        if task.name in checkpoint.manifest.task_names:
+            observer.task_kept(checkpoint, task)
+            continue
+        if host is None:
+            model.requires_grad_(False)
+            host = Host(model, targets, projections(checkpoint, targets), _pad_id(tokenizer))
+        observer.task_started(task)
+        given = data(task) if callable(data) else data[task.name]
+        checkpoint = _train(host, config, task, given, checkpoint, observer)
+        witness = _witness(targets)
+        observer.task_finished(checkpoint, task, model)
+        if not torch.equal(witness, _witness(targets)):
+            raise RuntimeError("Observer.task_finished left a task merged into the base model's weights")
+    return checkpoint
+
+
+def _create(config: RunConfig, folder: Path, shapes: Mapping[str, tuple[int, int]]) -> Checkpoint:
+    return Checkpoint.create(
+        config.output,
+        base.describe(config.model, folder, config.revision),
+        config.adapter.rank,
+        shapes,
+        config.seed,
+        config.adapter.init_std,
+    )
+
+
+def _require_possible(
+    config: RunConfig, checkpoint: Checkpoint | None, folder: Path, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    file = str(config.file)
+    found = checkpoint.manifest if checkpoint else None
+    problems = recorded.conflicts(config, found, folder, shapes) if found else []
+    if not problems:
+        finished = found.task_names if found else ()
+        wishes = [
+            masks.Wish(task.name, task.sparsity, f"tasks[{i}].sparsity", file)
+            for i, task in enumerate(config.tasks)
+            if task.name not in finished
+        ]
+        problems = masks.shortage(shapes, config.adapter.rank, wishes, found)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _train(
+    host: Host, config: RunConfig, task: TaskConfig, data: TaskData, checkpoint: Checkpoint, observer: Observer
+) -> Checkpoint:
+    """One task, from its data to its place in the checkpoint, which comes back with it."""
+    before = checkpoint.manifest.task_names if task.start == "previous" else ()
+    active = {module: earlier(checkpoint, before, module) for module in host.targets}
+    taken = {module: [values[module] for values in checkpoint.tasks.values()] for module in host.targets}
+    seeds = {phase: loop.derived_seed(config.seed, task.name, phase) for phase in ("calibration", "adaptation")}
+    clock = [time.perf_counter()]
+    chosen = calibrate(host, task, data.train, taken, active, seeds["calibration"], observer.calibration_step)
+    clock.append(time.perf_counter())
+    observer.calibrated(task)
+    values, outcome = adapt(
+        host,
+        task,
+        data.train,
+        chosen,
+        active,
+        seeds["adaptation"],
+        getattr(torch, config.adapter.dtype),
+        observer.step,
+        lambda: observer.adapted(task, host.model),
+    )
+    clock.append(time.perf_counter())
+    making = {
+        "settings": recorded.settings(config, task),
+        "examples": len(data.train),
+        "steps": outcome.steps,
+        "loss": {"first": outcome.first_loss, "last": outcome.last_loss},
+        "seeds": seeds,
+        "seconds": {"calibration": round(clock[1] - clock[0], 3), "adaptation": round(clock[2] - clock[1], 3)},
+        **_surroundings(host.model),
+    }
+
+    def commit() -> Checkpoint:
+        checkpoint.add_task(
+            task.name,
+            values,
+            alpha=task.alpha,
+            sparsity=task.sparsity,
+            trained_with=before,
+            templates=data.templates,
+            training=making,
+        )
+        return checkpoint
+
+    return processes.first_writes(commit, lambda: Checkpoint.open(config.output))
+
+
+def _surroundings(model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "precision": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "processes": processes.count(),
+        "versions": {
+            "loraf": loraf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id will do where attention and loss pass over it."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+def _witness(targets: Mapping[str, nn.Linear]) -> torch.Tensor:
+    """The first column of every target weight: B·A changes it in every row where B has an entry."""
+    return torch.cat([module.weight.detach()[:, 0].float() for module in targets.values()])
+
+
+class _no_progress_bars:
+    """transformers' bars off within; they are global to the process."""
+
+    def __enter__(self) -> None:
+        self._were_on = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()
+
+    def __exit__(self, *exc) -> None:
+        if self._were_on:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,68 @@
+"""What a run shows while it goes on: its phases step by step, and the scores whenever a task is finished."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraf_train import report, scores
+from loraf_train.preflight import Prepared
+from loraf_train.progress import Progress
+from loraf_train.sequence import Observer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
+    from loraf.checkpoint import Checkpoint
+    from loraf_train.config import TaskConfig
+
+
+class Watcher(Observer):
+    """Shows each phase, and scores all tasks so far when one is finished.
+
+    Args:
+        evaluate: False: no scores.
+    """
+
+    def __init__(self, prepared: Prepared, out: Console, progress: Progress, evaluate: bool):
+        self._prepared = prepared
+        self._out = out
+        self._progress = progress
+        self._evaluate = evaluate
+
+    def task_started(self, task: TaskConfig) -> None:
+        order = self._prepared.config.tasks.index(task) + 1
+        examples = len(self._prepared.data[task.name].train)
+        self._out.print(f"task {task.name} ({order} of {len(self._prepared.config.tasks)}): {examples} examples")
+        self._calibration = self._progress.part(f"{task.name}: calibration step")
+        self._training = self._progress.part(f"{task.name}: training step")
+
+    def calibration_step(self, loss: float, step: int, total: int) -> None:
+        self._calibration(step, total, f"loss {loss:.4f}")
+
+    def step(self, loss: float, lr: float, step: int, total: int) -> None:
+        self._training(step, total, f"loss {loss:.4f}, rate {lr:.2e}")
+
+    def task_finished(self, checkpoint: Checkpoint, task: TaskConfig, model: PreTrainedModel) -> None:
+        finished = checkpoint.manifest.task(task.name)
+        size = report.size_text(finished.file.bytes)
+        self._out.print(
+            f"{task.name}: {finished.parameters:,} values in {checkpoint.path / finished.file.path} ({size})"
+        )
+        if self._evaluate:
+            self.score(checkpoint, model)
+
+    def score(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        """Measures what the table lacks so far, and shows it."""
+        parts = {}
+
+        def advance(cell: scores.Cell, done: int, total: int) -> None:
+            if cell not in parts:
+                parts[cell] = self._progress.part(f"scoring {cell.task} with {cell.task_set}")
+            parts[cell](done, total)
+
+        prepared = self._prepared
+        found = scores.complete(checkpoint, model, prepared.tokenizer, prepared.config.tasks, prepared.data, advance)
+        if found:
+            names = checkpoint.manifest.task_names
+            self._out.print(report.score_table(found, f"scores after {names[-1]}"))

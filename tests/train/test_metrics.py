@@ -1,0 +1,132 @@
+"""Answers judged as the metrics say, and intervals that hold what Wilson's formula promises."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from loraf_train.metrics import exact_match, expected_answer, first_choice, is_right, stated_number, wilson_interval
+
+RECORDS = Path(__file__).parent.parent / "fixtures" / "records"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("48/2 = <<48/2=24>>24\n#### 72", 72.0),
+        ("The final answer is: 18", 18.0),
+        ("the final answer is 18.", 18.0),
+        ("so far 3\n#### 1,234,567\nand 5", 1234567.0),
+        ("#### -5", -5.0),
+        ("#### $-5.50", -5.5),
+        ("#### 4 #### 5", 4.0),
+        ("The final answer is: x #### 7", 7.0),
+        ("first 3, then 4", 4.0),
+        ("16-3", 3.0),
+        ("(2)-7", 7.0),
+        ("at -7", -7.0),
+        ("costs $.75", 0.75),
+        ("10,", 10.0),
+        ("5 apples ####", 5.0),  # nothing after the marker: the last number
+        ("#### none", None),
+        ("", None),
+    ],
+)
+def test_stated_number(text, number):
+    assert stated_number(text) == number
+
+
+def test_gsm8k_numbers_of_real_records():
+    lines = [line for file in RECORDS.glob("gsm8k/*.jsonl") for line in file.read_text().splitlines()]
+    assert lines
+    for line in lines:
+        answer = json.loads(line)["answer"]
+        number = float(answer.split("####")[1].strip().replace(",", ""))
+        assert stated_number(answer) == number
+        expected = expected_answer("gsm8k", answer, answer, ())
+        assert is_right("gsm8k", f"I think.\nThe final answer is: {number:,}", expected)
+        assert not is_right("gsm8k", f"#### {number + 1}", expected)
+        assert not is_right("gsm8k", "no idea", expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("the correct answer is true", "true"),
+        ("false, not true", "false"),
+        ("untrue", None),
+        ("truest", None),
+        ("true.", "true"),
+        ("'true'", "true"),
+        ("True", None),
+        ("", None),
+    ],
+)
+def test_first_choice(text, choice):
+    assert first_choice(text, ["true", "false"]) == choice
+
+
+def test_first_choice_takes_the_longer_of_two_at_one_place():
+    assert first_choice("it is answer10", ["answer1", "answer10"]) == "answer10"
+    assert first_choice("it is answer1", ["answer10", "answer1"]) == "answer1"
+    assert first_choice("new york city", ["new york", "new york city"]) == "new york city"
+    assert first_choice("(B) and (A)", ["(A)", "(B)"]) == "(B)"
+    assert first_choice("我选对的", ["错", "对"]) == "对"  # no spaces between words
+
+
+def test_first_choice_agrees_with_a_slow_search_on_real_answers():
+    choices = [f"answer{i}" for i in range(1, 6)]
+    files = [*RECORDS.glob("nlu/arc*/*.json"), *RECORDS.glob("nlu/openbookqa/*.json")]
+    records = [record for file in files for record in json.loads(file.read_text())]
+    assert len(records) > 10
+    for record in records:
+        words = record["output"].replace(".", " ").split()
+        assert first_choice(record["output"], choices) == next(w for w in words if w in choices) == record["answer"]
+
+
+def test_what_is_expected_of_a_choice():
+    choices = ("true", "false")
+    assert expected_answer("choice", "the correct answer is true", None, choices) == "true"
+    assert expected_answer("choice", "yes", "false", choices) == "false"
+    assert expected_answer("choice", "it is true", "a long worked answer", choices) == "true"
+    assert expected_answer("choice", "yes", None, choices) is None
+
+
+def test_exact_match():
+    assert exact_match(" a b\n", "a b")
+    assert not exact_match("a  b", "a b")
+    assert not exact_match("A b", "a b")
+    assert is_right("exact_match", "x ", "x")
+
+
+def test_a_loss_judges_no_text():
+    with pytest.raises(ValueError, match="loss"):
+        is_right("loss", "a", "a")
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 1), (0, 50), (1, 1), (3, 10), (37, 200), (199, 200), (1, 100_000)])
+def test_wilson_interval_against_its_definition(right, count):
+    """Its ends are the proportions p from which the observed share is exactly z standard errors away."""
+    z, share = 1.959963984540054, right / count
+
+    def excess(p: float) -> float:
+        return abs(share - p) - z * math.sqrt(p * (1 - p) / count)
+
+    def root(inside: float, outside: float) -> float:
+        for _ in range(200):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if excess(middle) <= 0 else (inside, middle)
+        return outside
+
+    low, high = wilson_interval(right, count)
+    inner = (share + z * z / (2 * count)) / (1 + z * z / count)
+    assert low == pytest.approx(root(inner, 0.0) if share > 0 else 0.0, abs=1e-9)
+    assert high == pytest.approx(root(inner, 1.0) if share < 1 else 1.0, abs=1e-9)
+    assert 0 <= low <= share <= high <= 1  # exactly, rounding aside
+
+
+def test_wilson_interval_of_nothing():
+    assert wilson_interval(0, 0) == (0.0, 1.0)

@@ -1,0 +1,119 @@
+"""Toy tasks for the trainer's tests: copy a short sequence, each token moved on by the task's own number."""
+
+from __future__ import annotations
+
+import gc
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from loraf.checkpoint import Checkpoint
+from loraf.manifest import Templates
+from loraf.sparse import SparseB
+from loraf_train import loop
+from loraf_train.attach import Host, find_targets, projections, shapes_of
+from loraf_train.config import (
+    AdapterConfig,
+    CalibrationConfig,
+    DataConfig,
+    RunConfig,
+    Source,
+    TaskConfig,
+    TrainingConfig,
+)
+from loraf_train.data import Example, TaskData
+from tests import standins
+
+PAD = 0
+
+# accelerate collects garbage at the start of every training; what the imports above made need not be looked at again.
+gc.freeze()
+
+
+def examples(move: int, count: int = 24) -> list[Example]:
+    """Sequences of different lengths within the stand-ins' vocabulary of 320."""
+    chance = random.Random(move)
+    made = []
+    for _ in range(count):
+        question = [chance.randrange(10, 200) for _ in range(chance.randrange(2, 6))]
+        prompt = [1, *question, 3]
+        made.append(Example([*prompt, *(token + move for token in question), 2], len(prompt)))
+    return made
+
+
+def data(move: int, count: int = 24) -> TaskData:
+    templates = Templates(prompt=f"{{question}}+{move}\n", completion="{answer}")
+    return TaskData(train=examples(move, count), evaluation={}, templates=templates, records=count)
+
+
+def task(
+    name: str, *, alpha: float = 16.0, sparsity: float = 0.75, start: str = "previous", **parts: Any
+) -> TaskConfig:
+    """Few steps at a high rate. `parts`: calibration=…, training=…, data=… as mappings of what differs."""
+    calibration = {"steps": 2, "learning_rate": 1e-2, **parts.pop("calibration", {})}
+    training = {"learning_rate": 2e-2, "batch_size": 8, "max_steps": 4, "dropout": 0.0, **parts.pop("training", {})}
+    source = {"train": (Source(file=Path(f"/data/{name}.jsonl")),), **parts.pop("data", {})}
+    return TaskConfig(
+        name=name,
+        alpha=alpha,
+        sparsity=sparsity,
+        start=start,
+        calibration=CalibrationConfig(**calibration),
+        training=TrainingConfig(**training),
+        data=DataConfig(**source),
+        **parts,
+    )
+
+
+def run_config(
+    model: Path, output: Path, *tasks: TaskConfig, adapter: dict[str, Any] | None = None, **run
+) -> RunConfig:
+    shape = AdapterConfig(
+        **{"rank": 8, "sparsity": 0.75, "target_modules": ("q_proj", "v_proj", "down_proj")} | (adapter or {})
+    )
+    return RunConfig(model=str(model), output=output, tasks=tasks, adapter=shape, file=Path("/data/tasks.yaml"), **run)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+
+
+def host(
+    model_folder: Path, checkpoint_folder: Path, rank: int = 8, dtype: torch.dtype = torch.float64, **values
+) -> tuple[Host, Checkpoint]:
+    """A model with its targets, and a checkpoint for it with the tasks that `values` gives (task=(alpha, sparsity))."""
+    model = load(model_folder, dtype)
+    targets = find_targets(model, ("q_proj", "v_proj", "down_proj"))
+    shapes = shapes_of(targets)
+    checkpoint = Checkpoint.create(
+        checkpoint_folder, standins.describe(str(model_folder), model_folder), rank, shapes, 0
+    )
+    sparsities = {sparsity for _, sparsity in values.values()} or {0.75}
+    drawn = standins.random_values(shapes, rank, list(values), sparsities.pop(), seed=5)
+    for name, (alpha, sparsity) in values.items():
+        checkpoint.add_task(name, drawn[name], alpha=alpha, sparsity=sparsity)
+    return Host(model, targets, projections(checkpoint, targets), PAD), checkpoint
+
+
+def taken(checkpoint: Checkpoint) -> dict[str, list[SparseB]]:
+    return {module: [b[module] for b in checkpoint.tasks.values()] for module in checkpoint.manifest.modules}
+
+
+def batch(chosen: list[Example]) -> dict[str, torch.Tensor]:
+    return loop.Collator(PAD)(chosen)
+
+
+class DenseLoraf(torch.nn.Module):
+    """The slow, obvious layer: W·x + b + s·B·A·x with a dense B that autograd knows everything about."""
+
+    def __init__(self, base: torch.nn.Linear, a: torch.Tensor, scale: float, earlier: torch.Tensor):
+        super().__init__()
+        self.base, self.a, self.scale, self.earlier = base, a, scale, earlier
+        self.b = torch.nn.Parameter(torch.zeros(base.out_features, a.shape[0], dtype=base.weight.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.base.weight + (self.scale * self.b + self.earlier) @ self.a
+        return torch.nn.functional.linear(x, weight, self.base.bias)
