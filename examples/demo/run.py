@@ -1,0 +1,145 @@
+"""`make demo`: the product does its job once, on this machine.
+
+1. trains two tasks in sequence on the embedded model (`loraf-train run`)
+2. serves the checkpoint on vLLM (`loraf-serve`)
+3. asks the same questions of {first}, {second}, {both}, as trained, and base, over gRPC
+4. prints each task's accuracy under each set, on held-out examples
+5. stops the server; exits 1 unless each task reaches 0.90 as trained and stays at or under 0.20 under base
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import make_data
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from loraf_serve.client import Client
+from loraf_serve.launch import launch
+
+HERE = Path(__file__).parent
+CONFIG = HERE / "tasks.yaml"
+AS_TRAINED_AT_LEAST = 0.90
+BASE_AT_MOST = 0.20
+EXAMPLES_SHOWN = 2
+
+# A selection is what a request says: keyword arguments of Client.generate. "{task}" is the task being asked.
+Selection = dict[str, object]
+
+
+def selections(first: str, second: str) -> dict[str, Selection]:
+    return {
+        f"{{{first}}}": {"tasks": [first]},
+        f"{{{second}}}": {"tasks": [second]},
+        f"{{{first}, {second}}}": {"tasks": [first, second]},
+        "as trained": {"as_trained": "{task}"},
+        "base": {"base": True},
+    }
+
+
+def ask(client: Client, selection: Selection, task: str, prompt: str) -> str:
+    chosen = {key: task if value == "{task}" else value for key, value in selection.items()}
+    return client.generate(prompt, **chosen, max_tokens=32, temperature=0.0).text
+
+
+def read_examples(task: str) -> list[dict[str, str]]:
+    config = {entry["name"]: entry for entry in yaml.safe_load(CONFIG.read_text())["tasks"]}
+    lines = (HERE / config[task]["data"]["eval"]).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def side_by_side(client: Client, tasks: list[str], console: Console) -> None:
+    for task in tasks:
+        sets = selections(*tasks)
+        table = Table("question", "expected", *sets, title=f"task «{task}», the same question under each task set")
+        for example in read_examples(task)[:EXAMPLES_SHOWN]:
+            answers = [ask(client, selection, task, example["prompt"]) for selection in sets.values()]
+            table.add_row(example["prompt"].strip(), example["completion"].strip(), *(a.strip() for a in answers))
+        console.print(table)
+
+
+def accuracies(client: Client, tasks: list[str]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Task → set → (right answers, examples). Every request goes over gRPC; many are under way at once."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    with ThreadPoolExecutor(32) as pool:
+        for task in tasks:
+            examples = read_examples(task)
+            found[task] = {}
+            for label, selection in selections(*tasks).items():
+                prompts = [example["prompt"] for example in examples]
+                answers = pool.map(lambda p, s=selection, t=task: ask(client, s, t, p), prompts)
+                right = sum(a.strip() == e["completion"].strip() for a, e in zip(answers, examples, strict=True))
+                found[task][label] = (right, len(examples))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", action="store_true", help="go on with the checkpoint of the last run, if there is one")
+    parser.add_argument("--backend", default="slots", choices=["slots", "merged"], help="(slots)")
+    arguments = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    began = time.monotonic()
+
+    make_data.main(["--out", str(HERE / "data")])
+    if not arguments.keep:
+        shutil.rmtree(HERE / "ckpt", ignore_errors=True)
+    console.rule("1. training: two tasks, one after the other, into one checkpoint")
+    subprocess.run([sys.executable, "-m", "loraf_train.cli", "run", str(CONFIG)], check=True)
+    trained = time.monotonic()
+
+    console.rule("2. serving it")
+    options = ["--backend", arguments.backend, "--dtype", "float32"]
+    if arguments.backend == "slots":
+        options += ["--enforce-eager", "--max-model-len", "1024"]
+    with launch("tiny", str(HERE / "ckpt"), options=tuple(options)) as server:
+        (adapter,) = server.client.adapters()
+        tasks = [task.name for task in adapter.tasks]
+        console.print(f"listening on {server.address}, adapter {adapter.name!r} with tasks {', '.join(tasks)}")
+        console.rule("3. one server, one adapter, the task set chosen by each request")
+        side_by_side(server.client, tasks, console)
+        console.rule("4. accuracy over gRPC, exact match on held-out examples")
+        found = accuracies(server.client, tasks)
+        status = server.stop()
+    show(found, console)
+
+    seconds = time.monotonic() - began
+    console.print(f"trained in {trained - began:.0f} s, {seconds:.0f} s in all; the server stopped with status {status}")
+    failures = verdict(found)
+    for failure in failures:
+        console.print(f"[bold red]not reached:[/] {failure}")
+    return 1 if failures or status != 0 else 0
+
+
+def show(found: dict[str, dict[str, tuple[int, int]]], console: Console) -> None:
+    labels = list(next(iter(found.values())))
+    counts = {count for row in found.values() for _, count in row.values()}
+    table = Table("task", *labels, title=f"accuracy by task set ({', '.join(map(str, sorted(counts)))} examples each)")
+    for task, row in found.items():
+        table.add_row(task, *(f"{right / count:.3f}" for right, count in row.values()))
+    console.print(table)
+
+
+def verdict(found: dict[str, dict[str, tuple[int, int]]]) -> list[str]:
+    """What falls short of the demo's promise."""
+    failures = []
+    for task, row in found.items():
+        trained, base = (right / count for right, count in (row["as trained"], row["base"]))
+        if trained < AS_TRAINED_AT_LEAST:
+            failures.append(f"{task} as trained: {trained:.3f}, at least {AS_TRAINED_AT_LEAST} expected")
+        if base > BASE_AT_MOST:
+            failures.append(f"{task} under base: {base:.3f}, at most {BASE_AT_MOST} expected")
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main())
