@@ -12,7 +12,6 @@ either way it never takes a position that another task owns.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,9 +181,7 @@ def _train(
     active = {module: earlier(checkpoint, before, module) for module in host.targets}
     taken = {module: [values[module] for values in checkpoint.tasks.values()] for module in host.targets}
     seeds = {phase: loop.derived_seed(config.seed, task.name, phase) for phase in ("calibration", "adaptation")}
-    clock = [time.perf_counter()]
     chosen = calibrate(host, task, data.train, taken, active, seeds["calibration"], observer.calibration_step)
-    clock.append(time.perf_counter())
     observer.calibrated(task)
     values, outcome = adapt(
         host,
@@ -197,14 +194,12 @@ def _train(
         observer.step,
         lambda: observer.adapted(task, host.model),
     )
-    clock.append(time.perf_counter())
     making = {
         "settings": recorded.settings(config, task),
         "examples": len(data.train),
         "steps": outcome.steps,
         "loss": {"first": outcome.first_loss, "last": outcome.last_loss},
         "seeds": seeds,
-        "seconds": {"calibration": round(clock[1] - clock[0], 3), "adaptation": round(clock[2] - clock[1], 3)},
         **_surroundings(host.model),
     }
 

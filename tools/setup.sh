@@ -25,5 +25,5 @@ fi
 if [[ ",$extras," == *,cpu,* ]] && ! ls ${links//,/ }/torch-*+cpu-*.whl >/dev/null 2>&1; then
     options+=(--torch-backend cpu)
 fi
-.venv/bin/uv pip install --python .venv/bin/python --constraints constraints.txt "${options[@]}" --editable ".[$extras]"
+.venv/bin/uv pip install --python .venv/bin/python --compile-bytecode --constraints constraints.txt "${options[@]}" --editable ".[$extras]"
 touch .venv/.ready

@@ -24,19 +24,19 @@ TRAIN_RECORDS, EVAL_RECORDS = 6400, 250
 Record = dict[str, str]  # prompt, completion
 
 
-def made_up_word(rng: random.Random) -> str:
-    """3 to 8 letters, each length equally often."""
-    return "".join(rng.choices(ALPHABET, k=rng.randint(3, 8)))
+def made_up_word(rng: random.Random, longest: int) -> str:
+    """3 to `longest` letters, each length equally often."""
+    return "".join(rng.choices(ALPHABET, k=rng.randint(3, longest)))
 
 
 def pig_latin(rng: random.Random) -> Record:
-    word = made_up_word(rng)
+    word = made_up_word(rng, 6)  # the base model's own skill at copying gets weaker with longer words
     return {"prompt": f"Pig Latin: {word}\n", "completion": word[1:] + word[0] + "ay"}
 
 
 def count(rng: random.Random) -> Record:
     """A question; no answer is right more often than 1 time in 6."""
-    word = made_up_word(rng)
+    word = made_up_word(rng, 8)
     return {"prompt": f"How many letters are in {word}?\n", "completion": NUMBERS[len(word)]}
 
 

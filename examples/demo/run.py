@@ -84,7 +84,7 @@ def accuracies(client: Client, tasks: list[str]) -> dict[str, dict[str, tuple[in
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", action="store_true", help="go on with the checkpoint of the last run, if there is one")
+    parser.add_argument("--keep", action="store_true", help="go on with the checkpoint of the last run")
     parser.add_argument("--backend", default="slots", choices=["slots", "merged"], help="(slots)")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -113,7 +113,9 @@ def main() -> int:
     show(found, console)
 
     seconds = time.monotonic() - began
-    console.print(f"trained in {trained - began:.0f} s, {seconds:.0f} s in all; the server stopped with status {status}")
+    console.print(
+        f"training took {trained - began:.0f} s, all of it {seconds:.0f} s; the server stopped with status {status}"
+    )
     failures = verdict(found)
     for failure in failures:
         console.print(f"[bold red]not reached:[/] {failure}")

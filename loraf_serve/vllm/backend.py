@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _POLL_SECONDS = 0.02
-_STOP_SECONDS = 1.0
+_STOP_SECONDS = 1.0  # for running requests to end when the backend stops
+_EXIT_SECONDS = 30.0  # for vLLM's processes to exit before they are killed
 
 
 class SlotsBackend(Backend):
@@ -48,17 +49,19 @@ class SlotsBackend(Backend):
         self._max_rank = max_rank
         self._engine: AsyncLLM | None = None
         self._stopping = False
+        self._admission = SlotAdmission(0)  # the engine says how many slots there are
         self._resident: set[str] = set()  # adapter digests that every worker has in memory
         self._request_ids: set[str] = set()
 
     async def start(self) -> None:
-        engine = self._engine = await asyncio.to_thread(self._start_engine)
-        self.tokenizer = engine.get_tokenizer()
-        self.max_model_len = engine.model_config.max_model_len
-        lora = engine.vllm_config.lora_config
-        self._admission = SlotAdmission(lora.max_loras)
-        self._lora_requests = _LoraRequests(first_id=lora.max_loras + 1, idle=lora.max_cpu_loras)
         try:
+            await asyncio.to_thread(self._start_engine)
+            engine = self._running()
+            self.tokenizer = engine.get_tokenizer()
+            self.max_model_len = engine.model_config.max_model_len
+            lora = engine.vllm_config.lora_config
+            self._admission = SlotAdmission(lora.max_loras)
+            self._lora_requests = _LoraRequests(first_id=lora.max_loras + 1, idle=lora.max_cpu_loras)
             if not all(await self._call_workers("loraf_layers")):
                 message = "vLLM's workers did not take LoRAF's LoRA manager"
                 raise ConfigError(Problem(message, "--backend slots", remedy="serve with --backend merged"))
@@ -67,7 +70,7 @@ class SlotsBackend(Backend):
             await self.stop()
             raise
 
-    def _start_engine(self) -> AsyncLLM:
+    def _start_engine(self) -> None:
         """Blocks until the engine's processes have loaded the model."""
         with engine_environment():
             reason = can_serve(self._model_folder)
@@ -76,19 +79,20 @@ class SlotsBackend(Backend):
             from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            from loraf_serve.vllm.options import engine_args
+            from loraf_serve.vllm.options import engine_args, refused
 
             args = engine_args(self._model_folder, self._engine_options, self._max_rank)
             try:
                 config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
             except (ValueError, TypeError, NotImplementedError) as error:
-                remedy = "change the option, or the model"
-                raise ConfigError(Problem(str(error), "vLLM's options", remedy=remedy)) from None
+                raise refused(error) from None
             try:
-                return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+                self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
             except Exception as error:  # what stopped the engine's processes stands in their own log
                 remedy = "read the reason above, in vLLM's own log"
                 raise ConfigError(Problem(f"vLLM did not start ({error})", "--backend slots", remedy=remedy)) from error
+        if self._stopping:  # `start` was cancelled meanwhile
+            self._engine.shutdown(_EXIT_SECONDS)
 
     async def _warm_up(self) -> None:
         """One token of the base model: an engine's first step is slow."""
@@ -180,7 +184,9 @@ class SlotsBackend(Backend):
         while self._request_ids and asyncio.get_running_loop().time() < deadline:
             await engine.abort(list(self._request_ids))
             await asyncio.sleep(_POLL_SECONDS)
-        await asyncio.to_thread(engine.shutdown)
+        if engine.output_handler is not None:
+            engine.output_handler.cancel()  # it would report the processes' end as a failure
+        await asyncio.to_thread(engine.shutdown, _EXIT_SECONDS)
 
     def _running(self) -> AsyncLLM:
         if self._engine is None or self._stopping:

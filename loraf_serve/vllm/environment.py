@@ -31,9 +31,12 @@ def engine_environment() -> Iterator[None]:
     }
     unless_chosen = {
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }
+    if "VLLM_PLUGINS" in os.environ:  # the only plugins that vLLM loads
+        needed["VLLM_PLUGINS"] = os.environ["VLLM_PLUGINS"] + ",loraf"
     before = {name: os.environ.get(name) for name in needed | unless_chosen}
     os.environ.update({name: value for name, value in unless_chosen.items() if name not in os.environ} | needed)
     try:

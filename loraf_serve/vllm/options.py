@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 import psutil
+import pydantic
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -72,11 +73,21 @@ def engine_args(model_folder: Path, options: Sequence[str], max_rank: int) -> As
         }
         made = AsyncEngineArgs.from_cli_args(argparse.Namespace(**vars(args) | ours | given))
     except (ValueError, TypeError) as error:
-        raise ConfigError(Problem(str(error), _WHERE, remedy=_REMEDY)) from None
+        raise refused(error) from None
     by_environment = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if current_platform.is_cpu() and not by_environment and "gpu_memory_utilization" not in given:
         made.kv_cache_memory_bytes = made.kv_cache_memory_bytes or _kv_cache_bytes()
     return made
+
+
+def refused(error: Exception) -> ConfigError:
+    """What vLLM says against its options or the model, without pydantic's wrapping."""
+    problems = []
+    if isinstance(error, pydantic.ValidationError):
+        for detail in error.errors(include_url=False, include_context=False, include_input=False):
+            field = ".".join(str(part) for part in detail["loc"]) or _WHERE
+            problems.append(Problem(detail["msg"].removeprefix("Value error, "), field, remedy=_REMEDY))
+    return ConfigError(problems or Problem(str(error), _WHERE, remedy=_REMEDY))
 
 
 def lora_rank(rank: int) -> int:

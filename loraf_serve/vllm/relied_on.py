@@ -176,8 +176,9 @@ def _async_llm() -> bool:
     generate = {"prompt", "sampling_params", "request_id", "lora_request"} <= set(_parameters(AsyncLLM.generate))
     abort = _parameters(AsyncLLM.abort)[1] == "request_id"
     call = {"method", "args"} <= set(_parameters(AsyncLLM.collective_rpc))
-    rest = ("errored", "get_tokenizer", "shutdown", "from_vllm_config")
-    return generate and abort and call and all(hasattr(AsyncLLM, name) for name in rest)
+    rest = ("errored", "get_tokenizer", "from_vllm_config")
+    handler = "output_handler" in AsyncLLM.__init__.__code__.co_names and "timeout" in _parameters(AsyncLLM.shutdown)
+    return generate and abort and call and handler and all(hasattr(AsyncLLM, name) for name in rest)
 
 
 def _abort_on_close() -> bool:

@@ -1,8 +1,8 @@
 """GSM8K, then language understanding, with the paper's hyperparameters but for size and length: the whole road on real
 records, from tasks.yaml to answers over gRPC from two backends.
 
-The whole sets are read from `../shared/data` beside the repository, or from the folder that LORAF_TEST_DATA names; where
-they are missing, a handful of committed records takes their place, and the test says so.
+The whole sets are read from `../shared/data` beside the repository, or from the folder that LORAF_TEST_DATA names;
+where they are missing, a handful of committed records takes their place, and the test says so.
 """
 
 from __future__ import annotations

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
-import threading
 import time
-import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from loraf.errors import CorruptCheckpoint, LorafError, Problem
-from loraf_serve.admission import Admission
-from loraf_serve.backends.base import BackendUnavailable
-from loraf_serve.client import request_of
 from loraf_serve.v1 import adapter_pb2
 from loraf_serve.v1 import generation_pb2 as pb
+from tests.serve.asking import ask, ask_stream, failure, metadata_bytes, violations
 from tests.serve.fake_backend import GONE, FakeBackend, expected_text
 from tests.serve.harness import checkpoint_folder, eventually, one_adapter, serving, two_adapters
 
@@ -31,33 +24,6 @@ CODES = grpc.StatusCode
 def running():
     with serving(adapters=two_adapters()) as server:
         yield server
-
-
-def ask(*args, **kwargs) -> pb.GenerateRequest:
-    return request_of(pb.GenerateRequest, *args, **{"adapter": "trio", **kwargs})
-
-
-def ask_stream(*args, **kwargs) -> pb.StreamGenerateRequest:
-    return request_of(pb.StreamGenerateRequest, *args, **{"adapter": "trio", **kwargs})
-
-
-def failure(call) -> grpc.RpcError:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    return caught.value
-
-
-def metadata_bytes(error: grpc.RpcError) -> int:
-    """Size of the status on the wire: the message percent-encoded, the details in base64."""
-    details = dict(error.trailing_metadata())["grpc-status-details-bin"]
-    return len(urllib.parse.quote(error.details())) + len(base64.b64encode(details))
-
-
-def violations(error: grpc.RpcError) -> dict[str, str]:
-    bad = error_details_pb2.BadRequest()
-    (detail,) = rpc_status.from_call(error).details
-    assert detail.Unpack(bad)
-    return {v.field: v.description for v in bad.field_violations}
 
 
 # --- answers
@@ -354,110 +320,3 @@ def test_a_timeout_inside_the_backend_is_a_fault_not_a_deadline():
     backend.failure = TimeoutError("inside")
     with serving(backend, default_deadline=60.0) as running:
         assert failure(lambda: running.generation.Generate(ask("x"))).code() is CODES.INTERNAL
-
-
-def test_after_a_hundred_streams_half_of_them_cancelled_nothing_is_left():
-    with serving(FakeBackend(seconds_per_token=0.02)) as running, ThreadPoolExecutor(100) as pool:
-
-        def one(i: int) -> str:
-            call = running.generation.StreamGenerate(ask_stream(f"{i}", max_tokens=20))
-            text = ""
-            try:
-                for j, piece in enumerate(call):
-                    text += piece.choices[0].text
-                    if i % 2 and j == i % 7:
-                        call.cancel()
-            except grpc.RpcError as error:
-                assert i % 2 and error.code() is CODES.CANCELLED
-                return ""
-            return text
-
-        texts = list(pool.map(one, range(100)))
-        assert eventually(lambda: not running.backend.running)
-        assert running.server._admission.in_flight == 0
-        by_prompt = {r.prompt_token_ids: expected_text(r) for r in running.backend.requests}
-    assert len(running.backend.requests) == 100
-    for i in range(0, 100, 2):
-        assert texts[i] == by_prompt[tuple(running.backend.tokenizer(f"{i}")["input_ids"])]
-
-
-# --- admission
-
-
-def test_a_full_queue_says_when_to_try_again():
-    with serving(FakeBackend(seconds_per_token=0.2), max_queue=2) as running:
-        calls = [running.generation.Generate.future(ask("x", max_tokens=5)) for _ in range(2)]
-        assert eventually(lambda: len(running.backend.running) == 2)
-        error = failure(lambda: running.generation.Generate(ask("x", max_tokens=1)))
-        assert error.code() is CODES.RESOURCE_EXHAUSTED
-        retry = error_details_pb2.RetryInfo()
-        assert rpc_status.from_call(error).details[0].Unpack(retry)
-        # A request takes about a second, two are in flight: a place is free after half a second on average.
-        assert 0.3 < retry.retry_delay.ToNanoseconds() / 1e9 < 0.8
-        assert running.client.health() == "SERVING"  # health checks need no place
-        assert all(call.result(20).choices for call in calls)
-        assert running.generation.Generate(ask("x", max_tokens=1)).choices
-
-
-def test_the_retry_delay_follows_from_how_long_requests_take(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-
-    async def retry_after(seconds: float, limit: int) -> float:
-        admission = Admission(limit)
-        admission.open()
-        for _ in range(100):
-            with admission.enter():
-                clock[0] += seconds
-        return admission.retry_after()
-
-    assert asyncio.run(retry_after(12.0, 4)) == pytest.approx(3.0, rel=0.01)
-    assert asyncio.run(retry_after(1e-3, 4)) == 0.1 and asyncio.run(retry_after(1e6, 4)) == 60.0
-
-
-def test_a_request_that_the_drain_ends_is_told_of_the_drain():
-    class Ended(FakeBackend):
-        async def generate(self, request):
-            async for output in super().generate(request):
-                if output.choices[0].finish_reason == "abort":
-                    raise BackendUnavailable("stopped at /srv/secret")
-                yield output
-
-    with serving(Ended(seconds_per_token=0.05)) as running:
-        call = running.generation.StreamGenerate(ask_stream("x", max_tokens=200))
-        next(call)
-        running.call(running.server.drain(0.1))
-        error = failure(lambda: list(call))
-        assert (error.code(), error.details()) == (CODES.UNAVAILABLE, "the server is draining")
-        assert not running.server.engine_gone
-
-
-def test_a_long_tokenization_does_not_hold_up_other_clients(monkeypatch):
-    with serving() as running:
-        started, go_on = threading.Event(), threading.Event()
-        validator = running.server._generation.validator
-        read_now = validator.read_now
-
-        def slow(request):
-            started.set()
-            assert go_on.wait(10)
-            return read_now(request)
-
-        monkeypatch.setattr(validator, "read_now", slow)
-        call = running.generation.Generate.future(ask("x"))
-        assert started.wait(5)
-        assert running.client.health(timeout=2) == "SERVING"
-        assert running.client.adapters(timeout=2)
-        go_on.set()
-        assert call.result(10).choices
-
-
-def test_backend_unavailable_is_the_same_in_the_middle_of_a_stream():
-    backend = FakeBackend()
-    backend.failure_after = BackendUnavailable("died")
-    with serving(backend) as running:
-        call = running.generation.StreamGenerate(ask_stream("x", max_tokens=5))
-        pieces = []
-        error = failure(lambda: [pieces.append(piece) for piece in call])
-        assert len(pieces) == 2 and error.code() is CODES.UNAVAILABLE
-        assert running.client.health() == "NOT_SERVING"

@@ -70,7 +70,8 @@ def test_the_plugin_does_nothing_outside_an_engines_processes(monkeypatch: pytes
 
 def test_importing_the_plugin_imports_no_vllm() -> None:
     """vLLM calls it in every process, whoever uses it."""
-    program = "import sys, loraf_serve.vllm.plugin as p; p.register(); sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
+    program = "import sys, loraf_serve.vllm.plugin as plugin; plugin.register(); "
+    program += "sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""A dead engine is told at once, and stopping it is clean. Last of the vLLM tests: the engine has to be started again."""
+"""A dead engine is told at once, and stopping is clean. The last vLLM tests: each uses up an engine of the pool."""
 
 from __future__ import annotations
 

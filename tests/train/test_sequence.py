@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from loraf.checkpoint import Checkpoint
 from loraf.delta import Merger
@@ -201,7 +199,7 @@ def test_the_manifest_says_how_each_task_was_trained(finished):
         assert task.templates == all_data()[task.name].templates
         assert task.training["steps"] == 4 and task.training["examples"] == 24
         assert task.training["loss"]["first"] == finished.watcher.losses[task.name][0]
-        assert task.training["seconds"]["adaptation"] > 0 and task.training["precision"] == "float32"
+        assert task.training["precision"] == "float32"
         assert set(task.training["versions"]) == {"loraf", "torch", "transformers"}
         settings = task.training["settings"]
         assert settings["training"]["learning_rate"] == 2e-2 and settings["calibration"]["steps"] == 2
@@ -426,30 +424,6 @@ def test_an_observer_that_leaves_a_merge_behind_is_noticed(model_folder, tmp_pat
     config = toys.run_config(model_folder, tmp_path / "ckpt", toys.task("one"))
     with pytest.raises(RuntimeError, match="left a task merged"):
         sequence.run(config, all_data(), Careless())
-
-
-def test_load_model_gives_frozen_float32_on_a_cpu_and_bfloat16_where_asked(model_folder, tmp_path, capfd):
-    config = toys.run_config(model_folder, tmp_path / "ckpt", toys.task("one"))
-    for precision, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        if precision == "auto" and torch.cuda.is_available():
-            continue
-        model, tokenizer, folder = sequence.load_model(config.model_copy(update={"precision": precision}))
-        assert {p.dtype for p in model.parameters()} == {dtype} and not any(p.requires_grad for p in model.parameters())
-        assert tokenizer("a")["input_ids"] and folder == model_folder and not model.training
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_model_without_all_of_its_weights_is_refused(model_folder, tmp_path):
-    broken = shutil.copytree(model_folder, tmp_path / "broken")
-    tensors = load_file(broken / "model.safetensors")
-    del tensors["model.layers.1.self_attn.q_proj.weight"]
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    config = toys.run_config(broken, tmp_path / "ckpt", toys.task("one"))
-    with pytest.raises(ConfigError, match=r"lack model.layers.1.self_attn.q_proj.weight .* complete causal"):
-        sequence.load_model(config)
-    (broken / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="tasks.yaml: model: the model in .* cannot be loaded"):
-        sequence.load_model(config)
 
 
 def test_a_bfloat16_model_trains_with_float32_values(model_folder, tmp_path):

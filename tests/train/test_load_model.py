@@ -1,0 +1,43 @@
+"""The base model as training takes it: whole, frozen, in the precision asked for."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraf.errors import ConfigError
+from loraf_train import sequence
+from tests.standins import make_model
+from tests.train import toys
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return make_model("mistral", tmp_path_factory.mktemp("mistral"))
+
+
+def test_load_model_gives_frozen_float32_on_a_cpu_and_bfloat16_where_asked(model_folder, tmp_path, capfd):
+    config = toys.run_config(model_folder, tmp_path / "ckpt", toys.task("one"))
+    for precision, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        if precision == "auto" and torch.cuda.is_available():
+            continue
+        model, tokenizer, folder = sequence.load_model(config.model_copy(update={"precision": precision}))
+        assert {p.dtype for p in model.parameters()} == {dtype} and not any(p.requires_grad for p in model.parameters())
+        assert tokenizer("a")["input_ids"] and folder == model_folder and not model.training
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_without_all_of_its_weights_is_refused(model_folder, tmp_path):
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    config = toys.run_config(broken, tmp_path / "ckpt", toys.task("one"))
+    with pytest.raises(ConfigError, match=r"lack model.layers.1.self_attn.q_proj.weight .* complete causal"):
+        sequence.load_model(config)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="tasks.yaml: model: the model in .* cannot be loaded"):
+        sequence.load_model(config)
