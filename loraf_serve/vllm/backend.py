@@ -11,7 +11,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
+from loraf.errors import ConfigError, Problem, UnknownTask
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
 from loraf_serve.vllm.admission import SlotAdmission
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _POLL_SECONDS = 0.02
+_HEALTH_SECONDS = 1.0
 _STOP_SECONDS = 1.0  # for running requests to end when the backend stops
 _EXIT_SECONDS = 30.0  # for vLLM's processes to exit before they are killed
 
@@ -141,7 +142,7 @@ class SlotsBackend(Backend):
     async def _stream(self, request: GenerationRequest, lora_request: LoRARequest | None) -> AsyncIterator[Output]:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         from loraf_serve.vllm import convert
 
@@ -160,10 +161,13 @@ class SlotsBackend(Backend):
                         raise _stopped()
                     yield convert.output(part, request.sampling.logprobs)
         except EngineDeadError as error:
-            raise BackendUnavailable("the engine has died") from error
+            raise _dead() from error
+        except EngineGenerateError as error:
+            if engine.errored:
+                raise _dead() from error
+            raise
         except (VLLMClientError, ValueError) as error:
-            field = getattr(error, "parameter", None) or "sampling"
-            raise LorafError(Problem(str(error), field)) from None
+            raise convert.refused(error) from None
         finally:
             self._request_ids.discard(request_id)
             if not finished:
@@ -172,7 +176,7 @@ class SlotsBackend(Backend):
 
     async def check_health(self) -> None:
         if self._running().errored:
-            raise BackendUnavailable("the engine has died")
+            raise _dead()
 
     async def stop(self) -> None:
         self._stopping = True
@@ -197,10 +201,18 @@ class SlotsBackend(Backend):
         """Calls a method of `WorkerExtension` in every worker; one result each."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        engine = self._running()
+        call = asyncio.ensure_future(engine.collective_rpc(method, args=args))
         try:
-            return await self._running().collective_rpc(method, args=args)
+            while not call.done():  # vLLM leaves a call unanswered when its engine dies in the middle
+                await asyncio.wait([call], timeout=_HEALTH_SECONDS)
+                if engine.errored:
+                    raise _dead()
+            return call.result()
         except EngineDeadError as error:
-            raise BackendUnavailable("the engine has died") from error
+            raise _dead() from error
+        finally:
+            call.cancel()
 
 
 class _LoraRequests:
@@ -231,6 +243,10 @@ class _LoraRequests:
 
 def _stopped() -> BackendUnavailable:
     return BackendUnavailable("the engine is being stopped")
+
+
+def _dead() -> BackendUnavailable:
+    return BackendUnavailable("the engine has died")
 
 
 def _new_request_id() -> str:

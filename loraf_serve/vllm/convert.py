@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from loraf.errors import LorafError, Problem
 from loraf_serve.backends.base import ChoiceDelta, Output, PositionLogprobs, Sampling, TokenLogprob
 
 
@@ -33,6 +35,14 @@ def sampling_params(sampling: Sampling) -> SamplingParams:
         skip_special_tokens=sampling.skip_special_tokens,
         output_kind=RequestOutputKind.DELTA,
     )
+
+
+def refused(error: Exception) -> LorafError:
+    """What vLLM has against a request, with its field where that is one of `Sampling`."""
+    parameter = getattr(error, "parameter", None)
+    known = parameter in {field.name for field in dataclasses.fields(Sampling)}
+    message = str(error.args[0]) if error.args else str(error)
+    return LorafError(Problem(message, f"sampling.{parameter}" if known else ""))
 
 
 def output(made: RequestOutput, wanted_logprobs: int | None) -> Output:

@@ -147,8 +147,9 @@ def test_penalties_and_truncation_change_the_answer(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("prompt", "sampling", "words"),
     [
-        (PROMPT, {"top_p": 2.0}, "top_p"),
-        (PROMPT, {"logit_bias": {100_000: 1.0}}, "100000"),
+        (PROMPT, {"top_p": 2.0}, r"^sampling\.top_p: .*2\.0\.?$"),
+        (PROMPT, {"logit_bias": {100_000: 1.0}}, r"^sampling\.logit_bias: .*100000"),
+        (PROMPT, {"n": 2}, "greedy"),
         ([1, 100_000], {}, "100000"),
         (random_prompt(1030, seed=1), {}, "1024"),
     ],

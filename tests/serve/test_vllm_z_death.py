@@ -34,6 +34,8 @@ def test_requests_of_a_dead_engine_end(engine: Engine) -> None:
         await asyncio.sleep(0.3)
         processes = workers(engine)
         processes[-1].kill()
+        with pytest.raises(BackendUnavailable):  # vLLM itself never answers a call that it cannot finish
+            await asyncio.wait_for(engine.backend._call_workers("loraf_layers"), 30)
         outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
         assert [type(outcome) for outcome in outcomes] == [BackendUnavailable] * len(texts)
         with pytest.raises(BackendUnavailable):
