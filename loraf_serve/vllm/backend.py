@@ -45,7 +45,7 @@ class SlotsBackend(Backend):
     name = "slots"
 
     def __init__(self, model_folder: Path, engine_options: Sequence[str] = (), max_rank: int = 64):
-        self._model_folder = Path(model_folder)
+        self._model_folder = Path(model_folder).resolve()
         self._engine_options = tuple(engine_options)
         self._max_rank = max_rank
         self._engine: AsyncLLM | None = None
@@ -199,18 +199,19 @@ class SlotsBackend(Backend):
 
     async def _call_workers(self, method: str, *args: object) -> list:
         """Calls a method of `WorkerExtension` in every worker; one result each."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         engine = self._running()
         call = asyncio.ensure_future(engine.collective_rpc(method, args=args))
         try:
-            while not call.done():  # vLLM leaves a call unanswered when its engine dies in the middle
+            # A call is left unanswered when the engine dies in the middle of it.
+            while not call.done() and not engine.errored:
                 await asyncio.wait([call], timeout=_HEALTH_SECONDS)
-                if engine.errored:
-                    raise _dead()
+            if call.done() and call.exception() is None:
+                return call.result()
+            if not engine.errored:  # a dying engine answers with plain exceptions before it is known to be dead
+                await asyncio.sleep(_HEALTH_SECONDS)
+            if engine.errored:
+                raise _dead() from (call.exception() if call.done() else None)
             return call.result()
-        except EngineDeadError as error:
-            raise _dead() from error
         finally:
             call.cancel()
 

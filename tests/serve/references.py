@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,14 +39,14 @@ class Merged:
 
 
 class Formula:
-    """ΔW(S) = Σ w·(α/r)·B·A written out, added to float64 weights of a model of its own."""
+    """ΔW(S) = Σ w·(α/r)·B·A written out, added to the weights, all in float64."""
 
     def __init__(self, model_folder: Path, checkpoint: Checkpoint):
-        self._folder, self._checkpoint = model_folder, checkpoint
+        self._base, self._checkpoint = load(model_folder, torch.float64), checkpoint
 
     @torch.no_grad()
     def logits(self, text: str, token_ids: Sequence[int]) -> torch.Tensor:
-        model = load(self._folder, torch.float64)
+        model = copy.deepcopy(self._base)
         manifest = self._checkpoint.manifest
         for module in manifest.modules:
             a = self._checkpoint.projection_of(module).double()

@@ -13,17 +13,13 @@ from tests.serve.vllm_engines import Engine, Pool, random_prompt
 PROMPT = random_prompt(10, seed=90)
 
 
-@pytest.fixture
-def engine(vllm_pool: Pool) -> Engine:
-    return vllm_pool.get("qwen2")
-
-
 def workers(engine: Engine) -> list[psutil.Process]:
     (core,) = engine.backend._engine.engine_core.resources.engine_manager.processes
     return [psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)]
 
 
-def test_requests_of_a_dead_engine_end(engine: Engine) -> None:
+def test_requests_of_a_dead_engine_end(vllm_pool: Pool) -> None:
+    engine = vllm_pool.get("qwen2")
     texts = ["base", "math", "nlu", "code", "all"]  # "all" waits for a slot
 
     async def scenario() -> None:
@@ -34,7 +30,7 @@ def test_requests_of_a_dead_engine_end(engine: Engine) -> None:
         await asyncio.sleep(0.3)
         processes = workers(engine)
         processes[-1].kill()
-        with pytest.raises(BackendUnavailable):  # vLLM itself never answers a call that it cannot finish
+        with pytest.raises(BackendUnavailable):  # vLLM's own answer is a plain exception, or none
             await asyncio.wait_for(engine.backend._call_workers("loraf_layers"), 30)
         outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
         assert [type(outcome) for outcome in outcomes] == [BackendUnavailable] * len(texts)
@@ -52,7 +48,8 @@ def test_requests_of_a_dead_engine_end(engine: Engine) -> None:
     engine.loop.run(scenario())
 
 
-def test_stopping_ends_requests_and_processes(engine: Engine) -> None:
+def test_stopping_ends_requests_and_processes(vllm_pool: Pool) -> None:
+    engine = vllm_pool.get("llama")
     texts = ["base", "math", "nlu", "code", "all"]
 
     async def scenario() -> None:

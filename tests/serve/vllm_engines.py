@@ -152,8 +152,10 @@ class Pool:
         return engine
 
     def close(self) -> None:
-        for engine in self._engines.values():
-            self._loop.run(engine.backend.stop())
+        async def stop_all() -> None:
+            await asyncio.gather(*(engine.backend.stop() for engine in self._engines.values()))
+
+        self._loop.run(stop_all())
         self._loop.close()
 
 
