@@ -12,7 +12,8 @@ BIN := .venv/bin
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml setup.py constraints.txt tools/setup.sh $(wildcard proto/loraf/v1/*.proto)
+.venv/.ready: pyproject.toml setup.py constraints.txt tools/setup.sh $(wildcard proto/loraf/v1/*.proto) \
+              $(wildcard loraf/csrc/* loraf_serve/kernels/csrc/*)
 	PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" tools/setup.sh
 
 demo: setup
@@ -26,4 +27,4 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build *.egg-info examples/demo/data examples/demo/ckpt loraf_serve/v1/*_pb2*
+	rm -rf .venv build *.egg-info examples/demo/data examples/demo/ckpt loraf_serve/v1/*_pb2* loraf/_native.so loraf_serve/kernels/_cpu.so

@@ -158,17 +158,20 @@ def describe(name: str, folder: Path, revision: str | None = None) -> BaseModel:
     )
 
 
-def require_same_base(expected: BaseModel, folder: Path, checkpoint: Path) -> None:
+def require_same_base(expected: BaseModel, folder: Path, checkpoint: Path, found: BaseModel | None = None) -> None:
     """Refuses a model that the checkpoint was not trained for.
 
     A shape that only one of the two configs states is left to the fingerprint, which covers the tensors' own shapes:
     transformers writes out defaults (head_dim, say) that a model's authors left away.
 
+    Args:
+        found: what `describe` says of the model, if that is known.
+
     Raises:
         BaseMismatch: architecture, shapes or sampled weights differ; all differences at once.
         ConfigError: as `describe`.
     """
-    found = describe(str(folder), folder)
+    found = found or describe(str(folder), folder)
     remedy = f"use {expected.name}, or say --allow-other-base if you mean it"
     problems = []
     if found.architecture != expected.architecture:

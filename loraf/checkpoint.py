@@ -3,9 +3,9 @@
     loraf.json                   the manifest (loraf.manifest)
     tasks/<name>.safetensors     per module: <module>.rows, <module>.cols, <module>.values
 
-A file is read once: its bytes are hashed and the same bytes are parsed, never a memory map of a file that may change.
-A save writes new files beside the old ones, flushes them, and replaces the manifest last, so that a checkpoint is at
-any moment the one before or the one after. A finished task's file is never written again.
+loraf.task_file reads and verifies; here is what a checkpoint is, and how it is written. A save writes new files beside
+the old ones, flushes them, and replaces the manifest last, so that a checkpoint is at any moment the one before or the
+one after. A finished task's file is never written again.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
 
 from loraf import manifest as manifests
-from loraf import projection
+from loraf import projection, task_file
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem
 from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task, Templates, positions
 from loraf.sparse import SparseB
+from loraf.task_file import RESTORE
 from loraf.tasksets import name_problem
+from loraf.threads import in_threads
 
-_RESTORE = "restore the checkpoint from a copy, or train it again"
 _MEND = "give values that the checkpoint can hold"
 _PLAIN_TEMPLATES = Templates()
 
@@ -72,14 +71,10 @@ class Checkpoint:
         module_digests = {name: module.projection_sha256 for name, module in manifest.modules.items()}
         if projection.combined_digest(module_digests) != manifest.projection.sha256:
             message = "is not the digest of the modules' own digests"
-            problems.append(Problem(message, "projection.sha256", str(path / manifests.FILE_NAME), _RESTORE))
-        loaded: dict[str, dict[str, SparseB]] = {}
-        for task in manifest.tasks:
-            loaded[task.name] = _read_task(path, manifest, task, problems)
-        if not problems:
-            problems += _overlaps(path, manifest, loaded, _RESTORE)
-        if problems:
-            raise CorruptCheckpoint(problems)
+            problems.append(Problem(message, "projection.sha256", str(path / manifests.FILE_NAME), RESTORE))
+        loaded, wrong = task_file.read_all(path, manifest)
+        if problems or wrong:
+            raise CorruptCheckpoint([*problems, *wrong])
         return cls(path, manifest, loaded, partial=manifest.task_names != everything)
 
     @classmethod
@@ -121,8 +116,8 @@ class Checkpoint:
         try:
             (path / "tasks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable(path, error) from None
-        _write_durably(path / manifests.FILE_NAME, data)
+            raise unwritable(path, error) from None
+        write_durably(path / manifests.FILE_NAME, data)
         return cls(path, manifest, {})
 
     def add_task(
@@ -174,11 +169,11 @@ class Checkpoint:
             training=dict(training or {}),
         )
         tasks = self.tasks | {name: dict(values)}
-        problems = _faults(self.path, self.manifest, task, tasks[name], _MEND)
-        problems = problems or _overlaps(self.path, self.manifest, tasks, _MEND)
+        with_task = dataclasses.replace(self.manifest, tasks=(*self.manifest.tasks, task))
+        problems = task_file.verify(self.path, with_task, tasks, _MEND)
         if problems:
             raise CheckpointError(problems)
-        data = safetensors.torch.save(_tensors(values))
+        data = task_file.encode(values)
         stored = StoredFile(task.file.path, len(data), hashlib.sha256(data).hexdigest())
         task = dataclasses.replace(task, file=stored)
         self._commit((*self.manifest.tasks, task), {self.path / stored.path: data})
@@ -201,14 +196,49 @@ class Checkpoint:
             )
         )
 
+    @staticmethod
+    def remove_task(path: str | Path, name: str) -> Manifest:
+        """Takes a task out of the checkpoint in `path`: the manifest first, then its file. Its positions are free then.
+
+        Only the manifest is read, so a damaged task can be taken out too. Tasks that were trained on top of it keep
+        their values and name it in `trained_with`, so they can no longer be served as trained. Scores of a set with the
+        task go with it, since the set is no more. A file that a killed removal left is removed without more ado.
+
+        Returns:
+            What is left.
+
+        Raises:
+            UnknownTask: there is no such task.
+            CheckpointError: the folder holds no checkpoint, or it cannot be written.
+        """
+        path = Path(path)
+        manifest = manifests.read(path)
+        file = path / f"tasks/{name}.safetensors"
+        if name in manifest.task_names or name_problem(name) or not file.exists():
+            manifest.task(name)  # raises if there is none
+
+            def without(task: Task) -> Task:
+                sets = ({part.partition(":")[0] for part in str(score.get("set")).split("+")} for score in task.scores)
+                kept = tuple(s for s, names in zip(task.scores, sets, strict=True) if name not in names)
+                return dataclasses.replace(task, scores=kept)
+
+            left = tuple(without(task) for task in manifest.tasks if task.name != name)
+            manifest, data = _encoded(dataclasses.replace(manifest, tasks=left), path)
+            write_durably(path / manifests.FILE_NAME, data)
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(file, error) from error
+        return manifest
+
     def _commit(self, tasks: tuple[Task, ...], new_files: Mapping[Path, bytes] | None = None) -> None:
         """Writes new files, then the manifest with `tasks`; what is in memory changes only when all is on disk."""
         self._require_whole()
         manifest, data = _encoded(dataclasses.replace(self.manifest, tasks=tasks), self.path)
         self._require_unchanged()
         for path, content in (new_files or {}).items():
-            _write_durably(path, content)
-        _write_durably(self.path / manifests.FILE_NAME, data)
+            write_durably(path, content)
+        write_durably(self.path / manifests.FILE_NAME, data)
         self.manifest = manifest
 
     def _require_unchanged(self) -> None:
@@ -223,29 +253,45 @@ class Checkpoint:
             message = "only some of its tasks were read, so it cannot be written"
             raise CheckpointError(Problem(message, file=str(self.path), remedy="open it with all tasks"))
 
-    def projection_of(self, module: str) -> torch.Tensor:
-        """A of one module, float32 (rank, d_in), rebuilt from the seed and checked against its digest.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tasks' coordinates and values in memory."""
+        return sum(b.nbytes for modules in self.tasks.values() for b in modules.values())
+
+    def projection_of(self, module: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A of one module, (rank, d_in), rebuilt from the seed in float32, checked against its digest, and rounded.
 
         Raises:
             CorruptCheckpoint: the seed, generator or shape is not the one that the digest was made with.
         """
-        spec = self.manifest.modules[module]
-        p = self.manifest.projection
-        a = projection.projection(p.seed, module, self.manifest.rank, spec.d_in, p.init_std)
-        self._require_digests({module: projection.digest(a)})
-        return torch.from_numpy(a)
+        return self.projections([module], dtype)[module]
+
+    def projections(
+        self, modules: Iterable[str] | None = None, dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
+        """`projection_of` several modules (all by default), on all processors. Raises CorruptCheckpoint."""
+        names = list(self.manifest.modules if modules is None else modules)
+        made = in_threads(lambda name: projection.made(*self._projection_arguments(name), dtype), names)
+        self._require_digests({name: digest for name, (_, digest) in zip(names, made, strict=True)})
+        return {name: a for name, (a, _) in zip(names, made, strict=True)}
 
     def verify_projection(self) -> None:
-        """Rebuilds A of every module and checks every digest. Raises CorruptCheckpoint."""
+        """Checks A of every module against its digest. Raises CorruptCheckpoint.
+
+        An A that this process has made before, for this or another checkpoint, is not made again.
+        """
+        names = list(self.manifest.modules)
+        digests = in_threads(lambda name: projection.digest_of(*self._projection_arguments(name)), names)
+        self._require_digests(dict(zip(names, digests, strict=True)))
+
+    def _projection_arguments(self, module: str) -> tuple[int, str, int, int, float | None]:
         p = self.manifest.projection
-        shapes = {name: (m.d_out, m.d_in) for name, m in self.manifest.modules.items()}
-        found = projection.digests(p.seed, self.manifest.rank, shapes, p.init_std)
-        self._require_digests(found)
+        return p.seed, module, self.manifest.rank, self.manifest.modules[module].d_in, p.init_std
 
     def _require_digests(self, found: Mapping[str, str]) -> None:
         stated = self.manifest.modules
         message = "A rebuilt from the seed is not the A that the tasks were trained with"
-        remedy = f"seed, standard deviation, rank or shape was changed: {_RESTORE}"
+        remedy = f"seed, standard deviation, rank or shape was changed: {RESTORE}"
         problems = [
             Problem(message, f"modules.{module}.projection_sha256", str(self.path / manifests.FILE_NAME), remedy)
             for module, digest in found.items()
@@ -275,90 +321,13 @@ def _encoded(manifest: Manifest, path: Path) -> tuple[Manifest, bytes]:
     raise CheckpointError(problems)
 
 
-def _tensors(values: Mapping[str, SparseB]) -> dict[str, torch.Tensor]:
-    """The content of a task's file."""
-    parts = ("rows", "cols", "values")
-    return {f"{module}.{part}": getattr(b, part).contiguous() for module, b in values.items() for part in parts}
-
-
-def _read_task(path: Path, manifest: Manifest, task: Task, problems: list[Problem]) -> dict[str, SparseB]:
-    file = path / task.file.path
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        problems.append(Problem(f"cannot be read ({error.strerror})", file=str(file), remedy=_RESTORE))
-        return {}
-    if len(data) != task.file.bytes or hashlib.sha256(data).hexdigest() != task.file.sha256:
-        message = f"is not the file that the manifest names ({len(data)} bytes, {task.file.bytes} expected)"
-        if len(data) == task.file.bytes:
-            message = "is not the file that the manifest names (its SHA-256 differs)"
-        problems.append(Problem(message, file=str(file), remedy=_RESTORE))
-        return {}
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as error:  # safetensors has one exception class for everything
-        problems.append(Problem(f"is no safetensors file ({error})", file=str(file), remedy=_RESTORE))
-        return {}
-    expected = {f"{module}.{part}" for module in task.k for part in ("rows", "cols", "values")}
-    if set(tensors) != expected:
-        odd = ", ".join(sorted(set(tensors) ^ expected)[:4])
-        message = f"holds other tensors than the manifest names ({odd})"
-        problems.append(Problem(message, file=str(file), remedy=_RESTORE))
-        return {}
-    loaded = {
-        module: SparseB(
-            tensors[f"{module}.rows"],
-            tensors[f"{module}.cols"],
-            tensors[f"{module}.values"],
-            (manifest.modules[module].d_out, manifest.rank),
-        )
-        for module in task.k
-    }
-    problems += _faults(path, manifest, task, loaded, _RESTORE)
-    return loaded
-
-
-def _faults(path: Path, manifest: Manifest, task: Task, loaded: Mapping[str, SparseB], remedy: str) -> list[Problem]:
-    """What is wrong within one task."""
-    file = str(path / task.file.path)
-    problems = []
-    if set(loaded) != set(task.k):
-        odd = ", ".join(sorted(set(loaded) ^ set(task.k))[:4])
-        return [Problem(f"modules differ from the checkpoint's ({odd})", file=file, remedy="give every target module")]
-    for module, b in loaded.items():
-        spec = manifest.modules[module]
-        fault = "the matrix has another shape" if b.shape != (spec.d_out, manifest.rank) else b.fault()
-        if fault is None and len(b.values) != task.k[module]:
-            fault = f"has {len(b.values)} positions, K is {task.k[module]}"
-        if fault is None and b.values.dtype != getattr(torch, task.dtype):
-            fault = f"values are {b.values.dtype}, the manifest says {task.dtype}"
-        if fault:
-            problems.append(Problem(fault, module, file, remedy))
-    return problems
-
-
-def _overlaps(path: Path, manifest: Manifest, tasks: Mapping[str, Mapping[str, SparseB]], remedy: str) -> list[Problem]:
-    """Positions that two tasks both own."""
-    problems = []
-    names = list(tasks)
-    for module, spec in manifest.modules.items():
-        owner = np.zeros(spec.d_out * manifest.rank, dtype=np.int32)  # 0: free; else number of the task, from 1
-        for number, name in enumerate(names, 1):
-            flat = tasks[name][module].flat.numpy()
-            held = owner[flat]
-            for other, count in zip(*np.unique(held[held > 0], return_counts=True), strict=True):
-                message = f"task {name!r} holds {count} positions of task {names[other - 1]!r}"
-                problems.append(Problem(message, module, str(path / f"tasks/{name}.safetensors"), remedy))
-            owner[flat] = number
-    return problems
-
-
-def _unwritable(target: Path, error: OSError) -> CheckpointError:
-    remedy = "make room on the disk, or name a folder that may be written"
+def unwritable(target: Path, error: OSError) -> CheckpointError:
+    """What to tell the user where the operating system refused."""
+    remedy = "make room on the disk, or name a folder that may be written; then run the same command again"
     return CheckpointError(Problem(f"cannot be written ({error.strerror or error})", file=str(target), remedy=remedy))
 
 
-def _write_durably(target: Path, data: bytes) -> None:
+def write_durably(target: Path, data: bytes) -> None:
     """Writes beside `target`, flushes to disk, then renames: a reader sees the old file or the new one, never half.
 
     Raises:
@@ -380,4 +349,4 @@ def _write_durably(target: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error

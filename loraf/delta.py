@@ -82,6 +82,12 @@ class OriginalWeights:
             weight.copy_(original)
             self._changed.discard(name)
 
+    def release(self, but: Collection[str] = ()) -> None:
+        """Restores every module except those in `but`, and frees its copy. No Merger may be built at the same time."""
+        self.restore(but)
+        with self._lock:
+            self._kept = {name: kept for name, kept in self._kept.items() if name in but}
+
 
 class Merger:
     """Puts task sets into a transformers model's weights, always from the original weights, so exactly.
@@ -114,6 +120,11 @@ class Merger:
             self._projections = {n: checkpoint.projection_of(n).to(w.device) for n, w in weights.items()}
         for name, weight in weights.items():
             self._originals.keep(name, weight)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the kept A."""
+        return sum(a.numel() * a.element_size() for a in self._projections.values())
 
     def merge(self, task_set: TaskSet) -> None:
         """W = round(W₀ + ΔW(S)), the sum in float32; the base set restores W₀'s own bits.

@@ -86,10 +86,16 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Templates:
-    """How records became text: `str.format` templates over a record's fields."""
+    """How records became text: `str.format` templates over a record's fields.
+
+    Attributes:
+        special_tokens: the tokenizer adds its own to the prompt; false for a conversation, whose chat template has
+            written them.
+    """
 
     prompt: str = "{prompt}"
     completion: str = "{completion}"
+    special_tokens: bool = True
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def plain(value: Any) -> Any:
 def build(cls: type, value: Any, where: str, report: Callable[[str, str], None]) -> Any:
     """An instance of dataclass `cls` from a JSON object with exactly its fields; fields with a default may be missing.
 
-    A field's type may be str, int, float (an integer is taken too), Any, a dataclass, `X | None`, `tuple[X, ...]` or
-    `dict[str, X]`.
+    A field's type may be str, int, bool, float (an integer is taken too), Any, a dataclass, `X | None`,
+    `tuple[X, ...]` or `dict[str, X]`.
 
     Args:
         where: name of the value in messages, for example `tasks[0]`; empty for the whole file.
@@ -85,7 +85,7 @@ def _convert(kind: Any, value: Any, where: str, faults: list[tuple[str, str]]) -
         return tuple(_convert(arguments[0], item, f"{where}[{i}]", faults) for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _convert(arguments[1], item, _below(where, key), faults) for key, item in value.items()}
-    if kind is Any or (kind in (str, int) and type(value) is kind):
+    if kind is Any or (kind in (str, int, bool) and type(value) is kind):
         return value
     if kind is float and type(value) in (int, float):
         try:
@@ -93,7 +93,14 @@ def _convert(kind: Any, value: Any, where: str, faults: list[tuple[str, str]]) -
         except OverflowError:
             faults.append((where, "is too large a number"))
             return None
-    names = {str: "a string", int: "an integer", float: "a number", tuple: "a list", dict: "an object"}
+    names = {
+        str: "a string",
+        int: "an integer",
+        bool: "true or false",
+        float: "a number",
+        tuple: "a list",
+        dict: "an object",
+    }
     faults.append((where, f"is {_shown(value)}, not {names[origin or kind]}"))
     return None
 

@@ -19,6 +19,8 @@ from loraf.manifest import Module, StoredFile
 from tests.loraf import small_checkpoints as small
 from tests.loraf.small_checkpoints import RANK, SHAPES, TASKS, UP, Q
 
+pytestmark = pytest.mark.usefixtures("road")
+
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):

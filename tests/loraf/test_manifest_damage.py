@@ -156,6 +156,7 @@ OPTIONAL = {
     "templates",
     "prompt",
     "completion",
+    "special_tokens",
     "training",
     "scores",
 }

@@ -11,14 +11,17 @@ import threading
 import mpmath
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraf import projection
+from loraf import native, projection
 from tests.loraf.vectors import slow_projection
 
 VECTORS = json.loads((slow_projection.HERE / "projection.json").read_text(encoding="utf-8"))
 QUANTILES = slow_projection.table()
+
+pytestmark = pytest.mark.usefixtures("road")
 
 # Random123, tests/kat_vectors: counter, key, result of philox4x32-10.
 KNOWN_ANSWERS = [
@@ -159,6 +162,7 @@ def test_far_positions_are_made_alone():
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 64, 1 << 20])
 def test_chunks_do_not_change_a_bit(monkeypatch, at_once):
     expected = projection.projection(11, "m", 13, 57)
+    monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(projection, "_BLOCKS_AT_ONCE", at_once)
     assert same_bits(projection.projection(11, "m", 13, 57), expected)
 
@@ -167,6 +171,7 @@ def test_threads_do_not_change_a_bit():
     modules = {f"model.layers.{i}.mlp.up_proj": (8, 50 + i) for i in range(24)}
     alone = {name: projection.digest(projection.projection(9, name, 6, d_in)) for name, (_, d_in) in modules.items()}
     gathered: list[dict] = []
+    projection.forget_digests()
     threads = [threading.Thread(target=lambda: gathered.append(projection.digests(9, 6, modules))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -180,6 +185,46 @@ def test_threads_do_not_change_a_bit():
 @given(st.lists(st.tuples(st.integers(-(2**40), 2**40), st.text(max_size=3)), min_size=2, max_size=6, unique=True))
 def test_no_two_seeds_or_modules_share_a_key(pairs):
     assert len({projection.module_key(seed, module) for seed, module in pairs}) == len(pairs)
+
+
+# --- in other dtypes, and its digest ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 700, 1 << 18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_and_its_digest_in_one_pass(monkeypatch, dtype, at_once):
+    monkeypatch.setattr(projection, "_NUMBERS_AT_ONCE", at_once)
+    a = projection.projection(3, "m", 7, 333)
+    projection.forget_digests()
+    for _ in range(2):  # the second time the digest is known
+        found, digest = projection.made(3, "m", 7, 333, dtype=dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found, torch.from_numpy(a).to(dtype))
+        assert digest == projection.digest(a)
+    projection.forget_digests()
+    assert projection.digest_of(3, "m", 7, 333) == projection.digest(a)
+
+
+def test_what_is_known_is_not_made_again_and_all_that_matters_is_in_its_name(monkeypatch):
+    made = []
+    fill = projection._fill
+    monkeypatch.setattr(projection, "_fill", lambda *arguments: made.append(arguments[0]) or fill(*arguments))
+    projection.forget_digests()
+    cases = [(0, "m", 2, 9, 0.5), (1, "m", 2, 9, 0.5), (0, "n", 2, 9, 0.5), (0, "m", 3, 9, 0.5), (0, "m", 2, 8, 0.5)]
+    cases += [(0, "m", 2, 9, 0.25), (0, "m", 2, 9, None)]
+    found = [projection.digest_of(*case) for case in cases]
+    assert len(set(found)) == len(made) == len(cases)
+    assert [projection.digest_of(*case) for case in cases] == found
+    assert projection.digest_of(0, "m", 2, 9, projection.default_std(9)) == found[-1]  # the number counts
+    assert len(made) == len(cases)
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    projection.forget_digests()
+    monkeypatch.setattr(projection, "_KNOWN_DIGESTS", 3)
+    for seed in range(9):
+        projection.digest_of(seed, "m", 1, 1)
+    assert [matrix.seed for matrix in projection._known] == [6, 7, 8]
 
 
 # --- test vectors -----------------------------------------------------------------------------------------------
@@ -214,8 +259,6 @@ def test_digest_is_over_little_endian_rows_whatever_the_memory_order():
 
 def test_default_standard_deviation_is_that_of_pefts_lora():
     """PEFT starts A with torch's kaiming_uniform_(a=√5), whose variance is 1/(3·d_in)."""
-    import torch
-
     torch.manual_seed(0)
     weight = torch.empty(256, 1024)
     torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
@@ -246,8 +289,6 @@ def test_numbers_look_normal_and_rows_and_modules_unrelated():
 
 def test_flushing_denormal_numbers_changes_nothing():
     """A torch setting of the process that changes float arithmetic near zero."""
-    import torch
-
     expected = projection.projection(0, "m", 8, 64)
     on = torch.set_flush_denormal(True)
     try:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from loraf.sparse import SparseB, index_dtype
 
+pytestmark = pytest.mark.usefixtures("road")
+
 
 @pytest.mark.parametrize(
     ("size", "dtype"),
