@@ -10,7 +10,7 @@ import torch
 from loraf.delta import task_scale
 from loraf.errors import ConfigError, Problem
 from loraf.sparse import SparseB
-from loraf_train import loop
+from loraf_train import loop, trackers
 from loraf_train.attach import Host, attached
 from loraf_train.layer import Earlier, LorafLinear
 
@@ -29,6 +29,7 @@ def adapt(
     dtype: torch.dtype,
     on_step: loop.OnStep = lambda loss, rate, step, total: None,
     on_adapted: Callable[[], None] = lambda: None,
+    journal: loop.Journal = loop.NO_JOURNAL,
 ) -> tuple[dict[str, SparseB], loop.Outcome]:
     """Trains a task's values from zero, and rounds them to the dtype that the checkpoint stores.
 
@@ -37,6 +38,7 @@ def adapt(
         earlier: module → what acts on the model meanwhile (scaled).
         seed: of the order of the examples and of dropout.
         on_adapted: called at the end while the layers, holding the rounded values, still stand in the model.
+        journal: where to begin, and what is kept meanwhile.
 
     Raises:
         ConfigError: see `loop.fit`; also values that `dtype` cannot hold.
@@ -56,9 +58,11 @@ def adapt(
         schedule=training.schedule,
         warmup_steps=training.warmup_steps,
         gradient_checkpointing=training.gradient_checkpointing,
+        packed_length=training.max_length if training.packing else None,
+        tracking=trackers.tracking(task, host.output, "training"),
     )
     with attached(host.model, layers):
-        outcome = loop.fit(host.model, examples, phase, host.pad_id, on_step)
+        outcome = loop.fit(host.model, examples, phase, host.pad_id, on_step, journal)
         trained = _rounded(task, layers, masks, dtype)
         on_adapted()
     return trained, outcome

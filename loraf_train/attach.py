@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,12 +28,14 @@ class Host:
         targets: module → the model's own layer.
         projections: module → (rank, d_in), see `projections`.
         pad_id: token id that fills batches.
+        output: the checkpoint's folder, where trackers write beside it; None: nobody tracks.
     """
 
     model: PreTrainedModel
     targets: dict[str, nn.Linear]
     projections: dict[str, torch.Tensor]
     pad_id: int
+    output: Path | None = None
 
     @property
     def rank(self) -> int:

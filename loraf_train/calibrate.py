@@ -19,7 +19,7 @@ from loraf.delta import task_scale
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import positions
 from loraf.sparse import SparseB
-from loraf_train import loop
+from loraf_train import loop, trackers
 from loraf_train.attach import Host, attached
 from loraf_train.layer import Earlier
 from loraf_train.masks import feasible, top_k
@@ -37,6 +37,7 @@ def calibrate(
     earlier: Mapping[str, Earlier],
     seed: int,
     on_step: Callable[[float, int, int], None] = lambda loss, step, total: None,
+    journal: loop.Journal = loop.NO_JOURNAL,
 ) -> dict[str, torch.Tensor]:
     """Chooses the positions of a task.
 
@@ -45,6 +46,7 @@ def calibrate(
         earlier: module → what acts on the model meanwhile (B⁰, scaled).
         seed: of the choice of mini-batches.
         on_step: loss, step, number of steps.
+        journal: where to begin, and what is kept meanwhile.
 
     Returns:
         Module → (K,) int64 flat positions, ascending, K = ⌊(1 − s)·d_out·r⌋.
@@ -65,9 +67,18 @@ def calibrate(
         steps=calibration.steps,
         micro_batch_size=training.micro_batch_size,
         gradient_checkpointing=training.gradient_checkpointing,
+        packed_length=training.max_length if training.packing else None,
+        tracking=trackers.tracking(task, host.output, "calibration"),
     )
     with attached(host.model, layers):
-        loop.fit(host.model, examples, phase, host.pad_id, lambda loss, rate, step, total: on_step(loss, step, total))
+        loop.fit(
+            host.model,
+            examples,
+            phase,
+            host.pad_id,
+            lambda loss, rate, step, total: on_step(loss, step, total),
+            journal,
+        )
     chosen = {}
     for name, layer in layers.items():
         change = layer.values.detach()

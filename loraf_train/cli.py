@@ -12,6 +12,7 @@ from loraf import __version__
 from loraf.errors import LorafError
 
 USER_MISTAKE, INTERRUPTED = 2, 130
+CHECKPOINT = "the checkpoint: a folder, or a name of the hub"
 CHOICES_OF_TASKS = "a,b or a:0.5+b (weights) or all"
 
 
@@ -62,14 +63,14 @@ def _eval(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from loraf_train.command_inspect import inspect
 
-    return inspect(options.checkpoint, options.verify, options.json, options.layers)
+    return inspect(_here(options.checkpoint), options.verify, options.json, options.layers)
 
 
 def _export(options: argparse.Namespace) -> int:
     from loraf_train.command_export import export
 
     return export(
-        options.checkpoint,
+        _here(options.checkpoint),
         options.out,
         options.format,
         options.tasks,
@@ -78,6 +79,31 @@ def _export(options: argparse.Namespace) -> int:
         options.dtype,
         options.allow_other_base,
     )
+
+
+def _remove(options: argparse.Namespace) -> int:
+    from loraf_train.command_remove import remove
+
+    return remove(options.checkpoint, options.task, options.dry_run)
+
+
+def _card(options: argparse.Namespace) -> int:
+    from loraf_train.command_push import card
+
+    return card(options.checkpoint, options.write, options.name)
+
+
+def _push(options: argparse.Namespace) -> int:
+    from loraf_train.command_push import push
+
+    return push(options.checkpoint, options.repository, options.private, options.revision, options.message)
+
+
+def _here(checkpoint: str) -> Path:
+    """A checkpoint's folder, downloaded where it is a name of the hub."""
+    from loraf.hub import checkpoint_folder
+
+    return checkpoint_folder(checkpoint)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show what a checkpoint holds", description="Shows a checkpoint.")
     inspect.set_defaults(command=_inspect)
-    inspect.add_argument("checkpoint", type=Path, metavar="CKPT", help="the checkpoint's folder")
+    inspect.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
     inspect.add_argument("--verify", action="store_true", help="read every file, rebuild every A, check every digest")
     inspect.add_argument("--layers", action="store_true", help="sparsity of every module, not only of each projection")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -118,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "export", help="write a task set as a PEFT adapter or a full model", description="Exports a task set."
     )
     export.set_defaults(command=_export)
-    export.add_argument("checkpoint", type=Path, metavar="CKPT", help="the checkpoint's folder")
+    export.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
     chosen = export.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--tasks", metavar="SET", help=CHOICES_OF_TASKS)
     chosen.add_argument("--as-trained", metavar="TASK", help="the set that TASK was trained as")
@@ -129,6 +155,38 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16"), help="of what is written (peft: float32; merged: the base's own)"
     )
     export.add_argument("--allow-other-base", action="store_true", help="do not insist on the checkpoint's base model")
+
+    remove = commands.add_parser(
+        "remove",
+        help="take a task out of a checkpoint; its positions are free again",
+        description="Takes a task out of a checkpoint. Its values are gone; what it held is free for new tasks. Tasks "
+        "that were trained on top of it stay, but can no longer be served as they were trained.",
+    )
+    remove.set_defaults(command=_remove)
+    remove.add_argument("checkpoint", type=Path, metavar="CKPT", help="the checkpoint's folder")
+    remove.add_argument("task", metavar="TASK", help="the task's name")
+    remove.add_argument("--dry-run", action="store_true", help="say what would happen, and change nothing")
+
+    card = commands.add_parser(
+        "card", help="print a model card for the hub", description="Prints a model card, made from the manifest."
+    )
+    card.set_defaults(command=_card)
+    card.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
+    card.add_argument("--name", metavar="NAME", help="what the card calls the checkpoint, such as org/name")
+    card.add_argument("--write", action="store_true", help="write it into the checkpoint's folder as README.md")
+
+    push = commands.add_parser(
+        "push",
+        help="upload a checkpoint to the hub",
+        description="Checks a checkpoint, and uploads the manifest, its tasks and a model card (the folder's "
+        "README.md, or one made from the manifest) in one commit. Nothing else of the folder is uploaded.",
+    )
+    push.set_defaults(command=_push)
+    push.add_argument("checkpoint", type=Path, metavar="CKPT", help="the checkpoint's folder")
+    push.add_argument("repository", metavar="REPO", help="org/name; made where it is missing")
+    push.add_argument("--private", action="store_true", help="make a missing repository a private one")
+    push.add_argument("--revision", metavar="BRANCH", help="an existing branch (default: main)")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
     return parser
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraf.errors import ConfigError
 from loraf.manifest import positions
 from loraf_train import report
 from loraf_train.config import RunConfig, TaskConfig
-from loraf_train.data import Example, TaskData
-from loraf_train.preflight import ModelFacts, Prepared, prepare
+from loraf_train.data import IGNORED, Example, TaskData
+from loraf_train.preflight import ModelFacts, Prepared, survey
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +29,9 @@ def check(path: Path, overrides: Sequence[str]) -> int:
     Raises:
         ConfigError: every mistake of the file, the model, the records and the output folder.
     """
-    prepared = prepare(path, overrides)
+    prepared, mistakes, warnings = survey(path, overrides)
+    if prepared is None:  # what is cut is told too: the next check would come with it as a surprise
+        raise ConfigError([*mistakes, *(replace(w, message=f"warning: {w.message}") for w in warnings)])
     config, out = prepared.config, report.console()
     out.print(f"{config.file}: {len(config.tasks)} tasks on {config.model} into {config.output}")
     if prepared.existing:
@@ -37,6 +41,8 @@ def check(path: Path, overrides: Sequence[str]) -> int:
         _print_task(out, config, task, prepared.data[task.name], prepared)
     _print_capacity(out, prepared)
     _print_memory(out, prepared)
+    for warning in warnings:
+        out.print(f"warning: {warning}")
     out.print("no mistakes found")
     return 0
 
@@ -54,17 +60,9 @@ def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskDat
     out.print(f"{task.name}{' (finished)' if done else ''}")
     t, c = task.training, task.calibration
     out.print(f"  {data.records} records, {len(data.train)} examples of {_lengths(data.train)} tokens")
-    if data.cut or data.dropped:
-        out.print(
-            f"  warning: max_length {t.max_length} cuts the end of {data.cut} examples; {data.dropped} are left out, "
-            "since their prompt alone fills it"
-        )
     for name, evaluation in data.evaluation.items():
         choices = f", choices {', '.join(evaluation.choices)}" if evaluation.choices else ""
         out.print(f"  evaluation {name}: {len(evaluation.examples)} examples, {task.metric}{choices}")
-        longest = max(len(example.prompt_ids) for example in evaluation.examples)
-        if prepared.model.context is not None and longest >= prepared.model.context:
-            out.print(f"  warning: a prompt has {longest} tokens, the model's context is {prepared.model.context}")
     if not data.evaluation:
         out.print("  no evaluation records (data.eval): the task gets no score")
     out.print(
@@ -72,6 +70,11 @@ def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskDat
         f"training: {steps(task, len(data.train))} steps, batch {t.batch_size}, rate {t.learning_rate:g}, "
         f"alpha {task.alpha:g}, start {task.start}"
     )
+    if t.packing:
+        from loraf_train.packing import first_fit  # brings torch, which a mistake in the file need not wait for
+
+        rows = len(first_fit([len(example.input_ids) for example in data.train], t.max_length))
+        out.print(f"  packing: {len(data.train)} examples would fill {rows} rows of {t.max_length} tokens")
     out.print("  one example; the loss is taken on " + ("what is bright" if out.is_terminal else "what is in ⟦ ⟧"))
     _print_example(out, data.train[0], prepared.tokenizer)
 
@@ -79,12 +82,16 @@ def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskDat
 def _print_example(out: Console, example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
     from rich.text import Text
 
-    prompt = tokenizer.decode(example.input_ids[: example.prompt_length])
-    completion = tokenizer.decode(example.input_ids[example.prompt_length :])
-    if out.is_terminal:
-        out.print(Text.assemble((prompt, "dim"), (completion, "bold green")))
-    else:
-        out.print(f"{prompt}{LOSS_BEGINS}{completion}{LOSS_ENDS}")
+    shown = Text()
+    for learned, part in groupby(
+        zip(example.labels(), example.input_ids, strict=True), lambda entry: entry[0] != IGNORED
+    ):
+        text = tokenizer.decode([token for _, token in part])
+        if out.is_terminal:
+            shown.append(text, "bold green" if learned else "dim")
+        else:
+            shown.append(f"{LOSS_BEGINS}{text}{LOSS_ENDS}" if learned else text)
+    out.print(shown)
 
 
 def _lengths(examples: Sequence[Example]) -> str:

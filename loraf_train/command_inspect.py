@@ -169,10 +169,15 @@ def _print_tasks(out: Any, manifest: Manifest) -> None:
             ]
         )
     out.print(report.table(columns, rows, left=3))
+    out.print(capacity_text(manifest))
+
+
+def capacity_text(manifest: Manifest) -> str:
+    """How much of B is free, and for how many tasks."""
+    free = sum(manifest.free_positions(name) for name in manifest.modules)
     more = more_tasks(manifest)
-    if more is not None:
-        last = manifest.tasks[-1]
-        out.print(f"capacity: {free:,} of {total:,} positions are free, {more} more tasks like {last.name} fit")
+    fit = "" if more is None else f", {more} more tasks like {manifest.tasks[-1].name} fit"
+    return f"capacity: {free:,} of {_positions(manifest):,} positions are free{fit}"
 
 
 def _print_sparsity(out: Any, manifest: Manifest, layers: bool) -> None:

@@ -34,12 +34,17 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
     if done:
         out.print(f"trained already: {', '.join(done)}")
     out.print(f"to train: {', '.join(prepared.waiting) or 'nothing'}")
+    for warning in prepared.warnings:
+        out.print(f"warning: {warning}")
     for task in config.tasks:
         if evaluate and not prepared.data[task.name].evaluation:
             out.print(f"{task.name} has no evaluation records (data.eval), so it gets no score")
     if prepared.existing and not prepared.waiting:
         lacking = scores.missing(prepared.existing, prepared.data, config.tasks) if evaluate else []
         if not lacking:  # nothing to do that needs the model
+            from loraf_train.resume import tidy
+
+            tidy(config.output, prepared.existing.task_names)
             print_summary(out, prepared.existing)
             return 0
 
@@ -70,7 +75,8 @@ def print_summary(out: Console, manifest: Manifest) -> None:
         cells = [found.get((str(task_set), name)) for name in names]
         rows.append([f"after {finished}", str(task_set), *map(_cell, cells)])
     for name in names:
-        as_trained = str(manifest.as_trained(name))
+        task_set = scores.as_trained_or_none(manifest, name)
+        as_trained = report.NONE if task_set is None else str(task_set)
         rows.append(
             [f"{name} as trained", as_trained, *("" if n != name else _cell(found.get((as_trained, n))) for n in names)]
         )

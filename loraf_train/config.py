@@ -35,6 +35,7 @@ GENERIC_NAMES = frozenset({"train", "test", "dev", "eval", "valid", "validation"
 
 Metric = Literal["exact_match", "gsm8k", "choice", "loss"]
 Start = Literal["previous", "base"]
+Tracker = Literal["tensorboard", "wandb"]
 
 
 def _mistake(message: str, remedy: str) -> PydanticCustomError:
@@ -47,6 +48,13 @@ def _no_boolean(value: Any) -> Any:
     if isinstance(value, bool):
         raise _mistake(f"{value!r} is no number", "")
     return value
+
+
+def _trackers(value: Any) -> Any:
+    """transformers' spellings: one name, a list of names, or none."""
+    if value is None or value == "none" or value == ["none"]:
+        return ()
+    return (value,) if isinstance(value, str) else value
 
 
 def _task_name(name: str) -> str:
@@ -100,6 +108,9 @@ class TrainingConfig(_Model):
         max_length: tokens of an example, prompt, completion and end of sequence together.
         micro_batch_size: examples a process takes at once; gradient accumulation makes up the rest.
         max_steps: optimizer steps, instead of `epochs`.
+        packing: several examples in a row of up to max_length tokens, see `loraf_train.packing`.
+        report_to: trackers that are told of every step, see `loraf_train.trackers`.
+        save_seconds: most time between two saves of an unfinished task, so that a killed run loses no more than that.
     """
 
     learning_rate: Number = Field(1e-4, gt=0, description="a number above 0, for example 1e-4")
@@ -114,6 +125,11 @@ class TrainingConfig(_Model):
     micro_batch_size: Whole | None = Field(None, ge=1, description="a whole number from 1, at most batch_size")
     gradient_checkpointing: bool = Field(False, description="true or false")
     max_steps: Whole | None = Field(None, ge=1, description="a whole number from 1")
+    packing: bool = Field(False, description="true or false")
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_trackers)] = Field(
+        (), description="tensorboard, wandb, a list of them, or none"
+    )
+    save_seconds: Number = Field(60.0, ge=0, description="a number of seconds from 0, for example 60")
 
 
 class AdapterConfig(_Model):
@@ -129,12 +145,19 @@ class AdapterConfig(_Model):
 
 
 class Source(_Model):
-    """Where records come from: a file, or a Hugging Face dataset (of the hub, or a folder) with subset and split."""
+    """Where records come from: a file, or a Hugging Face dataset (of the hub, or a folder).
+
+    Attributes:
+        subset: one of the dataset's configurations, where it has several.
+        split: train of training data and test of evaluation sets, unless it is said.
+        revision: a branch, tag or commit of the dataset's repository.
+    """
 
     file: Path | None = Field(None, description="a data file: " + ", ".join(FILE_SUFFIXES))
     dataset: str | None = Field(None, min_length=1, description="the name of a Hugging Face dataset")
     subset: str | None = Field(None, description="the name of one of the dataset's configurations")
     split: str | None = Field(None, description="a split such as train or test[:100]")
+    revision: str | None = Field(None, description="a branch, tag or commit of the hub, in quotes")
 
     @model_validator(mode="before")
     @classmethod
@@ -168,12 +191,16 @@ class Source(_Model):
     def _one_origin(self) -> Source:
         if (self.file is None) == (self.dataset is None):
             raise _mistake("names no source of records", "give either file: or dataset:")
+        of_datasets = [key for key in ("subset", "split", "revision") if getattr(self, key) is not None]
+        if self.file is not None and of_datasets:
+            raise _mistake(f"a file has no {' and no '.join(of_datasets)}", "leave it out, or give dataset: instead")
         return self
 
     def __str__(self) -> str:
         if self.file is not None:
             return str(self.file)
-        return ":".join(part for part in (self.dataset, self.subset, self.split) if part)
+        name = f"{self.dataset}@{self.revision}" if self.revision else self.dataset
+        return ":".join(part for part in (name, self.subset, self.split) if part)
 
 
 class EvaluationSource(Source):

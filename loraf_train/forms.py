@@ -1,7 +1,7 @@
 """From a record to the text of its prompt and completion. Four forms of records are known:
 
     fields named by templates     prompt: and completion: of the task, str.format over the record's fields
-    messages                      a conversation; the last answer of the assistant is the completion
+    messages                      a conversation; every answer of the assistant is a completion
     prompt, completion            texts as they are
     instruction, input, output    INSTRUCTION_PROMPT around instruction and input, output as the completion
 
@@ -50,8 +50,8 @@ class Form(ABC):
     templates: Templates
 
     @abstractmethod
-    def texts(self, record: Record) -> tuple[str, str]:
-        """(prompt, completion). Raises RecordFault."""
+    def texts(self, record: Record) -> list[tuple[str, str]]:
+        """(prompt, completion) of every answer to learn, in order; one, but for conversations. Raises RecordFault."""
 
 
 def form_of(data: DataConfig, first: Record, tokenizer: PreTrainedTokenizerBase | None) -> Form | None:
@@ -85,7 +85,7 @@ class TemplateForm(Form):
     def __init__(self, prompt: str = Templates().prompt, completion: str = Templates().completion):
         self.templates = Templates(prompt, completion)
 
-    def texts(self, record: Record) -> tuple[str, str]:
+    def texts(self, record: Record) -> list[tuple[str, str]]:
         absent = [name for name in self._fields() if name not in record]
         if absent:
             have = ", ".join(map(str, record)) or "no fields"
@@ -93,9 +93,9 @@ class TemplateForm(Form):
             raise RecordFault(
                 f"has no field {names} (it has: {have})", "name fields that it has in data.prompt and data.completion"
             )
-        return _FORMATTER.vformat(self.templates.prompt, (), record), _FORMATTER.vformat(
-            self.templates.completion, (), record
-        )
+        templates = (self.templates.prompt, self.templates.completion)
+        prompt, completion = (_FORMATTER.vformat(template, (), record) for template in templates)
+        return [(prompt, completion)]
 
     def _fields(self) -> list[str]:
         names: dict[str, None] = {}
@@ -110,7 +110,7 @@ class InstructionForm(TemplateForm):
     def __init__(self) -> None:
         super().__init__(INSTRUCTION_PROMPT, "{output}")
 
-    def texts(self, record: Record) -> tuple[str, str]:
+    def texts(self, record: Record) -> list[tuple[str, str]]:
         given = record.get("input")
         if given:
             record = {**record, "instruction": f"{record.get('instruction')}\n\n{given}"}
@@ -118,25 +118,27 @@ class InstructionForm(TemplateForm):
 
 
 class ChatForm(Form):
-    """Conversations, through the tokenizer's chat template. Turns after the assistant's last answer are left out."""
+    """Conversations, through the tokenizer's chat template, which writes all special tokens itself.
+
+    Every answer of the assistant is learned, each after what a server would be given for it: the template's text of
+    the messages before, with the opening of an answer at its end. So the template needs no generation markers.
+    Answers with `"weight": 0` (as in OpenAI's files) are not learned; what follows the last answer is left out.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         if not tokenizer.chat_template:
             message = "holds messages, and the model's tokenizer has no chat template"
             raise RecordFault(message, "use an instruct model, or records with prompt and completion")
         self._tokenizer = tokenizer
-        bos = tokenizer.bos_token
-        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._doubled = bos if adds_bos else None  # what the template writes and the tokenizer adds once more
         try:
-            turn = self._render([{"role": "user", "content": _PLACEHOLDER}])
+            turn = self._render([{"role": "user", "content": _PLACEHOLDER}], opening=True)
         except RecordFault:  # a template that wants a system turn: what is served is the plain prompt
             turn = _PLACEHOLDER
         turn = turn if turn.count(_PLACEHOLDER) == 1 else _PLACEHOLDER
         escaped = turn.replace("{", "{{").replace("}", "}}")
-        self.templates = Templates(escaped.replace(_PLACEHOLDER, "{prompt}"), "{completion}")
+        self.templates = Templates(escaped.replace(_PLACEHOLDER, "{prompt}"), "{completion}", special_tokens=False)
 
-    def texts(self, record: Record) -> tuple[str, str]:
+    def texts(self, record: Record) -> list[tuple[str, str]]:
         messages = record.get("messages")
         remedy = 'write messages as a list of {"role": …, "content": text}'
         if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
@@ -144,21 +146,46 @@ class ChatForm(Form):
         for number, message in enumerate(messages, 1):
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise RecordFault(f"has no role or no text content in message {number}", remedy)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not answers or answers[-1] == 0:
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0 and i > 0]
+        if not answers:
             raise RecordFault(
                 "has no answer of the assistant after a first message", "end it with an assistant message"
             )
-        return self._render(messages[: answers[-1]]), messages[answers[-1]]["content"]
+        found = []
+        for i in answers:
+            prompt = self._render(messages[:i], opening=True)
+            found.append((prompt, self._answer(prompt, messages[: i + 1])))
+        return found
 
-    def _render(self, messages: list[Mapping[str, Any]]) -> str:
+    def _answer(self, prompt: str, messages: list[Mapping[str, Any]]) -> str:
+        """The last message as the template writes it after `prompt`, up to its end of sequence."""
+        content = messages[-1]["content"]
+        try:
+            whole = self._render(messages, opening=False)
+        except RecordFault:  # a template that takes no answer at the end
+            return content
+        if not whole.startswith(prompt):
+            return content
+        turn = whole[len(prompt) :]
+        if turn.startswith(content):
+            written = content
+        elif turn.lstrip().startswith(content.strip()):  # templates that trim, or set a space before
+            written = turn[: len(turn) - len(turn.lstrip())] + content.strip()
+        else:
+            return content
+        rest = turn[len(written) :]
+        gap = rest[: len(rest) - len(rest.lstrip())]
+        ends = self._tokenizer.eos_token is not None and rest.lstrip().startswith(self._tokenizer.eos_token)
+        return written + gap if ends else written
+
+    def _render(self, messages: list[Mapping[str, Any]], opening: bool) -> str:
+        """Args: opening: whether to end with what opens the assistant's answer."""
         import jinja2
 
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise RecordFault(f"is refused by the chat template ({error})", "mend the order of its roles") from None
-        return text.removeprefix(self._doubled) if self._doubled else text
 
 
 def plain_text(value: Any) -> str | None:

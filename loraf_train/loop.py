@@ -1,7 +1,8 @@
 """One phase of training on transformers' Trainer: from examples to updated parameters, and nothing written to disk.
 
-Calibration and adaptation are both such a phase. Everything that depends on chance is a function of the phase's seed:
-the order of the examples of each epoch, and torch's own generators (dropout), which the Trainer seeds at its start.
+Calibration and adaptation are both such a phase. What depends on chance is a function of the phase's seed and of a
+number: the order of the examples of the epoch, torch's own generators (dropout) of the step and the process. So a phase
+can go on after any step, with a Snapshot of it, as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -9,23 +10,29 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from loraf.errors import ConfigError, Problem
+from loraf_train import trackers
+from loraf_train.data import IGNORED
+from loraf_train.packing import PackingCollator, require_separate
 
 if TYPE_CHECKING:
     from loraf_train.data import Example
 
-IGNORED = -100  # the label that transformers' losses leave out
 OnStep = Callable[[float, float, int, int], None]  # loss, learning rate, step from 1, number of steps
 
 
@@ -40,6 +47,8 @@ class Phase:
         micro_batch_size: most examples that a process takes at once; None: no limit.
         max_grad_norm: global norm that gradients are clipped to; 0: not clipped.
         seed: below 2³².
+        packed_length: tokens of a row that several examples share (loraf_train.packing); None: a row for each.
+        tracking: trackers that are told of each step.
     """
 
     name: str
@@ -55,6 +64,8 @@ class Phase:
     schedule: str = "constant"
     warmup_steps: int = 0
     gradient_checkpointing: bool = False
+    packed_length: int | None = None
+    tracking: trackers.Tracking | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,35 @@ class Outcome:
     steps: int
     first_loss: float
     last_loss: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A phase between two optimizer steps: with the Phase and the examples, all that the rest of it depends on.
+
+    Attributes:
+        step: optimizer steps that are done.
+        steps: of the whole phase.
+        tensors: `parameter.<name>` and `optimizer.<what>.<name>` of each trainable parameter, on the CPU.
+    """
+
+    step: int
+    steps: int
+    first_loss: float
+    last_loss: float
+    tensors: dict[str, torch.Tensor]
+
+
+class Journal:
+    """Where a phase begins, and what is kept of it. This one begins at the beginning and keeps nothing."""
+
+    start: Snapshot | None = None
+
+    def after_step(self, step: int, steps: int, snapshot: Callable[[], Snapshot]) -> None:
+        """Called in every process after each step; `snapshot` takes one, if it is wanted."""
+
+
+NO_JOURNAL = Journal()
 
 
 def derived_seed(*parts: object) -> int:
@@ -101,11 +141,7 @@ class Collator:
         longest = max(len(e.input_ids) for e in examples)
         ids = [e.input_ids + [self.pad_id] * (longest - len(e.input_ids)) for e in examples]
         real = [[1] * len(e.input_ids) + [0] * (longest - len(e.input_ids)) for e in examples]
-        labels = []
-        for e in examples:
-            silent = max(1, e.prompt_length)
-            rest = longest - len(e.input_ids)
-            labels.append([IGNORED] * silent + e.input_ids[silent:] + [IGNORED] * rest)
+        labels = [e.labels() + [IGNORED] * (longest - len(e.input_ids)) for e in examples]
         return {
             "input_ids": torch.tensor(ids),
             "attention_mask": torch.tensor(real),
@@ -126,8 +162,15 @@ def completion_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> t
     return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def fit(model: PreTrainedModel, examples: Sequence[Example], phase: Phase, pad_id: int, on_step: OnStep) -> Outcome:
-    """Trains the model's trainable parameters with a fresh optimizer.
+def fit(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    phase: Phase,
+    pad_id: int,
+    on_step: OnStep,
+    journal: Journal = NO_JOURNAL,
+) -> Outcome:
+    """Trains the model's trainable parameters with a fresh optimizer, or goes on where `journal` says.
 
     Raises:
         ConfigError: the batch does not divide over the processes, there are no examples, or the loss is not finite.
@@ -135,22 +178,32 @@ def fit(model: PreTrainedModel, examples: Sequence[Example], phase: Phase, pad_i
     if not examples:
         raise ConfigError(Problem(f"{phase.name}: there are no examples to train on", remedy="give it records"))
     use_cache = model.config.use_cache
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = _optimizer(phase, parameters)
+    collator = Collator(pad_id)
+    if phase.packed_length is not None:
+        require_separate(model)
+        collator = PackingCollator(pad_id, phase.packed_length)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = _optimizer(phase, list(parameters.values()))
+    start = journal.start
+    if start is not None:
+        _restore_parameters(parameters, start)
+        if start.step == start.steps:
+            return Outcome(start.step, start.first_loss, start.last_loss)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with _scratch_folder() as folder, trackers.opened(phase.tracking) as callbacks:
             trainer = _Trainer(
                 model=model,
                 args=_arguments(phase, folder, model.device),
                 train_dataset=examples,
-                data_collator=Collator(pad_id),
+                data_collator=collator,
                 compute_loss_func=completion_loss,
                 optimizers=(optimizer, None),
             )
-            report = _Report(phase, on_step)
+            report = _Report(phase, on_step, journal, parameters, optimizer)
             trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(report)
-            trainer.train()
+            for callback in (report, *callbacks):
+                trainer.add_callback(callback)
+            trainer.train_from(start, parameters, optimizer)
     finally:
         # What Trainer and accelerate leave behind: a config without a cache, training mode, and global state.
         model.config.use_cache = use_cache
@@ -166,23 +219,79 @@ def fit(model: PreTrainedModel, examples: Sequence[Example], phase: Phase, pad_i
 
 
 class _Trainer(transformers.Trainer):
-    """Trainer with this project's order of examples."""
+    """Trainer with this project's order of examples, which goes on from a Snapshot instead of a folder.
+
+    transformers' own `checkpoint-N` folders are pickles, and a crash may leave half of one. What the Trainer does to go
+    on (the epoch, the batches of it that are done, accumulation) is used; what it would load is put there.
+    """
+
+    def train_from(
+        self, start: Snapshot | None, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
+        if start is None:
+            self.train()
+            return
+        self._restore = lambda: _restore_optimizer(parameters, optimizer, start)
+        self._steps_done = start.step
+        state = TrainerState(global_step=start.step, train_batch_size=self.args.per_device_train_batch_size)
+        state.compute_steps(self.args, start.steps)
+        try:
+            state.save_to_json(str(Path(self.args.output_dir) / TRAINER_STATE_NAME))
+        except OSError as error:
+            raise _no_temporary_files(error) from error
+        self.train(resume_from_checkpoint=self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """The parameters are there already."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None:
+            return
+        self._restore()
+        with warnings.catch_warnings():  # of a schedule that runs ahead of its optimizer
+            warnings.simplefilter("ignore")
+            for _ in range(self._steps_done):  # the learning rate is a function of the step alone
+                self.lr_scheduler.step()
+
+    def _load_rng_state(self, checkpoint) -> None:
+        """Each step seeds its own."""
+
+    def _run_epoch(self, *arguments, epoch: int, **keywords):
+        # accelerate tells the sampler itself, but not through what skips batches on several processes.
+        self._order.set_epoch(epoch)
+        return super()._run_epoch(*arguments, epoch=epoch, **keywords)
 
     def _get_train_sampler(self, train_dataset=None) -> Order:
-        return Order(len(self.train_dataset), self.args.seed)
+        self._order = Order(len(self.train_dataset), self.args.seed)
+        return self._order
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # an estimate that nobody reads; counting parameters at every step takes longer than a small step
 
 
 class _Report(TrainerCallback):
-    """Hands each step's loss on, and stops at one that is not finite."""
+    """Seeds each step, hands its loss on, stops at one that is not finite, and offers the journal a snapshot."""
 
-    def __init__(self, phase: Phase, on_step: OnStep):
+    def __init__(
+        self,
+        phase: Phase,
+        on_step: OnStep,
+        journal: Journal,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ):
         self._phase = phase
         self._on_step = on_step
-        self.steps = 0
-        self.first_loss = self.last_loss = math.nan
+        self._journal = journal
+        self._parameters = parameters
+        self._optimizer = optimizer
+        start = journal.start
+        self.steps = start.step if start else 0
+        self.first_loss = start.first_loss if start else math.nan
+        self.last_loss = start.last_loss if start else math.nan
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        torch.manual_seed(derived_seed("step", self._phase.seed, state.global_step, args.process_index))
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not logs or "loss" not in logs:
@@ -195,8 +304,55 @@ class _Report(TrainerCallback):
         self.first_loss = loss if self.steps == 0 else self.first_loss
         self.last_loss = loss
         self.steps = state.global_step
+
+        def snapshot() -> Snapshot:
+            tensors = _tensors(self._parameters, self._optimizer)
+            return Snapshot(self.steps, state.max_steps, self.first_loss, self.last_loss, tensors)
+
         if state.is_world_process_zero:
             self._on_step(loss, logs["learning_rate"], state.global_step, state.max_steps)
+        self._journal.after_step(self.steps, state.max_steps, snapshot)
+
+
+def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What Snapshot.tensors holds."""
+    found = {f"parameter.{name}": p.detach() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        found |= {f"optimizer.{what}.{name}": tensor for what, tensor in optimizer.state[p].items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+
+@torch.no_grad()
+def _restore_parameters(parameters: Mapping[str, nn.Parameter], start: Snapshot) -> None:
+    for name, p in parameters.items():
+        p.copy_(start.tensors[f"parameter.{name}"])
+
+
+def _restore_optimizer(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, start: Snapshot
+) -> None:
+    for key, tensor in start.tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
+            what, _, name = rest.partition(".")
+            optimizer.state[parameters[name]][what] = tensor.clone()
+    optimizer.load_state_dict(optimizer.state_dict())  # to the parameters' devices
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[str]:
+    """For what the Trainer insists on; only a few lines about a step to go on from are ever written there."""
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise _no_temporary_files(error) from error
+    with folder as path:
+        yield path
+
+
+def _no_temporary_files(error: OSError) -> ConfigError:
+    remedy = "make room on the disk, or name another folder in the environment variable TMPDIR; run the command again"
+    return ConfigError(Problem(f"temporary files cannot be written ({error})", remedy=remedy))
 
 
 def _optimizer(phase: Phase, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -85,7 +85,9 @@ def shortage(
         empty = [module for module, count in k.items() if count == 0]
         if empty:
             message = f"task {wish.name!r}: sparsity {wish.sparsity:g} leaves no position in {_and_more(empty)}"
-            problems.append(Problem(message, wish.field, wish.file, "lower the sparsity"))
+            highest = _highest_sparsity(shapes, rank)
+            remedy = f"use a sparsity of {highest:f} at most" if highest else "use a larger rank"
+            problems.append(Problem(message, wish.field, wish.file, remedy))
             continue
         short = sorted((m for m in k if k[m] > left[m]), key=lambda m: Decimal(left[m]) / (shapes[m][0] * rank))
         if short:
@@ -94,16 +96,20 @@ def shortage(
                 f"task {wish.name!r} needs {k[tightest]} positions in {_and_more(short)}, "
                 f"{left[tightest]} of {shapes[tightest][0] * rank} are left there"
             )
-            problems.append(Problem(message, wish.field, wish.file, _remedy(shapes, rank, left)))
+            problems.append(Problem(message, wish.field, wish.file, _remedy(shapes, rank, left, manifest)))
             continue
         for module, count in k.items():
             left[module] -= count
     return problems
 
 
-def _remedy(shapes: Mapping[str, tuple[int, int]], rank: int, left: Mapping[str, int]) -> str:
+def _remedy(
+    shapes: Mapping[str, tuple[int, int]], rank: int, left: Mapping[str, int], manifest: Manifest | None
+) -> str:
     fits = fitting_sparsity(shapes, rank, left)
     other = "train into a new checkpoint, with a larger rank or sparser tasks"
+    if manifest is not None and manifest.tasks:
+        other = f"take a task out of the checkpoint (`loraf-train remove`), or {other}"
     return other if fits is None else f"a sparsity of {fits:f} would fit; or {other}"
 
 
@@ -123,6 +129,12 @@ def fitting_sparsity(shapes: Mapping[str, tuple[int, int]], rank: int, left: Map
         if all(1 <= needed[module] <= left[module] for module in shapes):
             return candidate.normalize()
     return None
+
+
+def _highest_sparsity(shapes: Mapping[str, tuple[int, int]], rank: int) -> Decimal:
+    """The highest with a position in every module: ⌊(1 − s)·size⌋ ≥ 1 exactly where s ≤ 1 − 1/size."""
+    smallest = min(d_out for d_out, _ in shapes.values()) * rank
+    return (1 - Decimal(1) / smallest).quantize(Decimal(1).scaleb(-_FINEST), ROUND_FLOOR).normalize()
 
 
 def _and_more(modules: list[str]) -> str:

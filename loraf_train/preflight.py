@@ -15,6 +15,7 @@ from loraf import manifest
 from loraf.errors import ConfigError, LorafError, Problem
 from loraf.manifest import Manifest
 from loraf_train import config as configs
+from loraf_train import trackers
 from loraf_train.config import RunConfig
 from loraf_train.data import TaskData, load_all
 from loraf_train.report import quiet_libraries
@@ -48,6 +49,7 @@ class Prepared:
 
     Attributes:
         existing: the checkpoint in the output folder, if there is one.
+        warnings: what keeps no run from starting and is worth a look all the same.
     """
 
     config: RunConfig
@@ -55,6 +57,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, TaskData]
     existing: Manifest | None
+    warnings: list[Problem]
 
     @property
     def waiting(self) -> list[str]:
@@ -69,20 +72,32 @@ def prepare(path: str | Path, overrides: Sequence[str] = (), eval_limit: int | N
     Raises:
         ConfigError: all mistakes found in any of them.
     """
+    prepared, problems, _ = survey(path, overrides, eval_limit)
+    if prepared is None:
+        raise ConfigError(problems)
+    return prepared
+
+
+def survey(
+    path: str | Path, overrides: Sequence[str] = (), eval_limit: int | None = None
+) -> tuple[Prepared | None, list[Problem], list[Problem]]:
+    """As `prepare`, but gives the mistakes, and the warnings that can be had beside them. None: there are mistakes."""
     config, problems = configs.draft(path, overrides)
     if config is None:
-        raise ConfigError(problems)
+        return None, problems, []
     quiet_libraries()
     model, tokenizer = _model(config, problems)
     data, found = load_all(config, tokenizer, eval_limit)
     problems += found
+    problems += trackers.missing(config)
     existing = _existing(config, model, problems)
     if model is not None:
         problems += _capacity(config, model, existing)
         problems += _fit(config, model, data)
+    warnings = _warnings(config, model, data)
     if problems or model is None or tokenizer is None:
-        raise ConfigError(problems)
-    return Prepared(config, model, tokenizer, data, existing)
+        return None, problems, warnings
+    return Prepared(config, model, tokenizer, data, existing, warnings), [], warnings
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -210,3 +225,27 @@ def _fit(config: RunConfig, model: ModelFacts, data: dict[str, TaskData]) -> lis
             problems.append(Problem(message, "model", str(config.file), "use the tokenizer that belongs to the model"))
             break
     return problems
+
+
+def _warnings(config: RunConfig, model: ModelFacts | None, data: dict[str, TaskData]) -> list[Problem]:
+    """What max_length takes away, and questions that the model is too short for."""
+    warnings = []
+    first = {task.name: i for i, task in reversed(list(enumerate(config.tasks)))}
+    for i, task in enumerate(config.tasks):
+        found = data.get(task.name)
+        if found is None or first[task.name] != i:
+            continue
+        if found.cut or found.dropped:
+            message = (
+                f"max_length {task.training.max_length} cuts the end of {found.cut} examples; {found.dropped} are left "
+                f"out, since their prompt alone fills it ({len(found.train) + found.dropped} in all)"
+            )
+            remedy = f"set it to {found.longest} to keep all"
+            warnings.append(Problem(message, f"tasks[{i}].training.max_length", str(config.file), remedy))
+        for name, evaluation in found.evaluation.items():
+            longest = max(len(example.prompt_ids) for example in evaluation.examples)
+            if model is not None and model.context is not None and longest >= model.context:
+                message = f"a prompt has {longest} tokens, the model's context is {model.context}"
+                remedy = "shorten it, or count on a wrong answer"
+                warnings.append(Problem(message, f"tasks[{i}].data.eval.{name}", str(config.file), remedy))
+    return warnings

@@ -45,3 +45,17 @@ def first_writes(write: Callable[[], Result], read: Callable[[], Result]) -> Res
         result = write()
     wait()
     return result if is_first() else read()
+
+
+def agree(number: int, device: torch.device) -> bool:
+    """Whether all processes gave the same number (of 63 bits); all of them learn the answer.
+
+    Args:
+        device: what this process computes on.
+    """
+    if not distributed.is_initialized():
+        return True
+    mine = torch.tensor([number], dtype=torch.int64, device=device)
+    all_of_them = [torch.empty_like(mine) for _ in range(count())]
+    distributed.all_gather(all_of_them, mine)
+    return all(torch.equal(mine, other) for other in all_of_them)

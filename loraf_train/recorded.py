@@ -1,8 +1,8 @@
 """What a checkpoint remembers of its making, and what keeps a tasks.yaml from going on with it.
 
 Recorded are the settings that decide which values training ends with. Left out are those that only decide how it is
-done (examples at once, gradient checkpointing) or measured (evaluation sets, metric), and the folder that data lie in:
-files are named as seen from the tasks.yaml.
+done (examples at once, gradient checkpointing, when to save) or measured (evaluation sets, metric), and the folder that
+data lie in: files are named as seen from the tasks.yaml.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraf.errors import BaseMismatch, ConfigError, Problem
 from loraf.manifest import Manifest, Task
 from loraf_train.config import CalibrationConfig, RunConfig, TaskConfig, TrainingConfig
 
-_HOW_ONLY = {"micro_batch_size", "gradient_checkpointing"}
+_HOW_ONLY = {"micro_batch_size", "gradient_checkpointing", "packing", "report_to", "save_seconds"}
 _ANOTHER_OUTPUT = "name another output folder"
 
 
@@ -82,8 +82,8 @@ def _adapter_differences(
         values["adapter.target_modules"] = (_endings(manifest.modules), _endings(shapes))
     for field, (has, asked) in values.items():
         if has != asked:
-            message = f"the checkpoint in {config.output} has {_said(has)}, the file says {_said(asked)}"
-            yield Problem(message, field, str(config.file), f"say {_said(has)}, or {_ANOTHER_OUTPUT}")
+            message = f"the checkpoint in {config.output} has {said(has)}, the file says {said(asked)}"
+            yield Problem(message, field, str(config.file), f"say {said(has)}, or {_ANOTHER_OUTPUT}")
 
 
 def _endings(modules: Mapping[str, Any]) -> list[str]:
@@ -108,9 +108,9 @@ def _task_differences(config: RunConfig, manifest: Manifest, index: int, task: T
         return
     now = settings(config, task)
     before = _recorded(manifest.task(task.name))
-    for field, has, asked in _differences(before, {key: now[key] for key in before}):
-        message = f"task {task.name!r} was trained with {_said(has)}, the file says {_said(asked)}"
-        remedy = f"say {_said(has)}, give the task another name, or {_ANOTHER_OUTPUT}"
+    for field, has, asked in differences(before, {key: now[key] for key in before}):
+        message = f"task {task.name!r} was trained with {said(has)}, the file says {said(asked)}"
+        remedy = f"say {said(has)}, give the task another name, or {_ANOTHER_OUTPUT}"
         yield Problem(message, f"tasks[{index}].{field}", str(config.file), remedy)
 
 
@@ -130,20 +130,21 @@ def _recorded(task: Task) -> dict[str, Any]:
     return {**found, **always, **{part: {**values, **found[part]} for part, values in defaults.items()}}
 
 
-def _differences(before: Any, now: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(field, before, now) of every leaf that differs; a list is a leaf."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
-            yield from _differences(before.get(key), now.get(key), f"{field}.{key}" if field else key)
+            yield from differences(before.get(key), now.get(key), f"{field}.{key}" if field else key)
     elif before != now:
         yield field, before, now
 
 
-def _said(value: object) -> str:
+def said(value: object) -> str:
+    """A setting's value as messages show it."""
     if value is None:
         return "none"
     if isinstance(value, list):
-        return f"[{', '.join(map(_said, value))}]"
+        return f"[{', '.join(map(said, value))}]"
     if isinstance(value, dict):
         return str(value.get("file") or value.get("dataset") or value)
     return f"{value!r}" if isinstance(value, str) else f"{value}"

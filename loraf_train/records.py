@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,29 @@ from loraf.errors import ConfigError, Problem
 from loraf_train.config import Source
 
 Record = dict[str, Any]
-SHOWN = 3  # faulty records of a file that are named one by one
+SHOWN = 3  # different mistakes of a source that are named
 
 
 class Faults:
-    """Gathers what is wrong with the records of one source: the first few in full, the rest as a number."""
+    """Gathers what is wrong with the records of one source: each mistake where it is met first, with its number."""
 
     def __init__(self, source: str):
         self._source = source
-        self._problems: list[Problem] = []
-        self._more = 0
+        self._places: dict[tuple[str, str], list[str]] = {}
 
     def add(self, where: str, message: str, remedy: str) -> None:
-        if len(self._problems) < SHOWN:
-            self._problems.append(Problem(message, where, self._source, remedy))
-        else:
-            self._more += 1
+        self._places.setdefault((message, remedy), []).append(where)
 
     @property
     def problems(self) -> list[Problem]:
-        if not self._more:
-            return list(self._problems)
-        more = Problem(f"{self._more} more records have mistakes", "", self._source, "mend the ones above first")
-        return [*self._problems, more]
+        found = []
+        for (message, remedy), places in list(self._places.items())[:SHOWN]:
+            more = f" (and {len(places) - 1} more like it)" if len(places) > 1 else ""
+            found.append(Problem(f"{message}{more}", places[0], self._source, remedy))
+        rest = sum(len(places) for places in list(self._places.values())[SHOWN:])
+        if rest:
+            found.append(Problem(f"{rest} more records have mistakes", "", self._source, "mend the ones above first"))
+        return found
 
 
 def read(source: Source, split: str = "train") -> list[Record]:
@@ -138,13 +139,41 @@ def _dataset(source: Source, split: str) -> list[Record]:
     import datasets
 
     datasets.disable_progress_bars()
+    split = source.split or split
     try:
-        found = datasets.load_dataset(source.dataset, source.subset, split=source.split or split)
-    except Exception as error:  # the hub's client raises many kinds: network, not found, gated, no such split
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        remedy = "check name, subset: and split:, log in with `hf auth login` if it is gated, or name a local file"
-        raise ConfigError(Problem(f"cannot be had from the hub ({reason})", "", str(source), remedy)) from None
-    return found.to_list()
+        if _is_saved(Path(source.dataset)):
+            found = _saved(source, split)
+        else:
+            found = datasets.load_dataset(source.dataset, source.subset, split=split, revision=source.revision)
+        records = found.to_list()
+    except Exception as error:  # the library raises many kinds: network, not found, gated, no such split, bad files
+        reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
+        if Path(source.dataset).is_dir():
+            message, remedy = f"cannot be read ({reason})", "check subset: and split:, or name a file in it"
+        else:
+            message = f"cannot be had from the hub ({reason})"
+            remedy = "check name, subset: and split:, log in with `hf auth login` if it is gated, or name a local file"
+        raise ConfigError(Problem(message, "", str(source), remedy)) from None
+    if not records:
+        remedy = "name another split, or a source with records"
+        raise ConfigError(Problem(f"split {split} holds no records", "", str(source), remedy))
+    return records
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of the datasets library wrote it."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved(source: Source, split: str):
+    """What `load_dataset` refuses to read: the same splits, from `save_to_disk`."""
+    import datasets
+
+    found = datasets.load_from_disk(source.dataset)
+    if not isinstance(found, datasets.DatasetDict):  # it has but one split, whatever it was called
+        found = {part.partition("[")[0].strip(): found for part in split.split("+")}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in found.items()})
+    return datasets.concatenate_datasets([found[p.splitname].select(range(p.from_ or 0, p.to)) for p in parts])
 
 
 def _kind(value: Any) -> str:

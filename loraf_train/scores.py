@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loraf.errors import CorruptCheckpoint, Problem
+from loraf.errors import CorruptCheckpoint, Problem, UnknownTask
 from loraf.manifest import FILE_NAME, Manifest
 from loraf.tasksets import TaskSet
 from loraf_train.config import TaskConfig
@@ -42,7 +42,16 @@ def wanted(manifest: Manifest, data: Mapping[str, TaskData]) -> list[Cell]:
     """Every cell of the table, then as-trained sets that are no row of it; tasks without evaluation data have none."""
     scored = [name for name in manifest.task_names if name in data and data[name].evaluation]
     cells = [Cell(task_set, name) for _, task_set in rows(manifest) for name in scored if name in task_set.names]
-    return list(dict.fromkeys(cells + [Cell(manifest.as_trained(name), name) for name in scored]))
+    as_trained = {name: as_trained_or_none(manifest, name) for name in scored}
+    return list(dict.fromkeys(cells + [Cell(task_set, name) for name, task_set in as_trained.items() if task_set]))
+
+
+def as_trained_or_none(manifest: Manifest, name: str) -> TaskSet | None:
+    """`Manifest.as_trained`; None where a task that it stands on has been taken out."""
+    try:
+        return manifest.as_trained(name)
+    except UnknownTask:
+        return None
 
 
 def missing(manifest: Manifest, data: Mapping[str, TaskData], tasks: Iterable[TaskConfig]) -> list[Cell]:

@@ -5,6 +5,9 @@
         adapt       train its K values there
         commit      its file, then the manifest
 
+It may be killed at any moment and run again: what is finished stays, and the task that was being trained goes on where
+it was (loraf_train.resume).
+
 A task trains on top of what earlier tasks stored (`start: previous`, Algorithm 1) or on the bare model (`start: base`);
 either way it never takes a position that another task owns.
 """
@@ -24,7 +27,7 @@ import loraf
 from loraf import base, manifest
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError, Problem
-from loraf_train import loop, masks, processes, recorded
+from loraf_train import loop, masks, processes, recorded, resume
 from loraf_train.adapt import adapt
 from loraf_train.attach import Host, earlier, find_targets, projections, shapes_of
 from loraf_train.calibrate import calibrate
@@ -45,6 +48,12 @@ class Observer:
         """The checkpoint already has this task; it is not trained again."""
 
     def task_started(self, task: TaskConfig) -> None: ...
+
+    def remarked(self, task: TaskConfig, remark: str) -> None:
+        """Something is to be said of what an interrupted run left of the task."""
+
+    def resumed(self, task: TaskConfig, after: str) -> None:
+        """The task goes on after this step; what came before is not told again."""
 
     def calibration_step(self, loss: float, step: int, total: int) -> None:
         """A mini-batch of calibration is done; `step` counts from 1."""
@@ -126,6 +135,8 @@ def run(
         checkpoint = processes.first_writes(
             lambda: _create(config, folder, shapes_of(targets)), lambda: Checkpoint.open(config.output)
         )
+    finished = checkpoint.manifest.task_names
+    processes.first_writes(lambda: resume.tidy(config.output, finished), lambda: None)
     host: Host | None = None
     for task in config.tasks:
         if task.name in checkpoint.manifest.task_names:
@@ -133,7 +144,7 @@ def run(
             continue
         if host is None:
             model.requires_grad_(False)
-            host = Host(model, targets, projections(checkpoint, targets), _pad_id(tokenizer))
+            host = Host(model, targets, projections(checkpoint, targets), _pad_id(tokenizer), config.output)
         observer.task_started(task)
         given = data(task) if callable(data) else data[task.name]
         checkpoint = _train(host, config, task, given, checkpoint, observer)
@@ -181,8 +192,25 @@ def _train(
     active = {module: earlier(checkpoint, before, module) for module in host.targets}
     taken = {module: [values[module] for values in checkpoint.tasks.values()] for module in host.targets}
     seeds = {phase: loop.derived_seed(config.seed, task.name, phase) for phase in ("calibration", "adaptation")}
-    chosen = calibrate(host, task, data.train, taken, active, seeds["calibration"], observer.calibration_step)
-    observer.calibrated(task)
+    keeper = _keeper(host, config, task, data, checkpoint)
+    for remark in keeper.notes:
+        observer.remarked(task, remark)
+    if keeper.state is not None:
+        observer.resumed(task, str(keeper.state))
+    chosen = keeper.state.masks if keeper.state is not None else None
+    if chosen is None:
+        chosen = calibrate(
+            host,
+            task,
+            data.train,
+            taken,
+            active,
+            seeds["calibration"],
+            observer.calibration_step,
+            keeper.journal(resume.CALIBRATION),
+        )
+        keeper.chosen(chosen)
+        observer.calibrated(task)
     values, outcome = adapt(
         host,
         task,
@@ -193,6 +221,7 @@ def _train(
         getattr(torch, config.adapter.dtype),
         observer.step,
         lambda: observer.adapted(task, host.model),
+        keeper.journal(resume.TRAINING),
     )
     making = {
         "settings": recorded.settings(config, task),
@@ -213,9 +242,32 @@ def _train(
             templates=data.templates,
             training=making,
         )
+        keeper.clear()
         return checkpoint
 
     return processes.first_writes(commit, lambda: Checkpoint.open(config.output))
+
+
+def _keeper(host: Host, config: RunConfig, task: TaskConfig, data: TaskData, checkpoint: Checkpoint) -> resume.Keeper:
+    """What keeps the task's state, with all that its values depend on. Of the data only what is trained on counts."""
+    settings = {name: part for name, part in recorded.settings(config, task).items() if name != "data"}
+    around = _surroundings(host.model)
+    making = {
+        "settings": settings,
+        "examples": resume.digest_of(data.train),
+        "earlier": checkpoint.manifest.adapter_digest,
+        "base": checkpoint.manifest.base_model.fingerprint,
+        "precision": around["precision"],
+        "versions": around["versions"],
+    }
+    where = {
+        "device": around["device"],
+        "processes": around["processes"],
+        "micro_batch_size": task.training.micro_batch_size,
+        "gradient_checkpointing": task.training.gradient_checkpointing,
+        "packing": task.training.packing,
+    }
+    return resume.Keeper(config.output, task.name, making, where, task.training.save_seconds, host.model.device)
 
 
 def _surroundings(model: PreTrainedModel) -> dict[str, Any]:

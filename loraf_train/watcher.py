@@ -37,6 +37,12 @@ class Watcher(Observer):
         self._calibration = self._progress.part(f"{task.name}: calibration step")
         self._training = self._progress.part(f"{task.name}: training step")
 
+    def remarked(self, task: TaskConfig, remark: str) -> None:
+        self._out.print(f"{task.name}: {remark}")
+
+    def resumed(self, task: TaskConfig, after: str) -> None:
+        self._out.print(f"{task.name}: goes on after {after}")
+
     def calibration_step(self, loss: float, step: int, total: int) -> None:
         self._calibration(step, total, f"loss {loss:.4f}")
 

@@ -133,6 +133,22 @@ def test_start_is_the_runs_unless_the_task_says_otherwise(folder):
     assert [task.start for task in config.tasks] == ["base", "previous"]
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("tensorboard", ("tensorboard",)),
+        (["tensorboard", "wandb"], ("tensorboard", "wandb")),
+        ("none", ()),
+        (["none"], ()),
+        (None, ()),
+        ([], ()),
+    ],
+)
+def test_trackers_are_written_as_for_transformers(folder, written, meant):
+    tasks = load(write(folder, changed(training={"report_to": written, "packing": True}))).tasks
+    assert [(task.training.report_to, task.training.packing) for task in tasks] == [(meant, True)] * 2
+
+
 def test_task_overrides_keep_the_rest_of_the_run(folder):
     content = changed(training={"epochs": 5, "batch_size": 4}, calibration={"steps": 3, "learning_rate": 0.5})
     content["tasks"][1]["calibration"] = {"optimizer": "sgd"}
@@ -197,6 +213,9 @@ def test_five_mistakes_are_all_answered(folder):
         ({"training__dropout": -0.1}, "training.dropout", "out of range", "from 0"),
         ({"training__schedule": "step"}, "training.schedule", "not known", "cosine"),
         ({"training__gradient_checkpointing": 7}, "training.gradient_checkpointing", "neither true nor", "true or"),
+        ({"training__packing": "rows"}, "training.packing", "neither true nor", "true or"),
+        ({"training__report_to": "mlflow"}, "training.report_to", "'mlflow' is not known", "tensorboard, wandb"),
+        ({"training__report_to": ["wandb", 3]}, "training.report_to[1]", "3 is not known", "tensorboard, wandb"),
         ({"training": 3}, "training", "3 is no mapping", "mapping"),
         ({"calibration__steps": 0}, "calibration.steps", "out of range", "from 1"),
         ({"calibration__optimizer": "lion"}, "calibration.optimizer", "not known", "adamw or sgd"),

@@ -96,7 +96,12 @@ def test_tasks_that_fit_after_one_that_does_not_are_no_mistake_and_others_are():
 
 def test_a_task_without_a_single_position_is_refused():
     (problem,) = shortage(SHAPES, RANK, wishes(0.996))
-    assert "leaves no position in b" in problem.message and problem.remedy == "lower the sparsity"
+    assert "leaves no position in b" in problem.message
+    assert problem.remedy == "use a sparsity of 0.995833 at most"  # b has 240 positions
+    assert shortage(SHAPES, RANK, wishes(0.995833)) == []
+    assert shortage(SHAPES, RANK, wishes(0.995834)) != []
+    (problem,) = shortage({"a": (1, 4)}, 1, wishes(0.5))
+    assert problem.remedy == "use a larger rank"
 
 
 def test_what_a_checkpoint_holds_is_counted(tmp_path):
@@ -106,7 +111,7 @@ def test_what_a_checkpoint_holds_is_counted(tmp_path):
     assert shortage(SHAPES, RANK, wishes(0.8), checkpoint.manifest) == []
     (problem,) = shortage(SHAPES, RANK, wishes(0.79), checkpoint.manifest)
     assert "needs 84 positions in a (and 1 more modules), 80 of 400 are left" in problem.message
-    assert "0.8 would fit" in problem.remedy
+    assert "0.8 would fit" in problem.remedy and "`loraf-train remove`" in problem.remedy
 
 
 @given(st.integers(2, 60), st.integers(2, 60), st.integers(1, 12), st.data())

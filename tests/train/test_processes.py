@@ -32,7 +32,7 @@ class Counter(sequence.Observer):
 def run(model_folder: Path, output: Path) -> tuple[list[float], Checkpoint]:
     tasks = [
         toys.task("one", sparsity=0.7, training={"batch_size": 6}),
-        toys.task("two", calibration={"optimizer": "sgd"}, training={"micro_batch_size": 2}),
+        toys.task("two", calibration={"optimizer": "sgd"}, training={"micro_batch_size": 2, "packing": True}),
     ]
     counter = Counter()
     checkpoint = sequence.run(

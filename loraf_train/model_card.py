@@ -1,0 +1,200 @@
+"""The model card (README.md of a hub repository) of a checkpoint, from its manifest alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from loraf import manifest as manifests
+from loraf.errors import LorafError
+from loraf.hub import HUB_ID
+from loraf.manifest import Manifest, Task
+from loraf_train import report
+
+FILE_NAME = "README.md"
+
+
+def card(manifest: Manifest, name: str) -> str:
+    """Markdown with the header that the hub reads.
+
+    Args:
+        name: what users give as CKPT: a hub id, or a folder.
+
+    What the manifest does not know is left to the user: the licence, and what the tasks are for.
+    """
+    base, local = base_name(manifest)
+    parts = [
+        _header(manifest),
+        f"# {name.rstrip('/').rsplit('/', 1)[-1]}",
+        _summary(manifest, base, local),
+        "## Tasks",
+        _tasks(manifest),
+        "## Scores",
+        _scores(manifest),
+        "## Use",
+        _use(manifest, name, base),
+        "## Training",
+        _training(manifest),
+        "## Identity",
+        _identity(manifest),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def base_name(manifest: Manifest) -> tuple[str, bool]:
+    """What to call the base model, and whether it is a folder of the machine that trained (its path is left out)."""
+    name = manifest.base_model.name
+    if name == "tiny" or HUB_ID.fullmatch(name):
+        return name, False
+    return name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1], True
+
+
+def _header(manifest: Manifest) -> str:
+    base, local = base_name(manifest)
+    entries: dict[str, Any] = {"library_name": "loraf", "pipeline_tag": "text-generation"}
+    if not local and base != "tiny":
+        entries |= {"base_model": base, "base_model_relation": "adapter"}
+    entries["tags"] = ["loraf", "lora", "continual-learning", *manifest.task_names]
+    datasets = list(dict.fromkeys(_datasets(manifest.tasks)))
+    if datasets:
+        entries["datasets"] = datasets
+    text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}# license: fill in, it depends on the base model and the data\n---"
+
+
+def _datasets(tasks: Iterable[Task]) -> Iterator[str]:
+    """Ids of the hub that tasks were trained on."""
+    for task in tasks:
+        for source in task.training.get("settings", {}).get("data", {}).get("train", []):
+            name = source.get("dataset", "") if isinstance(source, dict) else ""
+            if HUB_ID.fullmatch(name):
+                yield name
+
+
+def _summary(manifest: Manifest, base: str, local: bool) -> str:
+    count = len(manifest.tasks)
+    of = f"`{base}`" + (f" at `{manifest.base_model.revision}`" if manifest.base_model.revision else "")
+    where = " (a local folder when it was trained)" if local else ""
+    tasks = {0: "no task yet", 1: "one task"}.get(count, f"{count} tasks")
+    parameters = sum(task.parameters for task in manifest.tasks)
+    size = report.size_text(sum(task.file.bytes for task in manifest.tasks))
+    return (
+        f"A LoRAF adapter («LoRA without Forgetting») with {tasks} for {of}{where}: of LoRA's two matrices A is "
+        "frozen and rebuilt from a seed, B is sparse, and the tasks own disjoint positions of it. Any weighted subset "
+        f"of them can be chosen for each request. {parameters:,} trained values in all ({size}), rank {manifest.rank}, "
+        f"{len(manifest.modules)} modules."
+    )
+
+
+def _tasks(manifest: Manifest) -> str:
+    if not manifest.tasks:
+        return "None yet."
+    rows = []
+    for task in manifest.tasks:
+        below = ", ".join(task.trained_with) or "the base model"
+        size = report.size_text(task.file.bytes)
+        rows.append(
+            [task.name, below, f"{task.alpha:g}", f"{task.sparsity:g}", f"{task.parameters:,}", task.dtype, size]
+        )
+    table = _table(["task", "trained on top of", "alpha", "sparsity", "values (K)", "stored as", "size"], rows)
+    free = sum(manifest.free_positions(name) for name in manifest.modules)
+    total = sum(module.d_out for module in manifest.modules.values()) * manifest.rank
+    return f"{table}\n\n{free:,} of {total:,} positions of B are free for new tasks."
+
+
+def _scores(manifest: Manifest) -> str:
+    rows = []
+    for task in manifest.tasks:
+        for entry in task.scores:
+            metric = str(entry["metric"])
+            score = report.score_text(float(entry["score"]), metric)
+            rows.append([entry["set"], task.name, entry["evaluation"], metric, score, entry["count"]])
+    if not rows:
+        return "None were measured."
+    table = _table(["task set", "task", "evaluation", "metric", "score", "examples"], rows)
+    return f"Each score belongs to the task set that was on when it was measured.\n\n{table}"
+
+
+def _use(manifest: Manifest, name: str, base: str) -> str:
+    one = manifest.task_names[-1] if manifest.tasks else "TASK"
+    sets = "\n".join(
+        f"- `{task}`: `--as-trained {task}` is the set `{task_set}`"
+        for task, task_set in ((task, _as_trained(manifest, task)) for task in manifest.task_names)
+        if task_set is not None and task_set != task
+    )
+    serve = (
+        "```sh\n"
+        f"loraf-serve --model {base} --adapter {name}\n"
+        f'loraf-client generate "…" --tasks {one} --task-template\n'
+        f"loraf-train export {name} --tasks {one} --format peft --out ./peft   # for PEFT\n"
+        "```"
+    )
+    later = f"\n\nA set is taken literally; a task as it was on the day it was trained:\n\n{sets}" if sets else ""
+    return (
+        f"{serve}{later}\n\nA new task joins with the checkpoint and its own data: copy the checkpoint to a folder, "
+        "name that folder as `output` of a `tasks.yaml`, and `loraf-train run tasks.yaml`."
+    )
+
+
+def _as_trained(manifest: Manifest, name: str) -> str | None:
+    try:
+        return str(manifest.as_trained(name))
+    except LorafError:  # a task it was trained on top of has been taken out
+        return None
+
+
+def _training(manifest: Manifest) -> str:
+    parts = []
+    for task in manifest.tasks:
+        lines = [f"### {task.name}", ""]
+        facts = task.training
+        if "examples" in facts:
+            lines.append(f"- {facts['examples']:,} examples, {facts.get('steps', 0):,} steps")
+        for kind in ("calibration", "training"):
+            settings = facts.get("settings", {}).get(kind)
+            if settings:
+                said = ", ".join(f"{key} {_value(value)}" for key, value in settings.items() if value is not None)
+                lines.append(f"- {kind}: {said}")
+        lines.append(f"- prompt: {_code(json.dumps(task.templates.prompt, ensure_ascii=False))}")
+        lines.append(f"- completion: {_code(json.dumps(task.templates.completion, ensure_ascii=False))}")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "Nothing has been trained."
+
+
+def _identity(manifest: Manifest) -> str:
+    std = manifest.projection.init_std
+    rows = [
+        ["adapter digest", manifest.adapter_digest],
+        ["fingerprint of the base", manifest.base_model.fingerprint],
+        [
+            "A",
+            f"{manifest.projection.generator}, seed {manifest.projection.seed}, standard deviation "
+            f"{'1/√(3·d_in)' if std is None else f'{std:g}'}",
+        ],
+        ["format", f"{manifests.FORMAT} {manifests.FORMAT_VERSION}"],
+    ]
+    return _table(["", ""], rows)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").split())
+
+
+def _code(text: str) -> str:
+    """A code span; its fence is longer than any run of backticks in the text."""
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

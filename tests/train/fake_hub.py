@@ -1,0 +1,140 @@
+"""A Hugging Face hub of one process, over HTTP: what of its API an upload and a download of small files use.
+
+The client is the real `huggingface_hub`; every commit is a whole snapshot. It finds a push that needs several commits
+(so that others could see half of a checkpoint), that uploads what it should not, or that leaves old files there.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import yaml
+
+
+class Hub:
+    """Repositories: name → commits, each a mapping of paths to bytes. Only `token` may write."""
+
+    def __init__(self, token: str = "hf_writer"):
+        self.token = token
+        self.commits: dict[str, list[dict[str, bytes]]] = {}
+        self.messages: list[str] = []
+        self.created: list[dict] = []
+        self.url = ""
+
+    def files(self, repository: str) -> dict[str, bytes]:
+        return self.commits[repository][-1]
+
+
+@contextmanager
+def served(monkeypatch, folder, hub: Hub | None = None):
+    """The hub that `huggingface_hub` talks to within; its cache lies in `folder`."""
+    hub = hub or Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    constants = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(folder / "hub")}
+    for name, value in (constants | {"HF_HUB_OFFLINE": False, "HF_TOKEN_PATH": str(folder / "token")}).items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Silent."""
+
+    def answer(self, status: int, content: bytes | dict | list, headers: dict[str, str] | None = None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def missing(self, code: str) -> None:
+        self.answer(404, {"error": "not found"}, {"X-Error-Code": code, "X-Error-Message": "not found"})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            self.answer(401, {"error": "Invalid credentials"}, {"X-Error-Message": "Invalid credentials"})
+        elif self.path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif self.path == "/api/validate-yaml":  # of a README.md, before it is sent
+            yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+            self.answer(200, {"errors": [], "warnings": []})
+        elif re.fullmatch(r"/api/models/[\w.-]+/[\w.-]+/preupload/main", self.path.partition("?")[0]):
+            modes = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
+            self.answer(200, {"files": [mode | {"shouldIgnore": False} for mode in modes]})
+        elif found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", self.path.partition("?")[0]):
+            self.commit(found[1], [json.loads(line) for line in body.splitlines()])
+        else:
+            self.missing("RevisionNotFound")
+
+    def create(self, wanted: dict) -> None:
+        name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+        url = {"url": f"{self.hub.url}/{name}"}
+        if name in self.hub.commits:
+            self.answer(409, url)
+            return
+        self.hub.created.append(wanted)
+        self.hub.commits[name] = [{".gitattributes": b""}]
+        self.answer(200, url)
+
+    def commit(self, name: str, lines: list[dict]) -> None:
+        files = dict(self.hub.files(name))
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.hub.messages.append(value["summary"])
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        self.hub.commits[name].append(files)
+        oid = self.oid(name)
+        self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, "success": True})
+
+    def oid(self, name: str) -> str:
+        return hashlib.sha1(f"{name}{len(self.hub.commits[name])}".encode()).hexdigest()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        found = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(tree|revision)/([^/]+)", path)
+        file = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/[^/]+/(.+)", path)
+        name = (found or file or [None, None])[1]
+        if name not in self.hub.commits:
+            self.missing("RepoNotFound")
+        elif file:
+            content = self.hub.files(name).get(file[2])
+            if content is None:
+                self.missing("EntryNotFound")
+                return
+            etag = hashlib.sha1(content).hexdigest()
+            self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": self.oid(name)})
+        elif found[2] == "tree":
+            self.answer(
+                200, [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in self.hub.files(name).items()]
+            )
+        else:
+            siblings = [{"rfilename": path} for path in self.hub.files(name)]
+            self.answer(200, {"id": name, "sha": self.oid(name), "siblings": siblings, "private": False})
+
+    do_HEAD = do_GET

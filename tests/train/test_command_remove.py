@@ -1,0 +1,182 @@
+"""`loraf-train remove`, and what a checkpoint is good for afterwards; new tasks beside old ones whose data are gone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+
+import pytest
+
+from loraf import manifest as manifests
+from loraf.checkpoint import Checkpoint
+from loraf.errors import CheckpointError, UnknownTask
+from tests.loraf import small_checkpoints as small
+from tests.loraf.crash_steps import stopped_at
+from tests.train.commands import TASKS, digests, run
+
+HEAD, UPPER, TRUTH = re.split(r"(?m)^(?=  - name)", TASKS)
+NEW = """
+model: base
+output: ckpt
+adapter: {rank: 8, sparsity: 0.6, dtype: float32}
+calibration: {steps: 1}
+training: {learning_rate: 2e-2, batch_size: 8, max_steps: 2, dropout: 0}
+tasks:
+  - {name: new, sparsity: 0.8, data: {train: new.jsonl, eval: new.jsonl}, max_new_tokens: 2}
+"""
+
+
+def write_new(folder) -> None:
+    rows = [{"prompt": f"{word}?", "completion": word} for word in ("ab", "ba", "aa")]
+    (folder / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "new.yaml").write_text(NEW)
+
+
+def test_the_last_task_goes_and_its_positions_are_free(copied, capsys):
+    before, files = manifests.read(copied / "ckpt"), digests(copied / "ckpt")
+    status, out, err = run(capsys, "remove", "ckpt", "truth")
+    assert (status, err) == (0, "")
+    held = before.task("truth").parameters
+    assert f"task truth is removed, {held:,} positions are free again" in out
+    assert "1 scores of other tasks went with it" in out  # upper, measured with truth on
+    after = Checkpoint.open(copied / "ckpt").manifest
+    assert after.task_names == ("upper",)
+    for module, spec in after.modules.items():
+        freed = after.free_positions(module) - before.free_positions(module)
+        assert freed == before.task("truth").k[module]
+        assert after.free_positions(module) == spec.d_out * 8 - after.task("upper").k[module]
+    assert [entry["set"] for entry in after.task("upper").scores] == ["upper"]
+    assert after.task("upper").training == before.task("upper").training
+    now = digests(copied / "ckpt")
+    assert now.keys() == files.keys() - {"tasks/truth.safetensors"}
+    assert now["tasks/upper.safetensors"] == files["tasks/upper.safetensors"]
+    status, shown, _ = run(capsys, "inspect", "ckpt", "--verify", "--json")
+    facts = json.loads(shown)
+    assert status == 0 and facts["capacity"]["free"] == facts["capacity"]["positions"] - after.task("upper").parameters
+    # Trained again it is what it was, and so is everything.
+    status, _, _ = run(capsys, "run", "tasks.yaml")
+    assert status == 0 and digests(copied / "ckpt") == files
+
+
+def test_a_task_that_others_stand_on_goes_with_a_warning(copied, capsys):
+    before = digests(copied / "ckpt")
+    status, out, err = run(capsys, "remove", "ckpt", "upper", "--dry-run")
+    assert status == 0 and "would be removed" in out and digests(copied / "ckpt") == before
+    warning = "warning: truth was trained on top of upper"
+    assert warning in err
+    status, out, err = run(capsys, "remove", "ckpt", "upper")
+    assert status == 0 and "is removed" in out and warning in err and "no longer as trained" in err
+    manifest = Checkpoint.open(copied / "ckpt").manifest
+    assert manifest.task_names == ("truth",) and manifest.task("truth").trained_with == ("upper",)
+    assert manifest.task("truth").scores == ()  # all were measured with upper on
+    with pytest.raises(UnknownTask, match="trained on top of upper, which this checkpoint does not have"):
+        manifest.as_trained("truth")
+    status, shown, _ = run(capsys, "inspect", "ckpt", "--json")
+    assert status == 0 and json.loads(shown)["tasks"][0]["as_trained"] is None
+    # The rest is scored and gone on with as far as it goes.
+    write_new(copied)
+    (copied / "truth.yaml").write_text(HEAD + TRUTH)
+    status, _, err = run(capsys, "eval", "truth.yaml", "--as-trained", "truth")
+    assert status == 2 and "trained on top of upper" in err
+    status, out, _ = run(capsys, "run", "truth.yaml")
+    assert status == 0 and re.search(r"truth as trained +– ", out)
+    status, out, _ = run(capsys, "run", "new.yaml")
+    assert status == 0
+    manifest = Checkpoint.open(copied / "ckpt").manifest
+    assert str(manifest.as_trained("new")) == "truth+new"
+    assert {entry["set"] for entry in manifest.task("truth").scores} == {"truth"}
+
+
+def test_a_task_may_come_back_after_those_that_stood_on_the_old_one(copied, capsys):
+    run(capsys, "remove", "ckpt", "upper")
+    status, _, err = run(capsys, "run", "tasks.yaml", "--no-eval")
+    assert status == 2 and "write the tasks in the order truth, upper" in err
+    (copied / "tasks.yaml").write_text(HEAD + TRUTH + UPPER)
+    status, _, err = run(capsys, "run", "tasks.yaml", "--no-eval")
+    assert status == 0, err
+    manifest = manifests.read(copied / "ckpt")
+    assert manifest.task("upper").trained_with == ("truth",)
+    # truth stood on another upper: nobody is warned of this one's end, and truth is still not as trained.
+    status, _, err = run(capsys, "remove", "ckpt", "upper")
+    assert (status, err) == (0, "")
+
+
+def test_mistakes_exit_2_with_what_there_is(copied, capsys, tmp_path):
+    before = digests(copied / "ckpt")
+    for name in ("other", "../tasks/upper", "all"):
+        status, out, err = run(capsys, "remove", "ckpt", name)
+        assert (status, out) == (2, "")
+        assert f"there is no task {name!r} → choose from: upper, truth" in err
+    status, _, err = run(capsys, "remove", str(tmp_path / "nothing"), "upper")
+    assert status == 2 and "there is no loraf.json" in err
+    assert digests(copied / "ckpt") == before
+
+
+def test_a_damaged_task_can_be_taken_out_and_trained_again(copied, capsys):
+    files = digests(copied / "ckpt")
+    for damage in (lambda path: path.write_bytes(b"x"), lambda path: path.unlink()):
+        damage(copied / "ckpt/tasks/truth.safetensors")
+        status, _, err = run(capsys, "run", "tasks.yaml", "--set", "tasks.truth.metric=loss")
+        assert status == 2 and "truth.safetensors" in err
+        assert run(capsys, "remove", "ckpt", "truth")[0] == 0
+        assert run(capsys, "run", "tasks.yaml")[0] == 0
+        assert digests(copied / "ckpt") == files
+
+
+# --- stopped anywhere ------------------------------------------------------------------------------------------------
+
+
+def test_a_removal_that_stops_anywhere_leaves_the_checkpoint_before_or_after(tmp_path):
+    small.make(tmp_path / "before", tasks=("math", "nlu", "code"))
+    shutil.copytree(tmp_path / "before", tmp_path / "after")
+    with stopped_at(0, lambda: None) as steps:
+        left = Checkpoint.remove_task(tmp_path / "after", "nlu")
+    assert left == Checkpoint.open(tmp_path / "after").manifest and left.task_names == ("math", "code")
+    expected = digests(tmp_path / "after")
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    seen = set()
+    for at in range(1, len(steps.names) + 1):
+        folder = tmp_path / str(at)
+        shutil.copytree(tmp_path / "before", folder)
+        with stopped_at(at, full), pytest.raises(CheckpointError, match="No space left"):
+            Checkpoint.remove_task(folder, "nlu")
+        names = Checkpoint.open(folder).manifest.task_names
+        seen.add(names)
+        assert Checkpoint.remove_task(folder, "nlu").task_names == ("math", "code")  # the same command again
+        assert digests(folder) == expected
+    assert seen == {("math", "nlu", "code"), ("math", "code")}
+
+
+def test_what_a_killed_removal_left_is_removed_by_the_same_command(copied, capsys):
+    file = copied / "ckpt/tasks/truth.safetensors"
+    content = file.read_bytes()
+    run(capsys, "remove", "ckpt", "truth")
+    file.write_bytes(content)
+    assert Checkpoint.open(copied / "ckpt").manifest.task_names == ("upper",)  # it does no harm
+    status, out, _ = run(capsys, "remove", "ckpt", "truth")
+    assert status == 0 and "an interrupted removal" in out and not file.exists()
+    assert run(capsys, "remove", "ckpt", "truth")[0] == 2
+
+
+# --- new tasks beside old ones ---------------------------------------------------------------------------------------
+
+
+def test_a_new_task_needs_the_checkpoint_and_its_own_data_alone(copied, capsys):
+    before = digests(copied / "ckpt")
+    for name in ("upper.jsonl", "truth.jsonl", "tasks.yaml"):
+        (copied / name).unlink()
+    write_new(copied)
+    status, out, _ = run(capsys, "run", "new.yaml")
+    assert status == 0 and "to train: new" in out
+    checkpoint = Checkpoint.open(copied / "ckpt")
+    assert checkpoint.manifest.task_names == ("upper", "truth", "new")
+    assert checkpoint.manifest.task("new").trained_with == ("upper", "truth")
+    assert {entry["set"] for entry in checkpoint.manifest.task("new").scores} == {"upper+truth+new"}
+    after = digests(copied / "ckpt")
+    assert {name for name in after if after[name] != before.get(name)} == {"loraf.json", "tasks/new.safetensors"}

@@ -1,0 +1,138 @@
+"""The command that is stopped: killed at random moments, one of two processes killed, a full disk, an interrupt."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from loraf_train import sequence
+from tests.loraf.crash_steps import stopped_at
+from tests.standins import make_model
+from tests.train.commands import digests, run
+from tests.train.interruptions import Stopper, contents, data, run_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_module(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, timeout=300, capture_output=True, text=True, env=_ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_kills_at_random_moments():
+    """More of them: python -m tests.train.kill_runs --kills 50 --seed 0"""
+    out = run_module("tests.train.kill_runs", "--kills", "4", "--seed", "3")
+    found = json.loads(out.splitlines()[-1])
+    assert sum(found["kills"].values()) == sum(found["left"].values()) == 4
+    assert found["runs"] == out.count("the same bytes") >= 1
+
+
+# --- what the user sees ----------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_and_an_interrupt_are_told_and_the_same_command_goes_on(copied, capsys):
+    expected = digests(copied / "ckpt")
+    shutil.rmtree(copied / "ckpt")
+    command = ("run", "tasks.yaml", "--set", "training.save_seconds=0", "--no-eval")
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with stopped_at(200, full):
+        status, _, err = run(capsys, *command)
+    assert status == 2 and "Traceback" not in err
+    assert "ckpt/.resume/state-" in err and "No space left on device" in err and "run the same command again" in err
+    with stopped_at(100, interrupt):
+        status, out, err = run(capsys, *command)
+    assert status == 130 and "interrupted" in err and "upper: goes on after training step" in out
+    status, out, _ = run(capsys, *command)
+    assert status == 0 and "upper: goes on after training step" in out
+    now = digests(copied / "ckpt")
+    assert now.keys() == expected.keys()
+    assert all(now[name] == expected[name] for name in now if name.startswith("tasks/"))
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+
+class Deadly(Stopper):
+    """Ends its process as nothing else does."""
+
+    def hear(self, event):
+        super().hear(event)
+        if (self._task, event) == ("one", "step 5") and "goes on" not in str(self.heard[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def child(rank: int, port: int, model_folder: Path, output: Path, deadly: bool) -> None:
+    """What torchrun sets, and nothing else."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    config = run_config(model_folder, output, names=("one",), micro_batch_size=2)
+    observer = Deadly() if deadly else Stopper()
+    sequence.run(config, data(), observer)
+    output.with_name(f"{output.name}-{rank}.json").write_text(json.dumps(observer.heard))
+
+
+def launch(model_folder: Path, output: Path, deadly: bool) -> list[int]:
+    """Two forks of this process; how each ended. When one has died, the other is ended, as torchrun does."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    arguments = [(rank, port, model_folder, output, deadly) for rank in range(2)]
+    children = [context.Process(target=child, args=each) for each in arguments]
+    for process in children:
+        process.start()
+    multiprocessing.connection.wait([process.sentinel for process in children])
+    for process in children:
+        process.join(10 if deadly else None)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in children]
+
+
+def test_two_processes_of_which_one_is_killed(tmp_path):
+    """Each has its own part of every batch and its own dropout; both find the same state again."""
+    make_model("llama", tmp_path / "base")
+    ends = json.loads(run_module(__name__, str(tmp_path)).splitlines()[-1])
+    assert ends["whole"] == [0, 0] and ends["again"] == [0, 0]
+    assert ends["killed"][0] == -signal.SIGKILL and ends["killed"][1] != 0
+    heard = json.loads((tmp_path / "ckpt-0.json").read_text())
+    assert heard[:2] == [["one", "goes on after training step 4 of 6"], ["one", "step 5"]]
+    assert json.loads((tmp_path / "ckpt-1.json").read_text()) == []  # only the first tells
+    assert contents(tmp_path / "ckpt") == contents(tmp_path / "whole")
+    assert sorted(contents(tmp_path / "ckpt")) == ["loraf.json", "tasks/one.safetensors"]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)  # threads do not survive a fork
+    ends = {
+        "whole": launch(folder / "base", folder / "whole", False),
+        "killed": launch(folder / "base", folder / "ckpt", True),
+        "again": launch(folder / "base", folder / "ckpt", False),
+    }
+    print(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

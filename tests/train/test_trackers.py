@@ -1,0 +1,160 @@
+"""Trackers: every phase of every task is a run of its own, with the very losses that the run reports."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import types
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from loraf.checkpoint import Checkpoint
+from loraf_train import processes, sequence, trackers
+from tests.standins import make_model
+from tests.train import toys
+from tests.train.commands import digests
+
+
+class Losses(sequence.Observer):
+    def __init__(self):
+        self.found: dict[str, list[float]] = {}
+        self._task = ""
+
+    def task_started(self, task):
+        self._task = task.name
+
+    def calibration_step(self, loss, step, total):
+        self.found.setdefault(f"{self._task}/calibration", []).append(loss)
+
+    def step(self, loss, lr, step, total):
+        self.found.setdefault(f"{self._task}/training", []).append(loss)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return make_model("llama", tmp_path_factory.mktemp("model"))
+
+
+def train(model_folder, output, *report_to: str, names=("one", "two"), **training) -> dict[str, list[float]]:
+    """Losses by task/phase."""
+    tasks = [toys.task(name, sparsity=0.75, training={"report_to": report_to, **training}) for name in names]
+    observer = Losses()
+    data = {name: toys.data(3 + i) for i, name in enumerate(names)}
+    sequence.run(toys.run_config(model_folder, output, *tasks), data, observer)
+    return observer.found
+
+
+def test_tensorboard_has_a_run_for_each_phase_and_the_checkpoint_is_the_same(model_folder, tmp_path):
+    losses = train(model_folder, tmp_path / "told", "tensorboard")
+    train(model_folder, tmp_path / "quiet")
+    runs = tmp_path / "told" / trackers.RUNS
+    folders = {str(file.parent.relative_to(runs)) for file in runs.rglob("events.out.*")}
+    assert (
+        folders
+        == set(losses)
+        == {f"{task}/{phase}" for task in ("one", "two") for phase in ("calibration", "training")}
+    )
+    for name, expected in losses.items():
+        events = EventAccumulator(str(runs / name)).Reload()
+        found = events.Scalars("train/loss")
+        assert [event.step for event in found] == list(range(1, len(expected) + 1))
+        assert [event.value for event in found] == pytest.approx(expected, rel=1e-4)  # float32, and rounded by Trainer
+        assert len(events.Scalars("train/learning_rate")) == len(expected)
+    told, quiet = (Checkpoint.open(tmp_path / name).manifest for name in ("told", "quiet"))
+    assert told.adapter_digest == quiet.adapter_digest
+    assert not (tmp_path / "quiet" / trackers.RUNS).exists()
+    kept = {name for name in digests(tmp_path / "told") if not name.startswith("runs/")}
+    assert kept == set(digests(tmp_path / "quiet"))
+
+
+def test_only_the_first_process_writes(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    tracking = trackers.Tracking(("tensorboard",), tmp_path, "t", "training")
+    with trackers.opened(tracking) as callbacks:
+        assert callbacks == ()
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package: what of it `WandbCallback` and this project use, and what they said to it.
+
+    It finds a phase that is logged into the run of another, and a run that is never finished.
+    """
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.run, module.runs = None, []
+
+    class Config(dict):
+        def update(self, other, allow_val_change=False):
+            super().update(other)
+
+    class Run:
+        def __init__(self, settings):
+            self.settings, self.logged, self.exit_code = settings, [], None
+            self.summary = {}
+
+        def _label(self, **_): ...
+
+        def finish(self, exit_code=None):
+            assert self.exit_code is None, "finished twice"
+            self.exit_code, module.run = exit_code, None
+
+    def init(**settings):
+        assert module.run is None, "the run before is still open"
+        module.run = Run(settings)
+        module.config = Config()
+        module.runs.append(module.run)
+        return module.run
+
+    module.init = init
+    module.config = Config()
+    module.log = lambda entry: module.run.logged.append(entry)
+    module.define_metric = lambda *a, **k: None
+    utilities = types.ModuleType("wandb.sdk.lib.config_util")
+    utilities.ConfigError = type("ConfigError", (Exception,), {})
+    for name, part in {"wandb": module, "wandb.sdk.lib.config_util": utilities}.items():
+        monkeypatch.setitem(sys.modules, name, part)
+    for name in ("wandb.sdk", "wandb.sdk.lib"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    return module
+
+
+def test_wandb_has_a_run_for_each_phase(model_folder, tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_LOG_MODEL", "end")  # must not upload the base model
+    losses = train(model_folder, tmp_path / "ckpt", "wandb")
+    assert [run.settings["name"] for run in wandb.runs] == list(losses)
+    assert [run.settings["group"] for run in wandb.runs] == ["ckpt/one", "ckpt/one", "ckpt/two", "ckpt/two"]
+    assert {run.settings["project"] for run in wandb.runs} == {"loraf"}
+    assert [run.exit_code for run in wandb.runs] == [0] * 4
+    for run, expected in zip(wandb.runs, losses.values(), strict=True):
+        logged = [entry["train/loss"] for entry in run.logged if "train/loss" in entry]
+        assert logged == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_that_fails_is_closed_as_failed(model_folder, tmp_path, wandb, monkeypatch):
+    def broken(*step):
+        raise RuntimeError("pulled")
+
+    monkeypatch.setattr(Losses, "step", broken)
+    with pytest.raises(RuntimeError, match="pulled"):
+        train(model_folder, tmp_path / "ckpt", "wandb", "tensorboard", names=("one",))
+    ends = [(run.settings["name"], run.exit_code) for run in wandb.runs]
+    assert ends == [("one/calibration", 0), ("one/training", 1)]
+    assert wandb.run is None
+
+
+def test_a_tracker_that_is_not_installed_is_named_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
+    config = toys.run_config(
+        tmp_path,
+        tmp_path,
+        toys.task("a", training={"report_to": ("tensorboard",)}),
+        toys.task("b", training={"report_to": ("tensorboard", "wandb")}),
+    )
+    first, second = trackers.missing(config)
+    assert (first.field, first.remedy) == ("training.report_to", "`pip install tensorboard`, or leave tensorboard out")
+    assert "'wandb'" in second.message and second.file == str(config.file)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: name)
+    assert trackers.missing(config) == []
