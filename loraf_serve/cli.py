@@ -16,6 +16,7 @@ from loraf.errors import ConfigError, LorafError, Problem
 from loraf_serve.backends import choice
 
 if TYPE_CHECKING:
+    from loraf_serve.adapter_root import AdapterRoot
     from loraf_serve.options import ServerOptions
     from loraf_serve.registry import Registry
 
@@ -51,14 +52,28 @@ def parser() -> argparse.ArgumentParser:
         "without any, only the base model answers",
     )
     what.add_argument(
+        "--adapter-root",
+        type=Path,
+        metavar="DIR",
+        help="let clients load the checkpoints below this folder, replace them and unload adapters while the server "
+        "runs (default: what is loaded stays)",
+    )
+    what.add_argument(
+        "--adapter-memory",
+        type=_size,
+        metavar="SIZE",
+        help="memory that adapters may take in all, such as 2GiB or 500MiB (default: no limit)",
+    )
+    what.add_argument(
         "--allow-other-base", action="store_true", help="serve adapters on a model they were not trained for"
     )
     what.add_argument(
         "--backend",
         choices=choice.CHOICES,
         default="auto",
-        help="slots: vLLM, one LoRA slot for each distinct task set; merged: transformers, the task set added to the "
-        "weights; auto: slots where vLLM can serve the model (default: auto)",
+        help="resident: vLLM, one adapter for every task set; slots: vLLM, one LoRA slot for each distinct task set; "
+        "merged: transformers, the task set added to the weights; auto: the first of these that can serve the model "
+        "(default: auto)",
     )
 
     where = new.add_argument_group("where it listens")
@@ -110,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
-    options, model_folder, vocab_size, registry = _prepare(arguments, engine_options)
+    options, model_folder, vocab_size, registry, root = _prepare(arguments, engine_options)
     for adapter in registry:
         manifest = adapter.checkpoint.manifest
         tasks = ", ".join(adapter.tasks)
@@ -123,18 +138,19 @@ def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     max_rank = max((adapter.checkpoint.manifest.rank for adapter in registry), default=1)
-    chosen = choice.choose(arguments.backend, model_folder, engine_options, max_rank)
+    chosen = choice.choose(arguments.backend, model_folder, engine_options, max_rank, _say, options.adapter_memory)
     _say(f"backend {chosen.backend.name}: {chosen.why}")
-    return asyncio.run(server.run(chosen.backend, registry, options, vocab_size, _say))
+    return asyncio.run(server.run(chosen.backend, registry, options, vocab_size, root, _say))
 
 
 def _prepare(
     arguments: argparse.Namespace, engine_options: list[str]
-) -> tuple[ServerOptions, Path, int | None, Registry]:
+) -> tuple[ServerOptions, Path, int | None, Registry, AdapterRoot | None]:
     """Everything that can be refused before an engine starts.
 
     Returns:
-        Options, the model's folder, its number of token ids (None if its config does not say), the adapters.
+        Options, the model's folder, its number of token ids (None if its config does not say), the adapters, where
+        clients may load more from.
 
     Raises:
         ConfigError: every mistake found.
@@ -150,9 +166,10 @@ def _prepare(
         problems.append(Problem("is no option", engine_options[0], remedy=remedy))
 
     from loraf import base
+    from loraf_serve.adapter_root import AdapterRoot
     from loraf_serve.registry import Registry, open_all, parse_spec
 
-    registry, vocab_size = Registry(), None
+    registry, vocab_size, root = Registry(), None, None
     try:
         model_folder = base.resolve(arguments.model, field="--model")
         vocab_size = _vocab_size(model_folder)
@@ -169,9 +186,14 @@ def _prepare(
             registry = open_all(arguments.adapter, model_folder, arguments.allow_other_base)
         except ConfigError as error:
             problems += error.problems
+    try:
+        if arguments.adapter_root:
+            root = AdapterRoot(arguments.adapter_root, model_folder, arguments.allow_other_base)
+    except ConfigError as error:
+        problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return options, model_folder, vocab_size, registry
+    return options, model_folder, vocab_size, registry, root
 
 
 def _vocab_size(model_folder: Path) -> int | None:
@@ -186,6 +208,16 @@ def _vocab_size(model_folder: Path) -> int | None:
         remedy = "restore the model's config.json"
         raise ConfigError(Problem(f"cannot be read ({error})", file=str(file), remedy=remedy)) from None
     return size if isinstance(size, int) else None
+
+
+def _size(text: str) -> int:
+    from loraf_serve.memory import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError:
+        message = f"{text!r} is no size; write a number of bytes, or 500MiB, or 2GiB"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _say(line: str) -> None:

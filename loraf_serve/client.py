@@ -177,6 +177,46 @@ class Client:
         except grpc.RpcError as error:
             raise _service_error(error, self.address) from None
 
+    def load_adapter(
+        self,
+        name: str,
+        path: str,
+        tasks: Sequence[str] | None = None,
+        replace: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> adapter_pb2.Adapter:
+        """Makes a name mean a checkpoint, while the server goes on answering.
+
+        Args:
+            path: of the checkpoint's folder, relative to the server's `--adapter-root`.
+            tasks: read only these; None: all.
+            replace: the name may be taken; requests that run on the old content end on it.
+
+        Raises:
+            ServiceError: it is as it was before. FAILED_PRECONDITION: the server has no `--adapter-root`;
+                ALREADY_EXISTS: the name is taken; RESOURCE_EXHAUSTED: there is no memory for it.
+        """
+        if isinstance(tasks, str):
+            raise TypeError(f"tasks is a list of names: tasks=[{tasks!r}]")
+        request = adapter_pb2.LoadAdapterRequest(name=name, path=path, tasks=tasks, replace=replace)
+        try:
+            return self._adapters.LoadAdapter(request, timeout=self._seconds(timeout)).adapter
+        except grpc.RpcError as error:
+            raise _service_error(error, self.address) from None
+
+    def unload_adapter(self, name: str, *, timeout: float | None = None) -> adapter_pb2.UnloadAdapterResponse:
+        """Takes a name away. The response says what still needs the content; if nothing, its memory has been freed.
+
+        Raises:
+            ServiceError: FAILED_PRECONDITION: the server has no `--adapter-root`; NOT_FOUND: there is no such adapter.
+        """
+        try:
+            request = adapter_pb2.UnloadAdapterRequest(name=name)
+            return self._adapters.UnloadAdapter(request, timeout=self._seconds(timeout))
+        except grpc.RpcError as error:
+            raise _service_error(error, self.address) from None
+
     def health(self, *, timeout: float | None = None) -> str:
         """ "SERVING", or "NOT_SERVING" while the server loads or drains, or when its engine is gone.
 

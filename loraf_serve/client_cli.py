@@ -13,12 +13,20 @@ from loraf import __version__
 
 if TYPE_CHECKING:
     from loraf_serve.client import Client
-    from loraf_serve.v1 import generation_pb2
+    from loraf_serve.v1 import adapter_pb2, generation_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_MAX_TOKENS = 256  # the server's own default, 16, is vLLM's and cuts most answers short
 # The user's to mend: exit status 2. Everything else is a fault of the server or of the way to it: 1.
-_USERS_MISTAKES = ("INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "UNAUTHENTICATED", "PERMISSION_DENIED")
+_USERS_MISTAKES = {
+    "INVALID_ARGUMENT",
+    "NOT_FOUND",
+    "FAILED_PRECONDITION",
+    "ALREADY_EXISTS",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,6 +70,17 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
 
     commands.add_parser("adapters", parents=[server], help="what is loaded", allow_abbrev=False)
+    load = commands.add_parser(
+        "load", parents=[server], help="load a checkpoint while the server runs (needs --adapter-root there)"
+    )
+    load.add_argument("name", help="what requests will call it")
+    load.add_argument("path", help="the checkpoint's folder, relative to the server's --adapter-root")
+    load.add_argument("--tasks", type=_names, metavar="A,B", help="read only these (default: all)")
+    load.add_argument(
+        "--replace", action="store_true", help="the name may be taken; requests that run end on the old content"
+    )
+    unload = commands.add_parser("unload", parents=[server], help="unload an adapter (needs --adapter-root there)")
+    unload.add_argument("name")
     commands.add_parser("health", parents=[server], help="exit status 0 if the server serves, else 1")
     return new
 
@@ -85,12 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         with client:
-            return {"generate": _generate, "adapters": _adapters, "health": _health}[arguments.command](
-                client, arguments
-            )
+            return _COMMANDS[arguments.command](client, arguments)
     except ServiceError as error:
         print(f"loraf-client: {error}", file=sys.stderr)
-        return 2 if error.code in _USERS_MISTAKES else 1
+        # A full queue is nobody's mistake; a checkpoint too large for the server is.
+        too_large = error.code == "RESOURCE_EXHAUSTED" and arguments.command == "load"
+        return 2 if error.code in _USERS_MISTAKES or too_large else 1
     except ValueError as error:  # a number that the protocol has no room for, or a prompt that is no Unicode text
         print(f"loraf-client: {error}", file=sys.stderr)
         return 2
@@ -134,13 +153,26 @@ def _generate(client: Client, arguments: argparse.Namespace) -> int:
 
 def _adapters(client: Client, arguments: argparse.Namespace) -> int:
     for adapter in client.adapters():
-        if arguments.json:
-            _print_json(adapter)
-            continue
-        print(f"{adapter.name}: rank {adapter.rank}, base {adapter.base_model}, digest {adapter.digest}")
-        for task in adapter.tasks:
-            below = f", trained on top of {'+'.join(task.trained_with)}" if task.trained_with else ""
-            print(f"  {task.name}: {task.parameters:,} parameters, alpha {task.alpha:g}{below}")
+        _print_adapter(adapter, arguments)
+    return 0
+
+
+def _load(client: Client, arguments: argparse.Namespace) -> int:
+    _print_adapter(client.load_adapter(arguments.name, arguments.path, arguments.tasks, arguments.replace), arguments)
+    return 0
+
+
+def _unload(client: Client, arguments: argparse.Namespace) -> int:
+    found = client.unload_adapter(arguments.name)
+    if arguments.json:
+        _print_json(found)
+        return 0
+    count = found.running_requests
+    keep = [f"the last of {count} running request{'s' * (count > 1)} has ended"] if count else []
+    keep += [f"{', '.join(found.other_names)} (the same content) is unloaded too"] if found.other_names else []
+    print(
+        f"{arguments.name}: unloaded; its memory {'is freed when ' + ' and '.join(keep) if keep else 'has been freed'}"
+    )
     return 0
 
 
@@ -148,6 +180,22 @@ def _health(client: Client, arguments: argparse.Namespace) -> int:
     state = client.health()
     print(f'{{"status": "{state}"}}' if arguments.json else state)
     return 0 if state == "SERVING" else 1
+
+
+_COMMANDS = {"generate": _generate, "adapters": _adapters, "load": _load, "unload": _unload, "health": _health}
+
+
+def _print_adapter(adapter: adapter_pb2.Adapter, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        _print_json(adapter)
+        return
+    from loraf_serve.memory import size_text
+
+    size = size_text(adapter.resident_bytes)
+    print(f"{adapter.name}: rank {adapter.rank}, base {adapter.base_model}, digest {adapter.digest}, {size} in memory")
+    for task in adapter.tasks:
+        below = f", trained on top of {'+'.join(task.trained_with)}" if task.trained_with else ""
+        print(f"  {task.name}: {task.parameters:,} parameters, alpha {task.alpha:g}{below}")
 
 
 def _print_served_by(
@@ -181,6 +229,10 @@ def _tasks(text: str) -> dict[str, float]:
             raise argparse.ArgumentTypeError(f"task {name!r} is named twice")
         chosen[name] = value
     return chosen
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _seconds(text: str) -> float:

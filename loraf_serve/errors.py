@@ -2,7 +2,10 @@
 
     LorafError (loraf.errors)
     ├── InvalidRequest       fields out of range or contradictory; each Problem's field is a path in the request
-    └── DigestMismatch       the request insists on another version of the adapter
+    ├── DigestMismatch       the request insists on another version of the adapter
+    ├── LoadingOff           the server was started without --adapter-root
+    ├── NameTaken            an adapter of that name is loaded, and the request does not say `replace`
+    └── AdapterMemoryFull    adapters would take more memory than --adapter-memory
     Refused                  nothing is wrong with the request
     ├── NotServing           loading, draining, or the engine is gone
     ├── QueueFull            as many requests are in flight as the server takes
@@ -22,6 +25,18 @@ class InvalidRequest(LorafError):
 
 class DigestMismatch(LorafError):
     """The adapter's digest is not the one that the request asks for."""
+
+
+class LoadingOff(LorafError):
+    """Clients may not change what is loaded."""
+
+
+class NameTaken(LorafError):
+    """The name means another adapter already."""
+
+
+class AdapterMemoryFull(LorafError):
+    """There is no room for another adapter."""
 
 
 class Refused(Exception):

@@ -95,7 +95,7 @@ def served_by(request: GenerationRequest, backend: str) -> pb.ServedBy:
     )
 
 
-def adapter(served: ServedAdapter) -> adapter_pb2.Adapter:
+def adapter(served: ServedAdapter, resident_bytes: int) -> adapter_pb2.Adapter:
     manifest = served.checkpoint.manifest
     return adapter_pb2.Adapter(
         name=served.name,
@@ -112,7 +112,7 @@ def adapter(served: ServedAdapter) -> adapter_pb2.Adapter:
             )
             for task in manifest.tasks
         ],
-        resident_bytes=served.resident_bytes,
+        resident_bytes=resident_bytes,
     )
 
 

@@ -22,6 +22,7 @@ class ServerOptions:
         max_message_bytes: largest request.
         default_deadline: seconds, for requests without a deadline of their own; None: none.
         grace: seconds that requests in flight may go on after SIGTERM.
+        adapter_memory: bytes that adapters may take in all, in the server's process and in the backend; None: no limit.
     """
 
     host: str = "127.0.0.1"
@@ -35,6 +36,7 @@ class ServerOptions:
     max_message_bytes: int = 4 << 20
     default_deadline: float | None = None
     grace: float = 30.0
+    adapter_memory: int | None = None
 
     @property
     def address(self) -> str:
@@ -59,6 +61,8 @@ class ServerOptions:
         check(in_range, "--default-deadline", f"{deadline} is out of range", "use a number of seconds above 0")
         in_range = 0 <= self.grace < float("inf")
         check(in_range, "--grace", f"{self.grace} is out of range", "use a number of seconds, at least 0")
+        in_range = self.adapter_memory is None or self.adapter_memory >= 1
+        check(in_range, "--adapter-memory", f"{self.adapter_memory} is out of range", "use at least 1 byte")
         found += self._tls_problems()
         if not self.tls_cert and not self.insecure:
             remedy = "give --tls-cert and --tls-key, or say --insecure if the network is trusted"

@@ -7,11 +7,14 @@ import string
 from typing import TYPE_CHECKING
 
 from loraf.errors import Problem
+from loraf.prompt_ids import prompt_ids
 from loraf_serve.errors import InvalidRequest
 from loraf_serve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from loraf.manifest import Templates
 
 _INPUTS = "prompt, messages or prompt_token_ids"
 
@@ -31,11 +34,13 @@ class PromptReader:
         self.vocab_size = vocab_size or len(tokenizer)
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)  # characters
 
-    def read(self, request: pb.GenerateRequest | pb.StreamGenerateRequest, template: str | None) -> tuple[int, ...]:
+    def read(
+        self, request: pb.GenerateRequest | pb.StreamGenerateRequest, templates: Templates | None
+    ) -> tuple[int, ...]:
         """The prompt's token ids: at least one, and fewer than max_model_len.
 
         Args:
-            template: the task's prompt template, which wraps the prompt as it was trained.
+            templates: the task's, whose prompt template wraps the prompt as it was trained.
 
         Raises:
             InvalidRequest: there is none, it is empty or too long, an id is not in the vocabulary, the model has no
@@ -47,8 +52,8 @@ class PromptReader:
         if kind == "prompt":
             if not request.prompt:
                 raise _invalid("prompt", "is empty", "send some text")
-            text = fill(template, request.prompt) if template is not None else request.prompt
-            ids = self._encode("prompt", text, add_special_tokens=True)
+            text = request.prompt if templates is None else fill(templates.prompt, request.prompt)
+            ids = self._encode("prompt", text, templates is None or templates.special_tokens)
         elif kind == "messages":
             # The template writes the special tokens itself: a second BOS would change the answer.
             ids = self._encode("messages", self._chat_text(request.messages), add_special_tokens=False)
@@ -69,7 +74,7 @@ class PromptReader:
         at_least = -(-len(text) // self._longest_token)
         if at_least >= self.max_model_len:
             raise self._too_long(field, f"at least {at_least} tokens")
-        return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        return tuple(prompt_ids(self._tokenizer, [text], add_special_tokens)[0])
 
     def _too_long(self, field: str, length: str) -> InvalidRequest:
         message = f"has {length}, and prompt and answer together may have {self.max_model_len}"

@@ -1,5 +1,7 @@
 """The adapters that requests may name, and how `--adapter [NAME=]CKPT[@task+task]` becomes one.
 
+`loraf_serve.library` changes them while the server runs.
+
 A checkpoint is read, hashed and checked whole, A and the base model included, before anything can name it.
 """
 
@@ -13,7 +15,7 @@ from pathlib import Path
 from loraf.base import require_same_base
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
-from loraf.manifest import FILE_NAME
+from loraf.manifest import FILE_NAME, BaseModel
 from loraf.tasksets import NAME_PATTERN, name_problem
 from loraf_serve.backends.base import ServedAdapter
 from loraf_serve.errors import InvalidRequest
@@ -23,7 +25,7 @@ _REMEDY = "write [NAME=]CKPT[@task+task], for example mine=./ckpt@math+nlu"
 
 
 class Registry:
-    """Loaded adapters by name, in the order they were given."""
+    """Adapters by name, in the order they were given. It never changes: who holds one sees the same to the end."""
 
     def __init__(self, adapters: Iterable[ServedAdapter] = ()):
         self._adapters = {adapter.name: adapter for adapter in adapters}
@@ -33,6 +35,20 @@ class Registry:
 
     def __len__(self) -> int:
         return len(self._adapters)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapters
+
+    def with_adapter(self, adapter: ServedAdapter) -> Registry:
+        """The same, but the adapter's name means this one. A name that is taken keeps its place."""
+        return Registry((self._adapters | {adapter.name: adapter}).values())
+
+    def without(self, name: str) -> Registry:
+        return Registry(adapter for adapter in self if adapter.name != name)
+
+    def named(self, digest: str) -> tuple[str, ...]:
+        """The names of one content."""
+        return tuple(adapter.name for adapter in self if adapter.digest == digest)
 
     def get(self, name: str, field: str = "name") -> ServedAdapter:
         """Raises UnknownTask, naming what there is."""
@@ -113,22 +129,54 @@ def _last_part(source: str) -> str:
 
 
 def open_adapter(spec: AdapterSpec, model_folder: Path, allow_other_base: bool = False) -> ServedAdapter:
+    """`open_folder` for what `--adapter` says.
+
+    Raises:
+        ConfigError: also where it is neither a folder nor a checkpoint that the hub gives.
+    """
+    return open_folder(spec.name, _folder(spec), spec.tasks, model_folder, allow_other_base)
+
+
+def open_folder(
+    name: str,
+    folder: Path,
+    tasks: Sequence[str] | None,
+    model_folder: Path,
+    allow_other_base: bool = False,
+    model: BaseModel | None = None,
+) -> ServedAdapter:
     """Reads and checks one checkpoint: every byte of the chosen tasks, A of every module, the base model.
+
+    Args:
+        tasks: the tasks to read; None for all.
+        model: what `loraf.base.describe` says of the model, if that is known.
 
     Raises:
         CheckpointError, CorruptCheckpoint, BaseMismatch, UnknownTask: it cannot be served; nothing is kept of it.
-        ConfigError: it is neither a folder nor a checkpoint that the hub gives.
+        ConfigError: it holds no task.
     """
-    folder = _folder(spec)
-    checkpoint = Checkpoint.open(folder, spec.tasks)
+    checkpoint = Checkpoint.open(folder, tasks)
     if not checkpoint.manifest.tasks:
         remedy = "serve a checkpoint in which a task has been trained"
         raise ConfigError(Problem("holds no task", file=str(folder), remedy=remedy))
     if not allow_other_base:
-        require_same_base(checkpoint.manifest.base_model, model_folder, folder)
-    checkpoint.verify_projection()
+        require_same_base(checkpoint.manifest.base_model, model_folder, folder, model)
+    _verify_projection(checkpoint)
     manifest = checkpoint.manifest
-    return ServedAdapter(spec.name, folder, manifest.adapter_digest, manifest.task_names, checkpoint)
+    return ServedAdapter(name, folder, manifest.adapter_digest, manifest.task_names, checkpoint)
+
+
+_verified: set[tuple] = set()  # what A depends on, and its digest, for each A that was found right in this process
+
+
+def _verify_projection(checkpoint: Checkpoint) -> None:
+    """Rebuilds A once for all checkpoints that have the same: more than a second of processor time at 7B."""
+    manifest = checkpoint.manifest
+    # The projection's digest covers the modules' names and digests.
+    key = (manifest.projection, manifest.rank, tuple(manifest.modules[name].d_in for name in sorted(manifest.modules)))
+    if key not in _verified:
+        checkpoint.verify_projection()
+        _verified.add(key)
 
 
 def open_all(texts: Sequence[str], model_folder: Path, allow_other_base: bool = False) -> Registry:

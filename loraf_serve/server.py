@@ -16,8 +16,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from loraf.errors import ConfigError, Problem
+from loraf_serve.adapter_root import AdapterRoot
 from loraf_serve.admission import Admission
 from loraf_serve.backends.base import Backend, BackendUnavailable
+from loraf_serve.library import Library
 from loraf_serve.options import ServerOptions, is_loopback
 from loraf_serve.registry import Registry
 from loraf_serve.service import AdapterService, GenerationService
@@ -44,13 +46,15 @@ class Server:
         engine_gone: the backend has said that it cannot answer any more.
     """
 
-    def __init__(self, backend: Backend, registry: Registry, options: ServerOptions, vocab_size: int | None):
+    def __init__(self, backend: Backend, library: Library, options: ServerOptions, vocab_size: int | None):
         self.engine_gone = False
         self._backend = backend
-        self._registry = registry
+        self._library = library
         self._vocab_size = vocab_size
         self._admission = Admission(options.max_queue)
-        self._generation = GenerationService(backend, self._admission, options.default_deadline, self._engine_is_gone)
+        self._generation = GenerationService(
+            backend, library, self._admission, options.default_deadline, self._engine_is_gone
+        )
         self._health = health.aio.HealthServicer()
         self._watch: asyncio.Task | None = None
         self._grpc = grpc.aio.server(
@@ -63,7 +67,8 @@ class Server:
             ]
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._grpc)
-        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(registry), self._grpc)
+        adapters = AdapterService(library, self._admission, self._engine_is_gone)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if options.reflection:
             from grpc_reflection.v1alpha import reflection
@@ -97,9 +102,8 @@ class Server:
             LorafError: the model cannot be loaded, or the backend refuses an adapter.
         """
         await self._backend.start()
-        for adapter in self._registry:
-            await self._backend.add_adapter(adapter)
-        self._generation.validator = await asyncio.to_thread(Validator, self._backend, self._registry, self._vocab_size)
+        await self._library.start()
+        self._generation.validator = await asyncio.to_thread(Validator, self._backend, self._vocab_size)
         self._admission.open()
         if self._admission.is_open:
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -122,6 +126,7 @@ class Server:
             self._watch.cancel()
         if self._admission.in_flight:
             log.warning("%d requests did not end within the grace; they are ended now", self._admission.in_flight)
+        await self._library.close()
         await self._backend.stop()
         await self._admission.wait_empty(_LAST_WORDS)
         await self._grpc.stop(_LAST_WORDS)
@@ -152,13 +157,19 @@ class Server:
 
 
 async def create_server(
-    backend: Backend, registry: Registry, options: ServerOptions, vocab_size: int | None = None
+    backend: Backend,
+    registry: Registry,
+    options: ServerOptions,
+    vocab_size: int | None = None,
+    root: AdapterRoot | None = None,
 ) -> tuple[Server, int]:
     """A server that listens but does not serve yet, and its port; `warm_up` comes next, `drain` last.
 
     Args:
         backend: not started.
+        registry: the adapters to begin with.
         vocab_size: number of the model's token ids; None: the tokenizer's.
+        root: where clients may load adapters from; None: what is loaded stays as it is.
 
     Raises:
         ConfigError: the options contradict each other, or the address cannot be had.
@@ -166,7 +177,8 @@ async def create_server(
     problems = options.problems()
     if problems:
         raise ConfigError(problems)
-    server = Server(backend, registry, options, vocab_size)
+    library = Library(backend, registry, root, options.adapter_memory)
+    server = Server(backend, library, options, vocab_size)
     return server, await server.listen(options)
 
 
@@ -175,6 +187,7 @@ async def run(
     registry: Registry,
     options: ServerOptions,
     vocab_size: int | None,
+    root: AdapterRoot | None,
     say: Callable[[str], None],
 ) -> int:
     """Serves until SIGTERM or SIGINT; a second one ends the grace. Returns the exit status: 1 if the engine died.
@@ -193,7 +206,7 @@ async def run(
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, signalled)
-    server, port = await create_server(backend, registry, options, vocab_size)
+    server, port = await create_server(backend, registry, options, vocab_size, root)
     address = f"{options.address.rpartition(':')[0]}:{port}"
     if not options.tls_cert and not is_loopback(options.host):
         say("warning: no TLS, and other machines can reach this server (--insecure)")

@@ -1,6 +1,6 @@
 """The two gRPC services. A request passes admission and validation, runs in the backend, and ends in one status.
 
-request ──▶ Admission ──▶ Validator ──▶ Backend.generate ──▶ messages
+request ──▶ Admission ──▶ Library.lease ──▶ Validator ──▶ Backend.generate ──▶ messages
                                any exception ──▶ loraf_serve.status
 """
 
@@ -9,21 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, closing
+from typing import Any, TypeVar
 
 import grpc
 from grpc_status.rpc_status import GRPC_DETAILS_METADATA_KEY
 
 from loraf_serve import messages, status
 from loraf_serve.admission import Admission
-from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest
+from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest, ServedAdapter
 from loraf_serve.errors import DeadlineExceeded
-from loraf_serve.registry import Registry
+from loraf_serve.library import Library
 from loraf_serve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
 from loraf_serve.validation import Validator, request_id_problem
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -42,11 +44,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(
         self,
         backend: Backend,
+        library: Library,
         admission: Admission,
         default_deadline: float | None,
         engine_gone: Callable[[BackendUnavailable], Awaitable[None]],
     ):
         self._backend = backend
+        self._library = library
         self._admission = admission
         self._default_deadline = default_deadline
         self._engine_gone = engine_gone
@@ -74,8 +78,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         deadline = self._default_deadline if context.time_remaining() is None else None
         try:
             async with asyncio.timeout(deadline) as timeout:
-                with self._admission.enter():
-                    valid = await self.validator.read(request)
+                # The lease outlasts the backend's work: until then the adapter that the name means now stays there.
+                with self._admission.enter(), self._library.lease(request.adapter) as registry:
+                    valid = await self.validator.read(request, registry)
                     async with aclosing(self._pieces(valid, request_id)) as pieces:
                         async for piece in pieces:
                             await emit(piece)
@@ -106,19 +111,58 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
-    """What is loaded."""
+    """What is loaded, and changing it.
 
-    def __init__(self, registry: Registry):
-        self._registry = registry
+    Args:
+        engine_gone: awaited when the backend says that it cannot answer any more.
+    """
+
+    def __init__(
+        self, library: Library, admission: Admission, engine_gone: Callable[[BackendUnavailable], Awaitable[None]]
+    ):
+        self._library = library
+        self._admission = admission
+        self._engine_gone = engine_gone
 
     async def ListAdapters(self, request, context) -> adapter_pb2.ListAdaptersResponse:
-        return adapter_pb2.ListAdaptersResponse(adapters=[messages.adapter(a) for a in self._registry])
+        return adapter_pb2.ListAdaptersResponse(adapters=[self._message(a) for a in self._library.registry])
 
     async def GetAdapter(self, request, context) -> adapter_pb2.GetAdapterResponse:
         try:
-            return adapter_pb2.GetAdapterResponse(adapter=messages.adapter(self._registry.get(request.name)))
+            return adapter_pb2.GetAdapterResponse(adapter=self._message(self._library.registry.get(request.name)))
         except Exception as error:
             await _abort(context, error, uuid.uuid4().hex)
+
+    async def LoadAdapter(self, request: adapter_pb2.LoadAdapterRequest, context) -> adapter_pb2.LoadAdapterResponse:
+        change = self._library.load(request.name, request.path, tuple(request.tasks), request.replace)
+        return adapter_pb2.LoadAdapterResponse(adapter=self._message(await self._changed(context, change)))
+
+    async def UnloadAdapter(
+        self, request: adapter_pb2.UnloadAdapterRequest, context
+    ) -> adapter_pb2.UnloadAdapterResponse:
+        found = await self._changed(context, self._library.unload(request.name))
+        return adapter_pb2.UnloadAdapterResponse(running_requests=found.running, other_names=found.other_names)
+
+    async def _changed(self, context: grpc.aio.ServicerContext, change: Coroutine[Any, Any, T]) -> T:
+        """What the change gives; ends the call with a status if the server does not serve, or if it fails."""
+        request_id = uuid.uuid4().hex
+        try:
+            with closing(change):
+                if self._admission.refusal:
+                    raise self._admission.refusal
+                return await change
+        except BackendUnavailable as error:
+            await self._engine_gone(error)
+            await _abort(context, self._admission.refusal or error, request_id)
+        except asyncio.CancelledError as error:
+            if asyncio.current_task().cancelling():
+                raise  # the client's deadline went by, or it cancelled, or is gone
+            await _abort(context, self._admission.refusal or error, request_id)  # the server has ended the change
+        except Exception as error:
+            await _abort(context, error, request_id)
+
+    def _message(self, adapter: ServedAdapter) -> adapter_pb2.Adapter:
+        return messages.adapter(adapter, self._library.resident_bytes(adapter))
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: BaseException, request_id: str) -> None:

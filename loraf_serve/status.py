@@ -1,7 +1,7 @@
 """From an exception to the gRPC status that the client sees, with details in the standard google.rpc messages.
 
     INVALID_ARGUMENT     BadRequest, a field violation for each mistake
-    RESOURCE_EXHAUSTED   RetryInfo, when to try again
+    RESOURCE_EXHAUSTED   RetryInfo, when to try again, if the queue is full
     INTERNAL             the request id and nothing else; the traceback is in the server's log
 
 Texts are cut to fit: beyond about 8 kB of trailing metadata a client sees RESOURCE_EXHAUSTED in place of the status.
@@ -18,7 +18,15 @@ from google.rpc import error_details_pb2, status_pb2
 
 from loraf.errors import CheckpointError, CorruptCheckpoint, LorafError, Problem, UnknownTask
 from loraf_serve.backends.base import BackendUnavailable, UnsupportedField
-from loraf_serve.errors import DeadlineExceeded, DigestMismatch, NotServing, QueueFull
+from loraf_serve.errors import (
+    AdapterMemoryFull,
+    DeadlineExceeded,
+    DigestMismatch,
+    LoadingOff,
+    NameTaken,
+    NotServing,
+    QueueFull,
+)
 
 # The first class that fits decides.
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
@@ -27,6 +35,9 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (CorruptCheckpoint, grpc.StatusCode.DATA_LOSS),
     (CheckpointError, grpc.StatusCode.FAILED_PRECONDITION),
     (DigestMismatch, grpc.StatusCode.FAILED_PRECONDITION),
+    (LoadingOff, grpc.StatusCode.FAILED_PRECONDITION),
+    (NameTaken, grpc.StatusCode.ALREADY_EXISTS),
+    (AdapterMemoryFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (LorafError, grpc.StatusCode.INVALID_ARGUMENT),  # InvalidRequest, or what a backend refuses in its own words
     (QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (NotServing, grpc.StatusCode.UNAVAILABLE),

@@ -37,20 +37,22 @@ class Validator:
             tokens); None: the tokenizer's.
     """
 
-    def __init__(self, backend: Backend, registry: Registry, vocab_size: int | None = None):
-        self._registry = registry
+    def __init__(self, backend: Backend, vocab_size: int | None = None):
         self._prompts = PromptReader(backend.tokenizer, backend.max_model_len, vocab_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
 
-    async def read(self, request: AnyRequest) -> GenerationRequest:
+    async def read(self, request: AnyRequest, registry: Registry) -> GenerationRequest:
         """Raises what `read_now` raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.read_now, request)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.read_now, request, registry)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def read_now(self, request: AnyRequest) -> GenerationRequest:
+    def read_now(self, request: AnyRequest, registry: Registry) -> GenerationRequest:
         """The validated request, under an id that no other request has (clients may choose equal ones).
+
+        Args:
+            registry: the adapters that the request may name.
 
         Raises:
             InvalidRequest: fields out of range; also holds what would be NOT_FOUND alone.
@@ -58,7 +60,7 @@ class Validator:
             DigestMismatch: the adapter is another than the request insists on.
         """
         errors: list[LorafError] = []
-        adapter, task_set, only = selection.read(request, self._registry, errors)
+        adapter, task_set, only = selection.read(request, registry, errors)
         wanted = self._sampling(request, errors)
         token_ids = self._token_ids(request, adapter, only, errors)
         problem = request_id_problem(request.request_id)
@@ -89,7 +91,7 @@ class Validator:
         self, request: AnyRequest, adapter: ServedAdapter | None, task: str | None, errors: list[LorafError]
     ) -> tuple[int, ...]:
         """The prompt's token ids; () if something is wrong with it."""
-        template = None
+        templates = None
         try:
             if request.apply_task_template:
                 if request.WhichOneof("input") in ("messages", "prompt_token_ids"):
@@ -98,8 +100,8 @@ class Validator:
                     if errors:  # why the selection is wrong has been said
                         return ()
                     raise _template_misused("needs exactly one task chosen", "choose one task")
-                template = adapter.checkpoint.manifest.task(task).templates.prompt
-            return self._prompts.read(request, template)
+                templates = adapter.checkpoint.manifest.task(task).templates
+            return self._prompts.read(request, templates)
         except InvalidRequest as error:
             errors.append(error)
             return ()

@@ -2,7 +2,8 @@
 
     service ── GenerationRequest ──▶ backend ── stream of Output ──▶ service
 
-A backend is started once, is told of each adapter before any request names it, and is stopped once.
+A backend is started once, is told of each adapter before any request names it and when none will any more, and is
+stopped once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraf.errors import LorafError
 from loraf.tasksets import TaskSet
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 class BackendUnavailable(Exception):
     """The backend cannot answer any more, or is being stopped. The service says UNAVAILABLE."""
+
+
+class SelfCheckFailed(LorafError):
+    """What the backend adds to a layer is not the adapter's ΔW: each Problem's field names a layer."""
 
 
 class UnsupportedField(ValueError):
@@ -78,12 +84,7 @@ class ServedAdapter:
     @property
     def resident_bytes(self) -> int:
         """Bytes of the coordinates and values in this process."""
-        return sum(
-            part.numel() * part.element_size()
-            for modules in self.checkpoint.tasks.values()
-            for b in modules.values()
-            for part in (b.rows, b.cols, b.values)
-        )
+        return self.checkpoint.nbytes
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Output:
 
 
 class Backend(ABC):
-    """Generates tokens. Its methods run on one asyncio loop.
+    """Generates tokens. Its methods run on one asyncio loop; adapters are added and removed one at a time.
 
     Attributes:
         name: "slots", "resident" or "merged".
@@ -158,7 +159,20 @@ class Backend(ABC):
 
     @abstractmethod
     async def add_adapter(self, adapter: ServedAdapter) -> None:
-        """Accepts an adapter, or refuses it with a LorafError and stays as it was."""
+        """Prepares an adapter while requests run, or refuses it with a LorafError and stays as it was.
+
+        Adapters are told apart by their digest: one that is there already is accepted as it is, under any name. The
+        call is never cancelled, unless the backend is about to be stopped.
+        """
+
+    @abstractmethod
+    async def remove_adapter(self, adapter: ServedAdapter) -> None:
+        """Frees what is held for an adapter's digest; an unknown one is nothing. No request of it runs, none will come
+        before it is added again. Never cancelled, as `add_adapter`."""
+
+    def adapter_bytes(self, adapter: ServedAdapter) -> int:
+        """Bytes held for an adapter's digest, beside `ServedAdapter.resident_bytes`; 0 if it is not there."""
+        return 0
 
     @abstractmethod
     def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:

@@ -14,6 +14,7 @@ import asyncio
 import copy
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -79,7 +80,7 @@ class MergedBackend(Backend):
         self._turn_steps = turn_steps
         self._engine: Engine | None = None
         self._weights: MergedWeights | None = None
-        self._adding = asyncio.Lock()
+        self._changing = asyncio.Lock()  # adapters come and go one at a time
 
     async def start(self) -> None:
         """Raises ConfigError: the folder, the dtype or the length cannot be used; every mistake that can be seen."""
@@ -88,10 +89,18 @@ class MergedBackend(Backend):
 
     async def add_adapter(self, adapter: ServedAdapter) -> None:
         """Raises BaseMismatch or CorruptCheckpoint: it does not fit the model, or A is not what its digest says."""
+        _, weights = self._running()
+        async with self._changing:
+            await asyncio.to_thread(weights.add, adapter.digest, adapter.checkpoint)
+
+    async def remove_adapter(self, adapter: ServedAdapter) -> None:
         engine, weights = self._running()
-        async with self._adding:
-            await asyncio.to_thread(weights.add, adapter.name, adapter.digest, adapter.checkpoint)
-            engine.retire()
+        async with self._changing:
+            await asyncio.wrap_future(engine.call(partial(weights.remove, adapter.digest)))
+
+    def adapter_bytes(self, adapter: ServedAdapter) -> int:
+        """A, in float32."""
+        return 0 if self._weights is None else self._weights.resident_bytes(adapter.digest)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:
         engine, weights = self._running()

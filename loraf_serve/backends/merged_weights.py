@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
 
 import torch
 
@@ -18,38 +17,47 @@ BASE: SetKey = (None, TaskSet())
 
 
 class MergedWeights:
-    """Adapters by digest, and the set that is merged now. `use` belongs to the thread that runs the model."""
+    """Adapters by digest, and the set that is merged now.
+
+    `use` and `remove` belong to the thread that runs the model. `add` may run beside `use`, but not beside `remove`.
+    """
 
     def __init__(self, model: torch.nn.Module):
         self._model = model
         self._originals = OriginalWeights()
-        self._lock = threading.Lock()  # over the next two
+        self._lock = threading.Lock()  # over the next one
         self._mergers: dict[str, Merger] = {}  # by digest
-        self._named: dict[str, str] = {}  # adapter's name → digest
         self._current: SetKey | None = BASE
 
-    def add(self, name: str, digest: str, checkpoint: Checkpoint) -> None:
+    def add(self, digest: str, checkpoint: Checkpoint) -> None:
         """Makes an adapter ready: rebuilds its A, copies the weights that it changes. May take long; any thread.
 
         Raises:
             BaseMismatch, CorruptCheckpoint: as loraf.delta.Merger. Nothing has changed then.
         """
-        merger = self._mergers.get(digest) or Merger(self._model, checkpoint, originals=self._originals)
-        with self._lock:
-            self._mergers[digest] = merger
-            self._named[name] = digest
+        if not self.knows(digest):
+            merger = Merger(self._model, checkpoint, originals=self._originals)
+            with self._lock:
+                self._mergers[digest] = merger
 
     def knows(self, digest: str) -> bool:
         return digest in self._mergers
 
-    def forget_replaced(self, needed: Collection[str | None]) -> None:
-        """Frees what is kept of adapters that have no name any more and are not `needed` (digests).
+    def resident_bytes(self, digest: str) -> int:
+        """Bytes of an adapter's A; 0 if it is not there. Copies of original weights are shared, and not counted."""
+        merger = self._mergers.get(digest)
+        return 0 if merger is None else merger.resident_bytes
 
-        That is A and the checkpoint; the copies of original weights stay.
-        """
+    def remove(self, digest: str) -> None:
+        """Frees an adapter's A, and the copies of original weights that no other adapter needs. Unknown: nothing."""
+        if not self.knows(digest):
+            return
         with self._lock:
-            keep = {*self._named.values(), *needed}
-            self._mergers = {digest: merger for digest, merger in self._mergers.items() if digest in keep}
+            del self._mergers[digest]
+            needed = {name for merger in self._mergers.values() for name in merger.checkpoint.manifest.modules}
+        if self._current is not None and self._current[0] == digest:
+            self._current = None  # only some modules get their original weights back here
+        self._originals.release(but=needed)
 
     def use(self, key: SetKey) -> float:
         """Puts a set into the weights, from the originals. Returns the seconds it took.

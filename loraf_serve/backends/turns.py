@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -143,9 +144,18 @@ class Engine:
             except BackendUnavailable:
                 return  # all jobs are over
 
-    def retire(self) -> None:
-        """Frees adapters that have been replaced, but for those that jobs still need."""
-        self._post(self._forget)
+    def call(self, action: Callable[[], None]) -> Future[None]:
+        """Has the engine's thread do something between two steps. Raises BackendUnavailable."""
+        done: Future[None] = Future()
+
+        def act() -> None:
+            try:
+                done.set_result(action())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._post(act)
+        return done
 
     def check(self) -> None:
         """Raises BackendUnavailable if no further job is accepted."""
@@ -204,9 +214,6 @@ class Engine:
         length = len(job.request.prompt_token_ids) + longest_answer(job.request, self._facts.max_model_len)
         job.reserved = sampling.n * length
         self._groups.setdefault(job.key, Group(job.key)).waiting.append(job)
-
-    def _forget(self) -> None:
-        self._weights.forget_replaced({group.key[0] for group in self._groups.values() if group.jobs})
 
     def _ready(self) -> list[Group]:
         """The groups that can do something, in the order of their turns. Those with nothing to do are forgotten."""

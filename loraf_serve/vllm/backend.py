@@ -1,254 +1,88 @@
-"""The slots backend: each task set that requests name is a LoRA slot of a vLLM engine."""
+"""Two ways to serve task sets on vLLM: `slots`, a LoRA slot for each set, and `resident`, one adapter for all sets."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import uuid
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection, Hashable, Sequence
-from contextlib import aclosing
-from pathlib import Path
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from loraf.errors import ConfigError, Problem, UnknownTask
-from loraf.tasksets import TaskSet
-from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
+from loraf_serve.backends.base import BackendUnavailable
 from loraf_serve.vllm.admission import SlotAdmission
-from loraf_serve.vllm.environment import engine_environment
-from loraf_serve.vllm.naming import lora_path
-from loraf_serve.vllm.store import raise_error
+from loraf_serve.vllm.engine import LoraRequests, VllmBackend
+from loraf_serve.vllm.resident.compiling import KEEP, keep_compile
 from loraf_serve.vllm.support import can_serve
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.lora.request import LoRARequest
-    from vllm.v1.engine.async_llm import AsyncLLM
 
-_POLL_SECONDS = 0.02
-_HEALTH_SECONDS = 1.0
-_STOP_SECONDS = 1.0  # for running requests to end when the backend stops
-_EXIT_SECONDS = 30.0  # for vLLM's processes to exit before they are killed
+__all__ = ["ResidentBackend", "SlotsBackend", "can_serve"]
+
+_REMEMBERED = 1024  # sets that no request uses; each is a name and a number
 
 
-class SlotsBackend(Backend):
-    """Task sets as slots of vLLM.
-
-    A set is built in vLLM's worker from the checkpoint, which the worker has in memory. Sets beyond the number of
-    slots (`--max-loras`) wait their turn. Base requests need no slot and never wait.
-
-    Args:
-        model_folder: a transformers model.
-        engine_options: vLLM's own command-line options.
-        max_rank: the largest rank among the adapters known at start; slots are allocated for it.
-    """
+class SlotsBackend(VllmBackend):
+    """A set is a slot, built in vLLM's worker from the checkpoint. Sets beyond the number of slots (`--max-loras`) wait
+    their turn. Base requests need no slot and never wait."""
 
     name = "slots"
 
-    def __init__(self, model_folder: Path, engine_options: Sequence[str] = (), max_rank: int = 64):
-        self._model_folder = Path(model_folder).resolve()
-        self._engine_options = tuple(engine_options)
-        self._max_rank = max_rank
-        self._engine: AsyncLLM | None = None
-        self._stopping = False
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self._admission = SlotAdmission(0)  # the engine says how many slots there are
-        self._resident: set[str] = set()  # adapter digests that every worker has in memory
-        self._request_ids: set[str] = set()
 
-    async def start(self) -> None:
-        try:
-            await asyncio.to_thread(self._start_engine)
-            engine = self._running()
-            self.tokenizer = engine.get_tokenizer()
-            self.max_model_len = engine.model_config.max_model_len
-            lora = engine.vllm_config.lora_config
-            self._admission = SlotAdmission(lora.max_loras)
-            self._lora_requests = _LoraRequests(first_id=lora.max_loras + 1, idle=lora.max_cpu_loras)
-            if not all(await self._call_workers("loraf_layers")):
-                message = "vLLM's workers did not take LoRAF's LoRA manager"
-                raise ConfigError(Problem(message, "--backend slots", remedy="serve with --backend merged"))
-            await self._warm_up()
-        except BaseException:
-            await self.stop()
-            raise
+    def _engine_args(self) -> AsyncEngineArgs:
+        from loraf_serve.vllm.options import slots_args
 
-    def _start_engine(self) -> None:
-        """Blocks until the engine's processes have loaded the model."""
-        with engine_environment():
-            reason = can_serve(self._model_folder)
-            if reason:
-                raise ConfigError(Problem(reason, "--backend slots", remedy="serve with --backend merged"))
-            from vllm.usage.usage_lib import UsageContext
-            from vllm.v1.engine.async_llm import AsyncLLM
+        return slots_args(self._model_folder, self._engine_options, self._max_rank, self._reserve)
 
-            from loraf_serve.vllm.options import engine_args, refused
+    def _configured(self, config: VllmConfig) -> None:
+        lora = config.lora_config
+        self._admission = SlotAdmission(lora.max_loras)
+        # A set without a slot is remembered as long as the workers keep it built.
+        self._lora_requests = LoraRequests(first_id=lora.max_loras + 1, idle=lora.max_cpu_loras)
 
-            args = engine_args(self._model_folder, self._engine_options, self._max_rank)
-            try:
-                config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-            except (ValueError, TypeError, NotImplementedError) as error:
-                raise refused(error) from None
-            try:
-                self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-            except Exception as error:  # what stopped the engine's processes stands in their own log
-                remedy = "read the reason above, in vLLM's own log"
-                raise ConfigError(Problem(f"vLLM did not start ({error})", "--backend slots", remedy=remedy)) from error
-        if self._stopping:  # `start` was cancelled meanwhile
-            self._engine.shutdown(_EXIT_SECONDS)
-
-    async def _warm_up(self) -> None:
-        """One token of the base model: an engine's first step is slow."""
-        from vllm.inputs import tokens_input
-        from vllm.sampling_params import SamplingParams
-
-        token = self.tokenizer.bos_token_id or 0
-        params = SamplingParams(max_tokens=1)
-        async for _ in self._running().generate(tokens_input([token]), params, _new_request_id()):
-            pass
-
-    async def add_adapter(self, adapter: ServedAdapter) -> None:
-        """Has every worker read the checkpoint, compare it with the adapter's digest, and keep it in memory."""
-        folder = str(adapter.path.resolve())
-        await self._call_workers("loraf_begin_load", folder, list(adapter.tasks), adapter.digest)
-        while None in (states := await self._call_workers("loraf_load_state", adapter.digest)):
-            await asyncio.sleep(_POLL_SECONDS)
-        for state in states:
-            raise_error(state)
-        self._resident.add(adapter.digest)
-
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:
-        """Sampling fields that vLLM refuses, a prompt that does not fit: LorafError with vLLM's words."""
-        self._running()
-        if request.task_set.is_base:
-            async with aclosing(self._stream(request, None)) as outputs:
-                async for output in outputs:
-                    yield output
-            return
-        key = self._set_key(request)
+    @asynccontextmanager
+    async def _lora_request(self, key: str) -> AsyncIterator[LoRARequest]:
         async with self._admission.slot(key):
-            lora_request = self._lora_requests.get(key, self._admission.admitted)
-            async with aclosing(self._stream(request, lora_request)) as outputs:
-                async for output in outputs:
-                    yield output
+            yield self._lora_requests.get(key, self._admission.admitted)
 
-    def _set_key(self, request: GenerationRequest) -> str:
-        """The set's name in the engine. Refuses here what would otherwise fail inside a step and end the engine."""
-        adapter = request.adapter
-        if adapter is None or adapter.digest not in self._resident:
-            name = "none" if adapter is None else adapter.name
-            raise UnknownTask(Problem(f"adapter {name!r} is not loaded", "adapter"))
-        task_set = TaskSet.of(request.task_set.weights, adapter.tasks)
-        return lora_path(adapter.digest, str(task_set))
+    def _end_waiting(self, error: BackendUnavailable) -> None:
+        self._admission.end(error)
 
-    async def _stream(self, request: GenerationRequest, lora_request: LoRARequest | None) -> AsyncIterator[Output]:
-        from vllm.exceptions import VLLMClientError
-        from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        from loraf_serve.vllm import convert
+class ResidentBackend(VllmBackend):
+    """A checkpoint stands once in each worker, and a set is a row of weights: any number of sets mix in a batch."""
 
-        engine = self._running()
-        request_id = _new_request_id()  # the caller's may come twice
-        finished = False
-        self._request_ids.add(request_id)
+    name = "resident"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._in_use: Counter[str] = Counter()
+
+    def _environment(self) -> dict[str, str]:
+        return {KEEP: "1"}
+
+    def _engine_args(self) -> AsyncEngineArgs:
+        from loraf_serve.vllm.options import resident_args
+
+        keep_compile()
+        return resident_args(self._model_folder, self._engine_options, self._reserve)
+
+    def _configured(self, config: VllmConfig) -> None:
+        # A row for every sequence of a batch, so that the scheduler never makes a set wait for another.
+        lora = config.lora_config
+        lora.max_loras = lora.max_cpu_loras = config.scheduler_config.max_num_seqs
+        self._lora_requests = LoraRequests(first_id=lora.max_loras + 1, idle=_REMEMBERED)
+
+    @asynccontextmanager
+    async def _lora_request(self, key: str) -> AsyncIterator[LoRARequest]:
+        self._in_use[key] += 1
         try:
-            params = convert.sampling_params(request.sampling)
-            prompt = tokens_input(list(request.prompt_token_ids))
-            made = engine.generate(prompt, params, request_id, lora_request=lora_request)
-            async with aclosing(made):
-                async for part in made:
-                    finished = part.finished
-                    if self._stopping and any(choice.finish_reason == "abort" for choice in part.outputs):
-                        raise _stopped()
-                    yield convert.output(part, request.sampling.logprobs)
-        except EngineDeadError as error:
-            raise _dead() from error
-        except EngineGenerateError as error:
-            if engine.errored:
-                raise _dead() from error
-            raise
-        except (VLLMClientError, ValueError) as error:
-            raise convert.refused(error) from None
+            yield self._lora_requests.get(key, self._in_use)
         finally:
-            self._request_ids.discard(request_id)
-            if not finished:
-                # vLLM aborts by itself, but not while a request is still on its way into the engine.
-                await asyncio.shield(engine.abort(request_id))
-
-    async def check_health(self) -> None:
-        if self._running().errored:
-            raise _dead()
-
-    async def stop(self) -> None:
-        self._stopping = True
-        engine, self._engine = self._engine, None
-        if engine is None:
-            return
-        self._admission.end(_stopped())
-        deadline = asyncio.get_running_loop().time() + _STOP_SECONDS
-        while self._request_ids and asyncio.get_running_loop().time() < deadline:
-            await engine.abort(list(self._request_ids))
-            await asyncio.sleep(_POLL_SECONDS)
-        if engine.output_handler is not None:
-            engine.output_handler.cancel()  # it would report the processes' end as a failure
-        await asyncio.to_thread(engine.shutdown, _EXIT_SECONDS)
-
-    def _running(self) -> AsyncLLM:
-        if self._engine is None or self._stopping:
-            raise _stopped()
-        return self._engine
-
-    async def _call_workers(self, method: str, *args: object) -> list:
-        """Calls a method of `WorkerExtension` in every worker; one result each."""
-        engine = self._running()
-        call = asyncio.ensure_future(engine.collective_rpc(method, args=args))
-        try:
-            # A call is left unanswered when the engine dies in the middle of it.
-            while not call.done() and not engine.errored:
-                await asyncio.wait([call], timeout=_HEALTH_SECONDS)
-            if call.done() and call.exception() is None:
-                return call.result()
-            if not engine.errored:  # a dying engine answers with plain exceptions before it is known to be dead
-                await asyncio.sleep(_HEALTH_SECONDS)
-            if engine.errored:
-                raise _dead() from (call.exception() if call.done() else None)
-            return call.result()
-        finally:
-            call.cancel()
-
-
-class _LoraRequests:
-    """vLLM's request object of each set. An id is never used for a second set: vLLM would go on with the first.
-
-    Args:
-        first_id: ids below belong to vLLM's warm-up.
-        idle: sets without a slot to remember: as many as the workers keep built.
-    """
-
-    def __init__(self, first_id: int, idle: int):
-        self._ids = itertools.count(first_id)
-        self._idle = idle
-        self._requests: OrderedDict[str, LoRARequest] = OrderedDict()
-
-    def get(self, key: str, in_use: Collection[Hashable]) -> LoRARequest:
-        """Args: the set's name; the names of sets that have a slot, which must keep their ids."""
-        from vllm.lora.request import LoRARequest
-
-        if key not in self._requests:
-            self._requests[key] = LoRARequest(lora_name=key, lora_int_id=next(self._ids), lora_path=key)
-        self._requests.move_to_end(key)
-        idle = [name for name in self._requests if name not in in_use]
-        for name in idle[: max(0, len(idle) - self._idle)]:
-            del self._requests[name]
-        return self._requests[key]
-
-
-def _stopped() -> BackendUnavailable:
-    return BackendUnavailable("the engine is being stopped")
-
-
-def _dead() -> BackendUnavailable:
-    return BackendUnavailable("the engine has died")
-
-
-def _new_request_id() -> str:
-    return uuid.uuid4().hex
+            self._in_use[key] -= 1
+            if not self._in_use[key]:
+                del self._in_use[key]

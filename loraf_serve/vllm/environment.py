@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from loraf_serve.vllm.plugin import ENGINE_OWNER
 
@@ -17,8 +18,8 @@ def quiet() -> None:
 
 
 @contextmanager
-def engine_environment() -> Iterator[None]:
-    """vLLM's processes inherit this environment; this process gets its own back at the end."""
+def engine_environment(more: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """vLLM's processes inherit this environment, `more` included; this process gets its own back at the end."""
     quiet()
     needed = {
         ENGINE_OWNER: str(os.getpid()),
@@ -28,6 +29,7 @@ def engine_environment() -> Iterator[None]:
         # The model is a folder by now: nothing may be looked up on a hub.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
+        **more,
     }
     unless_chosen = {
         "VLLM_LOGGING_LEVEL": "ERROR",

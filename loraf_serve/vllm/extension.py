@@ -8,37 +8,23 @@ extension are never touched.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
 from vllm.platforms import current_platform
 
 from loraf_serve.vllm import punica_cpu
+from loraf_serve.vllm.remote import CORES, RemoteCalls
 from loraf_serve.vllm.worker import SlotsLoRAManager
 
 
-class WorkerExtension:
-    """Remote calls of the backend (`AsyncLLM.collective_rpc`). Arguments and results are plain values; none raises."""
-
-    def loraf_layers(self) -> dict[str, list[int]] | None:
-        """Name → [d_out, d_in] of each layer that LoRA applies to; None if LoRAF's manager is not in place."""
-        manager = getattr(self.model_runner, "lora_manager", None)
-        if not isinstance(manager, SlotsLoRAManager):
-            return None
-        return {name: list(shape) for name, shape in manager.layer_shapes().items()}
-
-    def loraf_begin_load(self, folder: str, tasks: list[str], digest: str) -> None:
-        """Starts to read and verify a checkpoint in a thread."""
-        self.model_runner.lora_manager.store.begin(folder, tasks, digest)
-
-    def loraf_load_state(self, digest: str) -> dict[str, Any] | None:
-        """See `CheckpointStore.state`."""
-        return self.model_runner.lora_manager.store.state(digest)
+class WorkerExtension(RemoteCalls):
+    manager_class = SlotsLoRAManager
 
 
 def install() -> None:
     """Replaces names where vLLM looks them up when it loads a model with LoRA."""
-    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = SlotsLoRAManager
+    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = functools.partial(SlotsLoRAManager, cores=CORES)
     if current_platform.is_cpu():
         wrapper = punica_cpu.GroupedPunicaWrapperCPU
         name = f"{wrapper.__module__}.{wrapper.__qualname__}"

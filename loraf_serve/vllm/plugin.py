@@ -1,13 +1,16 @@
 """Entry point of `vllm.general_plugins`: vLLM calls `register` in each of its processes.
 
-It acts only in processes of an engine that the slots backend started (the variable ENGINE_OWNER says so), and there it
-does what no option of vLLM does:
+In processes of an engine that loraf-serve started (the variable ENGINE_OWNER says so) it does what no option of vLLM
+does:
 
 - The process leaves the terminal's process group. Ctrl-C, and SIGTERM to the whole group, then reach the service alone,
   which drains its requests and stops the engine; vLLM's engine core would abort every request at once.
+- torch.compile stays on in a resident engine.
 - The engine core stops when the service has died without stopping it.
 
 The LoRA manager itself comes with the worker extension, see `loraf_serve.vllm.extension`.
+
+In every other process it lets a stock `vllm serve --enable-lora` serve task sets, see `loraf_serve.vllm.stock`.
 """
 
 from __future__ import annotations
@@ -20,18 +23,26 @@ import time
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
+from loraf_serve.vllm import stock
+from loraf_serve.vllm.resident.compiling import KEEP, keep_compile
+
 ENGINE_OWNER = "LORAF_ENGINE_OWNER"  # process id of the service
 _GRACE_SECONDS = 20.0
 
 
 def register() -> None:
-    """Harmless in every process that does not belong to a LoRAF engine."""
+    """Harmless in every process that neither belongs to an engine of ours nor names a LoRAF checkpoint."""
     owner = os.environ.get(ENGINE_OWNER)
+    if owner is None:
+        stock.install()
+        return
     parent = multiprocessing.parent_process()
-    if owner is None or parent is None or owner == str(os.getpid()):
+    if parent is None or owner == str(os.getpid()):
         return
     if os.getpgrp() != os.getpid():
         os.setsid()
+    if os.environ.get(KEEP):
+        keep_compile()
     if owner == str(parent.pid):
         threading.Thread(target=_stop_with, args=(parent,), name="loraf-watch-service", daemon=True).start()
 

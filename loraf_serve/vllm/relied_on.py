@@ -37,9 +37,30 @@ def facts() -> Iterator[tuple[str, Check]]:
     yield "an adapter's rank is one of a fixed list, and the engine's arguments have the names we set", _arguments
 
 
-def broken() -> list[str]:
+def resident_facts() -> Iterator[tuple[str, Check]]:
+    """As `facts`: what the resident backend relies on besides."""
+    yield "the model manager makes its layers with from_layer, looked up in its own module", _from_layer
+    yield "a linear LoRA layer adds its delta in _apply_lora_to_output(x, output), after the base product", _apply
+    yield "a LoRA layer allocates in create_lora_weights and is emptied by reset_lora", _allocation
+    yield "the manager's _init_punica_wrapper fills punica_wrapper_mapping; layers keep what set_mapping gave", _wrapper
+    yield "before a step update_metadata gets a mapping with a LoRA id for each token, if the mapping is new", _mapping
+    yield "activate_adapter gives an id a slot in lora_index_to_id and the LRU of active adapters", _activation
+    yield "slice_lora_a keeps columns and slice_lora_b rows; fused layers take lists of them", _slicing
+    yield "on the CPU check_and_update_config switches torch.compile off where LoRA is configured", _compile_off
+
+
+def stock_facts() -> Iterator[tuple[str, Check]]:
+    """As `facts`: what serving from a stock `vllm serve` relies on besides."""
+    yield "vllm serve loads plugins, then makes its configuration by EngineArgs.create_engine_config", _configuration
+    yield "an OpenAI server's models are an OpenAIServingModels, looked up in app_state when the server starts", _models
+    yield "models are named by load_lora_adapter, whatever asked for it, and kept by name in lora_requests", _loading
+    yield "an unknown model name is asked of resolve_lora; the VLLMNotFoundError it raises becomes a 404", _resolving
+    yield "PunicaWrapperCPU applies LoRA to linear layers by add_lora_linear, add_shrink and add_expand", _cpu_products
+
+
+def broken(statements: Callable[[], Iterator[tuple[str, Check]]] = facts) -> list[str]:
     """The statements that do not hold for the vLLM that is installed."""
-    return [statement for statement, check in facts() if not _holds(check)]
+    return [statement for statement, check in statements() if not _holds(check)]
 
 
 def _holds(check: Check) -> bool:
@@ -198,3 +219,134 @@ def _arguments() -> bool:
     ours = {"model", "enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank", "worker_extension_cls"}
     ours |= {"use_tqdm_on_load", "disable_log_stats", "kv_cache_memory_bytes", "gpu_memory_utilization"}
     return ours <= names and all(isinstance(rank, int) for rank in get_args(MaxLoRARanks))
+
+
+def _configuration() -> bool:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.launchers.api_server import entry
+    from vllm.usage.usage_lib import UsageContext
+
+    first = _parameters(EngineArgs.create_engine_config)[:2] == ["self", "usage_context"]
+    plugins = "load_general_plugins()" in inspect.getsource(EngineArgs.__post_init__)
+    made = inspect.getsource(entry.build_async_engine_client_from_engine_args)
+    called = "engine_args.create_engine_config(usage_context=usage_context)" in made
+    return first and plugins and called and hasattr(UsageContext, "OPENAI_API_SERVER")
+
+
+def _models() -> bool:
+    from vllm.entrypoints.launchers.api_server import app_state
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    used = "OpenAIServingModels" in app_state.init_app_state.__code__.co_names
+    named = issubclass(app_state.OpenAIServingModels, OpenAIServingModels)  # maybe ours by now
+    return used and named and _parameters(OpenAIServingModels.__init__)[1] == "engine_client"
+
+
+def _loading() -> bool:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    load = _parameters(OpenAIServingModels.load_lora_adapter) == ["self", "request", "base_model_name"]
+    static = "self.load_lora_adapter(" in inspect.getsource(OpenAIServingModels.init_static_loras)
+    kept = {"lora_requests", "lora_id_counter", "lora_resolver_lock"}
+    attributes = set(OpenAIServingModels.__init__.__code__.co_names)
+    check = hasattr(OpenAIServingModels, "_check_load_lora_adapter_request")
+    return load and static and kept <= attributes and check
+
+
+def _resolving() -> bool:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve import create_error_response
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.exceptions import VLLMNotFoundError
+
+    asked = inspect.getsource(BaseServing._check_model)
+    resolve = _parameters(OpenAIServingModels.resolve_lora) == ["self", "lora_name"]
+    order = 0 < asked.index("self.models.lora_requests") < asked.index("self.models.resolve_lora(request.model)")
+    return resolve and order and create_error_response(VLLMNotFoundError("text")).error.code == 404
+
+
+def _cpu_products() -> bool:
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    names = set(PunicaWrapperCPU.add_lora_linear.__code__.co_names)
+    return {"add_shrink", "add_expand"} <= names
+
+
+def _from_layer() -> bool:
+    from vllm.lora import model_manager
+
+    create = model_manager.LoRAModelManager._create_lora_modules
+    arguments = ["layer", "max_loras", "lora_config", "packed_modules_list", "model_config"]
+    return "from_layer" in create.__code__.co_names and _parameters(model_manager.from_layer) == arguments
+
+
+def _apply() -> bool:
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA as Layer
+
+    sync, base = inspect.getsource(Layer._apply_sync), inspect.getsource(Layer._apply_base_forward)
+    called = all("return self._apply_lora_to_output(x, " in source for source in (sync, base))
+    first = sync.index(".apply(self.base_layer, x, bias)") < sync.index("_apply_lora_to_output")
+    return called and first and _parameters(Layer._apply_lora_to_output) == ["self", "x", "output"]
+
+
+def _allocation() -> bool:
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.utils import _all_lora_classes
+
+    linear = [layer for layer in _all_lora_classes if issubclass(layer, BaseLinearLayerWithLoRA)]
+    expected = ["self", "max_loras", "lora_config", "model_config"]
+    made = all(_parameters(layer.create_lora_weights) == expected for layer in linear)
+    return len(linear) > 4 and made and all(_parameters(layer.reset_lora) == ["self", "index"] for layer in linear)
+
+
+def _wrapper() -> bool:
+    from vllm.lora import model_manager
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    begin = inspect.getsource(model_manager.LoRAModelManager.__init__)
+    order = 0 < begin.index("_init_punica_wrapper(") < begin.index("_create_lora_modules()")
+    fills = "self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY]"
+    filled = fills in inspect.getsource(model_manager.LoRAModelManager._init_punica_wrapper)
+    return order and filled and "self.punica_wrapper" in inspect.getsource(BaseLayerWithLoRA.set_mapping)
+
+
+def _mapping() -> bool:
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.model_manager import LoRAModelManager
+
+    mapping = LoRAMapping((0, 7, 7), (0, 7), is_prefill=True)
+    refreshed = inspect.getsource(LoRAModelManager.set_adapter_mapping)
+    handed = "update_metadata(" in inspect.getsource(LoRAModelManager._set_adapter_mapping)
+    return mapping.index_mapping == (0, 7, 7) and "self._last_mapping != mapping" in refreshed and handed
+
+
+def _activation() -> bool:
+    from vllm.lora.model_manager import LRUCacheLoRAModelManager
+
+    attributes = {"_active_adapters", "_registered_adapters", "lora_index_to_id"}
+    used = set(LRUCacheLoRAModelManager.__init__.__code__.co_names)
+    freed = "self.lora_index_to_id[index] = None" in inspect.getsource(LRUCacheLoRAModelManager._deactivate_adapter)
+    called = _parameters(LRUCacheLoRAModelManager.activate_adapter) == ["self", "lora_id"]
+    return attributes <= used and freed and called
+
+
+def _slicing() -> bool:
+    import torch
+    from vllm.lora.layers import MergedColumnParallelLinearWithLoRA, RowParallelLinearWithLoRA
+
+    rows, columns = torch.arange(8).unsqueeze(1), torch.arange(8).unsqueeze(0)
+    row = SimpleNamespace(input_size=4, tp_rank=1)
+    kept = RowParallelLinearWithLoRA.slice_lora_a(row, columns).tolist() == [[4, 5, 6, 7]]
+    whole = RowParallelLinearWithLoRA.slice_lora_b(row, rows) is rows
+    merged = SimpleNamespace(n_slices=2, output_ids=(1, 1), output_slices=(4, 2))
+    parts = MergedColumnParallelLinearWithLoRA.slice_lora_b(merged, [rows, rows[:4]])
+    return kept and whole and [part.flatten().tolist() for part in parts] == [[4, 5, 6, 7], [2, 3]]
+
+
+def _compile_off() -> bool:
+    from vllm.platforms.cpu import CpuPlatform
+
+    found = CpuPlatform.check_and_update_config
+    source = inspect.getsource(getattr(found, "stock", found))  # ours by now, where a resident engine was started
+    after = source.partition("vllm_config.lora_config is not None")[2]
+    return after.split()[:4] == [":", "compilation_config.mode", "=", "CompilationMode.NONE"]

@@ -1,4 +1,4 @@
-"""Can vLLM serve a model with LoRA on this machine? Answered without starting an engine."""
+"""Can vLLM serve a model with LoRA on this machine, and how? Answered without starting an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loraf_serve.vllm.environment import quiet
 
 
 def can_serve(model_folder: Path) -> str | None:
-    """Why the slots backend cannot serve a model; None if it can.
+    """Why vLLM cannot serve a model with LoRA; None if it can.
 
     Imports vLLM (seconds), reads the model's config, starts nothing.
     """
@@ -32,4 +32,23 @@ def can_serve(model_folder: Path) -> str | None:
         return f"vLLM has no model {' or '.join(architectures) or 'without a named architecture'}"
     if not supports_lora(ModelRegistry.models[known[0]].load_model_cls()):
         return f"vLLM has no LoRA for {known[0]}"
+    return None
+
+
+def can_serve_resident(model_folder: Path) -> str | None:
+    """Why the resident backend cannot serve a model that `can_serve`; None if it can."""
+    from vllm.model_executor.models import ModelRegistry, supports_multimodal
+    from vllm.platforms import current_platform
+
+    from loraf_serve.vllm import relied_on
+
+    broken = relied_on.broken(relied_on.resident_facts)
+    if broken:
+        return "this release of vLLM is not the one that it was made for: " + "; ".join(broken)
+    if not current_platform.is_cpu():
+        return f"its kernels have been tried on CPUs only, this is {current_platform.device_name}"
+    architectures = json.loads((Path(model_folder) / "config.json").read_text()).get("architectures") or []
+    (known, *_) = [name for name in architectures if name in ModelRegistry.models]
+    if supports_multimodal(ModelRegistry.models[known].load_model_cls()):
+        return f"{known} takes more than text"
     return None

@@ -1,28 +1,53 @@
-"""Inside vLLM's worker: the adapter of a task set is built from a resident checkpoint, without a file.
+"""The slots backend inside vLLM's worker: the adapter of a task set is built from a checkpoint in memory.
 
 LoRARequest(path "loraf:<digest>:<set>") ─▶ SlotsLoRAManager._load_adapter ─▶ LoRAModel (A, B of the set) ─▶ a slot
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
 from vllm.config import VllmConfig
-from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
-from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
 from loraf.checkpoint import Checkpoint
-from loraf.errors import BaseMismatch, CheckpointError, Problem
+from loraf.delta import combined_b
+from loraf.errors import CheckpointError, Problem
 from loraf.tasksets import TaskSet
+from loraf_serve.vllm import targets
 from loraf_serve.vllm.naming import parse_lora_path
 from loraf_serve.vllm.store import CheckpointStore
 
 
-class SlotsModelManager(LRUCacheLoRAModelManager):
+@dataclass(frozen=True)
+class Resident:
+    """A checkpoint in memory.
+
+    Attributes:
+        projections: module → A, (rank, d_in) in the engine's LoRA dtype.
+    """
+
+    checkpoint: Checkpoint
+    projections: Mapping[str, torch.Tensor]
+
+    def tensors(self, task_set: TaskSet) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(module, A, B) with ΔW = B·A: A (rank, d_in) is shared by all sets, B (d_out, rank) holds their scales."""
+        for module, a in self.projections.items():
+            yield module, a, combined_b(self.checkpoint, module, task_set).to(a.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.projections.values()) + self.checkpoint.nbytes
+
+
+class LinearOnlyModelManager(LRUCacheLoRAModelManager):
     """Puts LoRA layers on linear layers only.
 
     vLLM would put them on embeddings and the output head as well, where they cost memory (vocabulary × rank for each
@@ -36,17 +61,17 @@ class SlotsModelManager(LRUCacheLoRAModelManager):
 
 
 class SlotsLoRAManager(LRUCacheWorkerLoRAManager):
-    """vLLM's own manager, which also knows the adapters of resident LoRAF checkpoints."""
+    """vLLM's own manager, which also knows the adapters of checkpoints in memory."""
 
-    _manager_cls = SlotsModelManager
+    _manager_cls = LinearOnlyModelManager
 
-    def __init__(self, vllm_config: VllmConfig, *args, **kwargs):
+    def __init__(self, vllm_config: VllmConfig, *args, cores=(), **kwargs):
         super().__init__(vllm_config, *args, **kwargs)
-        self.store = CheckpointStore(self.lora_config.lora_dtype, self._require_applicable)
+        self.store = CheckpointStore(self._prepare, cores)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         """Runs in the middle of an engine step, where an exception ends the engine: so nothing here can be at fault
-        that was not checked when the checkpoint became resident."""
+        that was not checked when the checkpoint was loaded."""
         named = parse_lora_path(lora_request.lora_path)
         if named is None:
             return super()._load_adapter(lora_request)
@@ -56,60 +81,32 @@ class SlotsLoRAManager(LRUCacheWorkerLoRAManager):
         rank = manifest.rank
         layers = {}
         for module, a, b in resident.tensors(TaskSet.parse(text, manifest.task_names)):
-            name = self._vllm_name(module)
+            name = targets.vllm_name(self._adapter_manager.model, module)
             layers[name] = LoRALayerWeights(name, rank, lora_alpha=rank, lora_a=a, lora_b=b, scaling=1.0)
         return LoRAModel(lora_request.lora_int_id, rank, layers)
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
-        """(d_out, d_in) of every linear layer that LoRA is applied to, by the adapter's name of it (vLLM's fused
-        layers count as the layers they hold), over all tensor-parallel workers."""
-        manager: LoRAModelManager = self._adapter_manager
-        shapes = {}
-        for name, layer in manager.modules.items():
-            if isinstance(layer, BaseLinearLayerWithLoRA):
-                parts = manager.packed_modules.get(name, [name])
-                for part, d_out in zip(parts, _output_sizes(layer.base_layer, len(parts)), strict=False):
-                    shapes[part] = (d_out, layer.base_layer.input_size)
-        return shapes
+        return targets.layer_shapes(self._adapter_manager)
 
-    def _vllm_name(self, module: str) -> str:
-        """vLLM's name of a module, as its loader of PEFT adapters finds it."""
-        mapper = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
-        mapper = mapper.get_rename_mapper() if mapper is not None else None
-        return parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)[0]
+    def loaded(self, digest: str) -> int:
+        """Bytes that a loaded checkpoint takes in this worker, slots not counted."""
+        return self.store.get(digest).nbytes
 
-    def _require_applicable(self, checkpoint: Checkpoint) -> None:
+    def drop(self, digest: str, lora_ids: list[int]) -> None:
+        """Frees a checkpoint and the sets of it that have been built."""
+        for lora_id in lora_ids:
+            self.remove_adapter(lora_id)
+        self.store.drop(digest)
+
+    def _prepare(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> Resident:
         """Raises CheckpointError or BaseMismatch: all reasons why the engine cannot apply a checkpoint."""
         manifest = checkpoint.manifest
         where = str(checkpoint.path)
         if manifest.rank > self.lora_config.max_lora_rank:
             message = f"rank {manifest.rank} is beyond the engine's largest, {self.lora_config.max_lora_rank}"
             raise CheckpointError(Problem(message, "rank", where, "start the server with a larger --max-lora-rank"))
-        shapes = self.layer_shapes()
-        problems = []
-        for module, spec in manifest.modules.items():
-            shape = shapes.get(self._vllm_name(module))
-            if shape is None:
-                remedy = "serve it with --backend merged"
-                problems.append(Problem("vLLM applies no LoRA to this layer", module, where, remedy))
-            elif shape != (spec.d_out, spec.d_in):
-                message = f"has shape {shape} in the model, {(spec.d_out, spec.d_in)} in the checkpoint"
-                problems.append(Problem(message, module, where, "use the base model of the checkpoint"))
-        if problems:
-            raise BaseMismatch(problems)
-
-
-def _output_sizes(layer: LinearBase, parts: int) -> list[int]:
-    """d_out of each of the `parts` layers that a linear layer holds, over all tensor-parallel workers.
-
-    Empty if vLLM splits the layer in another way than the adapter's names do.
-    """
-    if isinstance(layer, QKVParallelLinear):
-        # `output_sizes` counts a key/value head once for each worker that holds a copy of it.
-        heads, kv_heads = layer.total_num_heads, layer.total_num_kv_heads
-        sizes = [heads * layer.head_size, kv_heads * layer.head_size, kv_heads * layer.v_head_size]
-    else:
-        sizes = list(getattr(layer, "output_sizes", [layer.output_size]))
-    if parts == 1:
-        return [sum(sizes)]
-    return sizes if len(sizes) == parts else []
+        targets.require_layers(manifest, self.layer_shapes(), self._adapter_manager.model, where)
+        modules = list(manifest.modules)
+        dtype = self.lora_config.lora_dtype
+        made = pool.map(lambda module: checkpoint.projection_of(module, dtype), modules)
+        return Resident(checkpoint, dict(zip(modules, made, strict=True)))

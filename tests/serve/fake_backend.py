@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+from loraf.tasksets import TaskSet
 from loraf_serve.backends.base import (
     Backend,
     BackendUnavailable,
@@ -23,18 +25,23 @@ LETTERS = "abcdefghijklmnop"
 
 
 def expected_text(request: GenerationRequest, index: int = 0) -> str:
-    """What the fake answers: a letter from a hash of prompt, adapter, canonical set with weights, choice and place."""
+    """What the fake answers to a request."""
     digest = request.adapter.digest if request.adapter and not request.task_set.is_base else ""
-    key = f"{request.prompt_token_ids}|{digest}|{request.task_set}|{index}"
-    places = range(request.sampling.max_tokens)
-    return "".join(LETTERS[hashlib.sha256(f"{key}|{i}".encode()).digest()[0] % len(LETTERS)] for i in places)
+    return text_of(request.prompt_token_ids, digest, request.task_set, request.sampling.max_tokens, index)
+
+
+def text_of(token_ids: tuple[int, ...], digest: str, task_set: TaskSet, tokens: int, index: int = 0) -> str:
+    """A letter from a hash of prompt, adapter, canonical set with weights, choice and place, for each token."""
+    key = f"{token_ids}|{digest}|{task_set}|{index}"
+    return "".join(LETTERS[hashlib.sha256(f"{key}|{i}".encode()).digest()[0] % len(LETTERS)] for i in range(tokens))
 
 
 class FakeBackend(Backend):
     """Finds these bugs of a service: the wrong prompt, adapter, set or weight reaches the backend (the text differs);
     pieces are lost, doubled or mixed between choices; an iterator is left running when its client is gone (`running`,
     `closed_early`); a request arrives before `start` or after `stop`; an adapter is named that was never added; two
-    requests come under one id; a failure becomes the wrong status.
+    requests come under one id; a failure becomes the wrong status; content is added twice, or removed while a request
+    of it runs; two changes come at once.
 
     Attributes:
         seconds_per_token: how long a token takes.
@@ -42,6 +49,10 @@ class FakeBackend(Backend):
         failure: raised before the first token; failure_after: raised after two.
         unsupported: name of a sampling field that it does not obey.
         dead: what check_health raises.
+        add_gate, remove_gate: held closed, a change waits for it; add_failure, remove_failure: raised after that.
+        bytes_each: what it says it holds for each content.
+        history: ("add" or "remove", digest) of each change that succeeded; `added`: digests that are there;
+            `cut_off`: a change was cancelled.
     """
 
     name = "fake"
@@ -59,7 +70,15 @@ class FakeBackend(Backend):
         self.running: set[str] = set()
         self.closed_early: list[str] = []
         self.state = "new"
-        self._added: set[str] = set()
+        self.add_gate: asyncio.Event | None = None
+        self.add_failure: Exception | None = None
+        self.remove_gate: asyncio.Event | None = None
+        self.remove_failure: Exception | None = None
+        self.bytes_each = 0
+        self.added: set[str] = set()
+        self.history: list[tuple[str, str]] = []
+        self.cut_off = False
+        self._changing = False
         self._stopping = asyncio.Event()
 
     async def start(self) -> None:
@@ -69,12 +88,39 @@ class FakeBackend(Backend):
         self.state = "started"
 
     async def add_adapter(self, adapter: ServedAdapter) -> None:
+        async with self._change(self.add_gate, self.add_failure):
+            assert adapter.digest not in self.added, "content was added twice"
+            self.added.add(adapter.digest)
+            self.history.append(("add", adapter.digest))
+
+    async def remove_adapter(self, adapter: ServedAdapter) -> None:
+        async with self._change(self.remove_gate, self.remove_failure):
+            self.added.discard(adapter.digest)
+            self.history.append(("remove", adapter.digest))
+
+    def adapter_bytes(self, adapter: ServedAdapter) -> int:
+        return self.bytes_each if adapter.digest in self.added else 0
+
+    @asynccontextmanager
+    async def _change(self, gate: asyncio.Event | None, failure: Exception | None) -> AsyncIterator[None]:
         assert self.state == "started"
-        self._added.add(adapter.digest)
+        assert not self._changing, "two changes at once"
+        self._changing = True
+        try:
+            if gate:
+                await gate.wait()
+            if failure:
+                raise failure
+            yield
+        except asyncio.CancelledError:
+            self.cut_off = True
+            raise
+        finally:
+            self._changing = False
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:
         assert self.state == "started", f"a request while the backend is {self.state}"
-        assert request.task_set.is_base or request.adapter.digest in self._added
+        self._require_added(request)
         assert request.request_id not in {earlier.request_id for earlier in self.requests}
         assert 0 < len(request.prompt_token_ids) <= self.max_model_len - request.sampling.max_tokens
         if self.unsupported:
@@ -92,12 +138,16 @@ class FakeBackend(Backend):
                     return
                 if self.failure_after and i == 2:
                     raise self.failure_after
+                self._require_added(request)
                 finished = i == request.sampling.max_tokens - 1
                 yield Output(tuple(self._piece(request, n, i) for n in range(request.sampling.n)), 1)
         finally:
             self.running.discard(request.request_id)
             if not finished:
                 self.closed_early.append(request.request_id)
+
+    def _require_added(self, request: GenerationRequest) -> None:
+        assert request.task_set.is_base or request.adapter.digest in self.added, "not there, or removed too early"
 
     def _piece(self, request: GenerationRequest, index: int, place: int) -> ChoiceDelta:
         letter = expected_text(request, index)[place]

@@ -8,10 +8,10 @@ import atexit
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import grpc
@@ -20,6 +20,7 @@ from loraf.base import describe
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import Templates
 from loraf_serve import registry, server
+from loraf_serve.adapter_root import AdapterRoot
 from loraf_serve.backends.base import Backend
 from loraf_serve.client import Client
 from loraf_serve.options import ServerOptions
@@ -43,15 +44,24 @@ def _root() -> Path:
     return Path(folder.name)
 
 
+def checkpoints_root() -> Path:
+    """Holds every `checkpoint_folder`."""
+    return _root() / "checkpoints"
+
+
 @cache
 def model_folder() -> Path:
     return make_model("mistral", _root() / "model")
 
 
-@cache
-def checkpoint_folder(seed: int = 0, names: tuple[str, ...] = TASKS) -> Path:
+def checkpoint_folder(seed: int = 0) -> Path:
     """A random checkpoint for the model; each task is marked as trained on top of those before it."""
-    folder = _root() / f"ckpt{seed}"
+    return _checkpoint_folder(seed)
+
+
+@cache
+def _checkpoint_folder(seed: int, names: tuple[str, ...] = TASKS) -> Path:
+    folder = checkpoints_root() / f"ckpt{seed}"
     shapes = linear_shapes(model_folder())
     checkpoint = Checkpoint.create(folder, describe("stand-in", model_folder()), 8, shapes, seed)
     values = random_values(shapes, 8, names, 0.75, seed)
@@ -108,9 +118,14 @@ def serving(
     backend: Backend | Callable[[], Backend] = FakeBackend,
     adapters: registry.Registry | None = None,
     warm: bool = True,
+    root: Path | None = None,
     **options,
 ) -> Iterator[Running]:
-    """A server with `one_adapter`, warmed up unless `warm` is False; drained at the end without grace."""
+    """A server with `one_adapter`, warmed up unless `warm` is False; drained at the end without grace.
+
+    Args:
+        root: `--adapter-root`.
+    """
     chosen = replace(ServerOptions(port=0, grace=0.0), **options)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -119,7 +134,8 @@ def serving(
     async def begin():
         made = backend() if callable(backend) else backend
         known = one_adapter() if adapters is None else adapters
-        running, port = await server.create_server(made, known, chosen, VOCAB_SIZE)
+        where = None if root is None else AdapterRoot(root, model_folder())
+        running, port = await server.create_server(made, known, chosen, VOCAB_SIZE, where)
         if warm:
             await running.warm_up()
         return Running(made, running, port, loop)
@@ -136,6 +152,16 @@ def serving(
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
+
+
+def on_a_loop(test: Callable[..., Coroutine]) -> Callable[..., None]:
+    """A test that is a coroutine."""
+
+    @wraps(test)
+    def run(*arguments, **named):
+        asyncio.run(test(*arguments, **named))
+
+    return run
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> bool:

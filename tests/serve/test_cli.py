@@ -54,7 +54,7 @@ def test_help_names_every_option_of_the_server(capsys):
     text = capsys.readouterr().out
     for option in cli.parser()._option_string_actions:
         assert option in text
-    for later in ("resident", "--token-file", "--metrics-port", "--adapter-root"):
+    for later in ("--token-file", "--metrics-port"):
         assert later not in text  # an option that does nothing is not offered
 
 
@@ -226,7 +226,7 @@ def test_a_checkpoint_without_its_option_is_refused_by_name(capsys, no_engine):
 
 
 def test_an_option_that_argparse_refuses_ends_with_2():
-    for wrong in (["--port", "x"], [], ["--model", "tiny", "--backend", "resident"]):
+    for wrong in (["--port", "x"], [], ["--model", "tiny", "--backend", "fastest"]):
         with pytest.raises(SystemExit) as error:
             cli.main(wrong)
         assert error.value.code == 2
@@ -269,30 +269,51 @@ def test_what_the_hub_does_not_give_is_the_users_to_mend(monkeypatch, capsys, no
 
 @pytest.fixture
 def obstacle(monkeypatch):
-    """Sets what `can_serve` says."""
-    from loraf_serve.vllm import backend
+    """Sets what speaks against vLLM, and against the resident backend."""
+    from loraf_serve.vllm import support
 
-    return lambda text: monkeypatch.setattr(backend, "can_serve", lambda folder: text)
+    def set_them(vllm: str | None, resident: str | None = None) -> None:
+        monkeypatch.setattr(support, "can_serve", lambda folder: vllm)
+        monkeypatch.setattr(support, "can_serve_resident", lambda folder: resident)
+
+    return set_them
 
 
-def test_auto_takes_slots_where_vllm_can_serve_and_hands_it_the_engines_options(obstacle):
+def chosen(wanted: str, *options: str) -> choice.Chosen:
+    return choice.choose(wanted, model_folder(), options, 8, print)
+
+
+def test_auto_takes_resident_where_it_can_and_hands_it_the_engines_options(obstacle):
     obstacle(None)
-    chosen = choice.choose("auto", model_folder(), ["--max-loras", "3"], 8)
-    assert chosen.backend.name == "slots"
-    assert chosen.backend._engine_options == ("--max-loras", "3") and chosen.backend._max_rank == 8
+    found = chosen("auto", "--dtype", "float32")
+    assert found.backend.name == "resident"
+    assert found.backend._now._engine_options == ("--dtype", "float32")
+
+
+def test_auto_takes_slots_where_resident_cannot_or_the_options_speak_of_slots(obstacle):
+    obstacle(None, "no kernels")
+    assert (chosen("auto").backend.name, chosen("auto").why) == ("slots", "resident cannot: no kernels")
+    obstacle(None)
+    found = chosen("auto", "--max-loras", "3")
+    assert (found.backend.name, found.why) == ("slots", "resident cannot: --max-loras speaks of slots")
+    assert found.backend._engine_options == ("--max-loras", "3") and found.backend._max_rank == 8
 
 
 def test_auto_takes_merged_where_vllm_cannot_and_says_why(obstacle):
     obstacle("vLLM is not installed")
-    chosen = choice.choose("auto", model_folder(), ["--dtype", "float32", "--max-model-len=64"], 8)
-    assert (chosen.backend.name, chosen.why) == ("merged", "vLLM is not installed")
-    assert (chosen.backend._dtype, chosen.backend._max_model_len) == ("float32", 64)
+    found = chosen("auto", "--dtype", "float32", "--max-model-len=64")
+    assert (found.backend.name, found.why) == ("merged", "vLLM is not installed")
+    assert (found.backend._dtype, found.backend._max_model_len) == ("float32", 64)
 
 
-def test_slots_where_vllm_cannot_serve_is_refused(obstacle):
+def test_what_was_asked_for_and_cannot_be_is_refused(obstacle):
     obstacle("vLLM has no LoRA for Mamba")
-    with pytest.raises(ConfigError, match="vLLM has no LoRA for Mamba → .* --backend merged"):
-        choice.choose("slots", model_folder(), [], 8)
+    for wanted in ("slots", "resident"):
+        with pytest.raises(ConfigError, match="vLLM has no LoRA for Mamba → .* --backend merged"):
+            chosen(wanted)
+    obstacle(None, "no kernels")
+    with pytest.raises(ConfigError, match="no kernels → .* --backend slots"):
+        chosen("resident")
 
 
 @pytest.mark.parametrize(
@@ -309,7 +330,7 @@ def test_slots_where_vllm_cannot_serve_is_refused(obstacle):
 )
 def test_merged_refuses_the_options_that_it_does_not_know_by_name(options, fields):
     with pytest.raises(ConfigError) as error:
-        choice.choose("merged", model_folder(), options, 8)
+        chosen("merged", *options)
     assert [problem.field for problem in error.value.problems] == fields
 
 

@@ -23,7 +23,7 @@ from loraf_serve.backends.mailbox import Mailbox
 from loraf_serve.backends.merged import MergedBackend
 from loraf_serve.backends.sampler import Sampler
 from tests.serve.merged_stand import GREEDY, PROMPTS, SETS, Stand, only, served
-from tests.standins import random_checkpoint, random_values
+from tests.standins import random_values
 
 
 @pytest.fixture(scope="module")
@@ -326,21 +326,6 @@ def test_an_adapter_for_another_model_is_refused_and_nothing_changes(stand, fold
         stand.run(stand.backend.add_adapter(served(other, "first")))
     assert len(refused.value.problems) == 2
     assert only(stand.answers(("Hello", "math"))[0]).token_ids == stand.expected("Hello", "math", 12)
-
-
-def test_a_replaced_adapter_is_forgotten_once_nobody_needs_it(stand, folder):
-    backend = stand.backend
-    old = stand.adapters["second"]
-    fresh = served(random_checkpoint(folder / "third", stand.model_folder, tasks=("math",), seed=5), "second")
-    stand.run(backend.add_adapter(fresh))
-    try:
-        stand.run(until(lambda: not backend._weights.knows(old.digest)))
-        with pytest.raises(ValueError, match="has not been added"):
-            stand.answers(("Hello", "math", GREEDY, "second"))
-    finally:
-        stand.run(backend.add_adapter(old))
-    answer = only(stand.answers(("Hello", "math", GREEDY, "second"))[0])
-    assert answer.token_ids == stand.expected("Hello", "math", 12, "second")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,10 @@ PROMISED = {
     pb.Usage: "prompt_tokens cached_prompt_tokens completion_tokens",
     pb.ServedBy: "adapter digest tasks backend",
     adapter_pb2.Adapter: "name digest base_model rank tasks resident_bytes",
+    adapter_pb2.LoadAdapterRequest: "name path tasks replace",
+    adapter_pb2.LoadAdapterResponse: "adapter",
+    adapter_pb2.UnloadAdapterRequest: "name",
+    adapter_pb2.UnloadAdapterResponse: "running_requests other_names",
     adapter_pb2.Task: "name alpha sparsity parameters trained_with",
 }
 

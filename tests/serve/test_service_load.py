@@ -103,10 +103,10 @@ def test_a_long_tokenization_does_not_hold_up_other_clients(monkeypatch):
         validator = running.server._generation.validator
         read_now = validator.read_now
 
-        def slow(request):
+        def slow(*arguments):
             started.set()
             assert go_on.wait(10)
-            return read_now(request)
+            return read_now(*arguments)
 
         monkeypatch.setattr(validator, "read_now", slow)
         call = running.generation.Generate.future(ask("x"))

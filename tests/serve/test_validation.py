@@ -27,11 +27,12 @@ TRIO = ("math", "nlu", "code")
 
 @pytest.fixture(scope="module")
 def validator():
-    return Validator(FakeBackend(), one_adapter(), VOCAB_SIZE)
+    return Validator(FakeBackend(), VOCAB_SIZE)
 
 
-def read(validator: Validator, *args, **kwargs) -> GenerationRequest:
-    return validator.read_now(request_of(pb.GenerateRequest, *args, **kwargs))
+def read(validator: Validator, *args, registry: Registry | None = None, **kwargs) -> GenerationRequest:
+    known = one_adapter() if registry is None else registry
+    return validator.read_now(request_of(pb.GenerateRequest, *args, **kwargs), known)
 
 
 def fields(error: pytest.ExceptionInfo) -> set[str]:
@@ -107,7 +108,7 @@ def test_without_a_chat_template_messages_are_refused_with_a_remedy():
     backend = FakeBackend()
     backend.tokenizer.chat_template = None
     with pytest.raises(InvalidRequest, match="no chat template → send prompt") as error:
-        read(Validator(backend, one_adapter()), messages=[{"role": "user", "content": "x"}])
+        read(Validator(backend), messages=[{"role": "user", "content": "x"}])
     assert fields(error) == {"messages"}
 
 
@@ -115,7 +116,7 @@ def test_what_the_chat_template_refuses_is_the_clients_mistake():
     backend = FakeBackend()
     backend.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InvalidRequest, match="roles must alternate"):
-        read(Validator(backend, one_adapter()), messages=[{"role": "user", "content": "x"}])
+        read(Validator(backend), messages=[{"role": "user", "content": "x"}])
 
 
 # --- the task's template
@@ -207,35 +208,35 @@ def test_a_selection_that_says_nothing_is_refused_not_taken_as_all(validator):
     request = request_of(pb.GenerateRequest, "x")
     request.task_selection.SetInParent()
     with pytest.raises(InvalidRequest) as error:
-        validator.read_now(request)
+        validator.read_now(request, one_adapter())
     assert fields(error) == {"task_selection.selection"}
 
 
-def test_with_several_adapters_one_must_be_named():
-    validator = Validator(FakeBackend(), two_adapters(), VOCAB_SIZE)
+def test_with_several_adapters_one_must_be_named(validator):
+    several = two_adapters()
     for selection in ({}, {"base": True}):
         with pytest.raises(InvalidRequest, match="choose from: trio, pair") as error:
-            read(validator, "x", **selection)
+            read(validator, "x", registry=several, **selection)
         assert fields(error) == {"adapter"}
-    assert str(read(validator, "x", adapter="pair").task_set) == "nlu+code"
+    assert str(read(validator, "x", registry=several, adapter="pair").task_set) == "nlu+code"
     # `pair` was loaded without math, on top of which nlu was trained.
     with pytest.raises(UnknownTask, match="on top of math"):
-        read(validator, "x", adapter="pair", as_trained="nlu")
+        read(validator, "x", registry=several, adapter="pair", as_trained="nlu")
     with pytest.raises(UnknownTask, match="choose from: nlu, code"):
-        read(validator, "x", adapter="pair", tasks=["math"])
+        read(validator, "x", registry=several, adapter="pair", tasks=["math"])
 
 
-def test_without_an_adapter_only_the_base_model_answers():
-    validator = Validator(FakeBackend(), Registry(), VOCAB_SIZE)
-    found = read(validator, "x", base=True)
+def test_without_an_adapter_only_the_base_model_answers(validator):
+    none = Registry()
+    found = read(validator, "x", registry=none, base=True)
     assert found.adapter is None and found.task_set.is_base
     for selection in ({}, {"tasks": ["math"]}, {"as_trained": "math"}):
         with pytest.raises(InvalidRequest, match="choose base"):
-            read(validator, "x", **selection)
+            read(validator, "x", registry=none, **selection)
     with pytest.raises(UnknownTask, match="choose from: none"):
-        read(validator, "x", adapter="trio", base=True)
+        read(validator, "x", registry=none, adapter="trio", base=True)
     with pytest.raises(DigestMismatch):
-        read(validator, "x", base=True, adapter_digest="0" * 64)
+        read(validator, "x", registry=none, base=True, adapter_digest="0" * 64)
 
 
 # --- sampling
@@ -405,7 +406,7 @@ def test_anything_else_than_a_valid_request_is_a_mistake_with_a_field(
         **params,
     )
     try:
-        found = validator.read_now(pb.StreamGenerateRequest.FromString(request.SerializeToString()))
+        found = validator.read_now(pb.StreamGenerateRequest.FromString(request.SerializeToString()), one_adapter())
     except (InvalidRequest, UnknownTask) as error:
         assert all(problem.field and problem.message for problem in error.problems)
         return

@@ -1,4 +1,4 @@
-"""The slots backend on a real engine: sampling, cancelling, adapters that are refused and that are different."""
+"""The slots and the resident backend on real engines: sampling, cancelling, adapters that differ or are refused."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.standins import linear_shapes, make_model, random_checkpoint, random_
 PROMPT = [3 + 37 * i % 94 for i in range(12)]  # printable: else vLLM's text begins with the prompt's broken character
 
 
-@pytest.fixture(scope="session")
-def engine(vllm_pool: Pool) -> Engine:
-    return vllm_pool.get("mistral")
+@pytest.fixture(scope="session", params=["slots", "resident"])
+def engine(request: pytest.FixtureRequest, vllm_pool: Pool) -> Engine:
+    return vllm_pool.get("mistral", request.param)
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +159,7 @@ def test_what_vllm_refuses_is_an_ordinary_error(engine: Engine, prompt, sampling
         with pytest.raises(LorafError, match=words):
             engine.ask(engine.request(text, prompt, **sampling))
     assert len(engine.ask(engine.request("math", PROMPT))[0].token_ids) == 8
-    assert not engine.backend._admission.admitted
+    assert not engine.sets_in_use()
 
 
 # Cancelling
@@ -190,7 +190,7 @@ def test_a_cancelled_request_leaves_the_engine_at_once(engine: Engine, text: str
             await outputs.aclose()
         assert engine.backend._engine.get_num_unfinished_requests() == 0
         assert await until(lambda: _not(engine.busy()), 5)
-        assert not engine.backend._admission.admitted and not engine.backend._request_ids
+        assert not engine.sets_in_use() and not engine.backend._request_ids
 
     engine.loop.run(scenario())
 
@@ -218,14 +218,14 @@ def test_cancels_at_any_moment_leave_nothing_behind(engine: Engine) -> None:
                 assert len(outcome[0].token_ids) == 100
         assert sum(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes) > 20
         assert await until(lambda: _not(engine.busy()), 5)
-        assert not engine.backend._admission.admitted and not engine.backend._request_ids
+        assert not engine.sets_in_use() and not engine.backend._request_ids
         assert not engine.backend._engine.output_processor.parent_requests
 
     engine.loop.run(scenario())
 
 
 def test_a_set_that_waits_does_not_starve(engine: Engine, merged: Merged) -> None:
-    """Steady streams for as many sets as there are slots, of unequal lengths, so that a set is never quite done.
+    """Steady streams for as many sets as slots has, of unequal lengths, so that a set is never quite done.
 
     vLLM alone goes on starting requests of the running sets and never starts one of a further set.
     """
@@ -361,10 +361,17 @@ def test_a_loaded_checkpoint_needs_its_files_no_more(engine: Engine, tmp_path: P
             assert answer.token_ids == expected.greedy(text, PROMPT, 3)
 
 
-def test_a_rank_beyond_the_slots_is_refused(engine: Engine, merged: Merged, tmp_path: Path) -> None:
+def test_a_rank_that_was_not_known_at_start(engine: Engine, merged: Merged, tmp_path: Path) -> None:
+    """Slots have a largest rank and are refused a larger one; the resident adapter has none."""
     random_checkpoint(tmp_path / "wide", engine.folder, rank=17)
-    with pytest.raises(CheckpointError, match="rank 17 is beyond .* 16 .*--max-lora-rank"):
-        engine.loop.run(engine.backend.add_adapter(open_adapter("wide", tmp_path / "wide")))
+    adapter = open_adapter("wide", tmp_path / "wide")
+    if engine.kind == "slots":
+        with pytest.raises(CheckpointError, match="rank 17 is beyond .* 16 .*--max-lora-rank"):
+            engine.loop.run(engine.backend.add_adapter(adapter))
+    else:
+        engine.loop.run(engine.backend.add_adapter(adapter))
+        (answer,) = engine.ask(engine.request("all", PROMPT, adapter))
+        assert answer.token_ids == Merged(engine.folder, adapter.checkpoint).greedy("all", PROMPT, 8)
     assert answers_still(engine, merged)
 
 
@@ -385,14 +392,6 @@ def test_another_model_and_layers_without_lora_are_refused_by_name(engine: Engin
     assert {problem.field for problem in refused.value.problems} == set(wrong)
     assert all(problem.remedy for problem in refused.value.problems)
     assert answers_still(engine, merged)
-
-
-@pytest.mark.parametrize("architecture", ["mistral", "llama", "qwen2"])
-def test_lora_covers_exactly_the_projections(vllm_pool: Pool, architecture: str) -> None:
-    engine = vllm_pool.get(architecture)
-    (layers,) = engine.loop.run(engine.backend._call_workers("loraf_layers"))
-    expected = linear_shapes(engine.folder)
-    assert {name: tuple(shape) for name, shape in layers.items()} == expected
 
 
 def test_what_vllm_says_against_options_and_model_is_told_before_an_engine_starts(tmp_path: Path) -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.platforms import current_platform
 
 from loraf.errors import ConfigError
-from loraf_serve.vllm.options import DEFAULT_SLOTS, EXTENSION, engine_args, lora_rank
+from loraf_serve.vllm.options import (
+    DEFAULT_SLOTS,
+    RESIDENT_EXTENSION,
+    SLOTS_EXTENSION,
+    lora_rank,
+    resident_args,
+    slots_args,
+)
 
 MODEL = Path("model")
 
 
 def test_what_the_backend_needs_is_set() -> None:
-    args = engine_args(MODEL, [], max_rank=20)
-    assert (args.model, args.enable_lora, args.worker_extension_cls) == ("model", True, EXTENSION)
+    args = slots_args(MODEL, [], max_rank=20)
+    assert (args.model, args.enable_lora, args.worker_extension_cls) == ("model", True, SLOTS_EXTENSION)
     assert (args.max_lora_rank, args.max_loras, args.max_cpu_loras) == (32, DEFAULT_SLOTS, 2 * DEFAULT_SLOTS)
     assert args.disable_log_stats and args.tensor_parallel_size == 1 and args.dtype == "auto"
 
@@ -23,10 +31,10 @@ def test_what_the_backend_needs_is_set() -> None:
 def test_options_pass_through() -> None:
     options = ["--dtype", "float32", "--max_model_len", "1k", "--enforce-eager", "-tp", "2"]
     options += ["--max-loras", "7", "--max-lora-rank=64"]
-    args = engine_args(MODEL, options, max_rank=16)
+    args = slots_args(MODEL, options, max_rank=16)
     assert (args.dtype, args.max_model_len, args.enforce_eager) == ("float32", 1000, True)
     assert (args.max_loras, args.max_cpu_loras, args.max_lora_rank, args.tensor_parallel_size) == (7, 14, 64, 2)
-    assert engine_args(MODEL, ["--max-cpu-loras", "9"], max_rank=1).max_cpu_loras == 9
+    assert slots_args(MODEL, ["--max-cpu-loras", "9"], max_rank=1).max_cpu_loras == 9
 
 
 @pytest.mark.parametrize(
@@ -42,14 +50,14 @@ def test_options_pass_through() -> None:
 )
 def test_a_bad_option_is_the_users_mistake_in_vllms_words(options, words, capfd) -> None:
     with pytest.raises(ConfigError, match=words):
-        engine_args(MODEL, options, max_rank=16)
+        slots_args(MODEL, options, max_rank=16)
     assert "usage:" not in capfd.readouterr().err
 
 
 def test_contradictions_are_refused_all_at_once() -> None:
     options = ["--no-enable-lora", "--model", "other", "--worker-extension-cls", "x.Y", "--max-lora-rank", "8"]
     with pytest.raises(ConfigError) as refused:
-        engine_args(MODEL, [*options, "--pipeline-parallel-size", "2"], max_rank=9)
+        slots_args(MODEL, [*options, "--pipeline-parallel-size", "2"], max_rank=9)
     fields = {problem.field for problem in refused.value.problems}
     expected = {"--enable-lora", "--model", "--worker-extension-cls", "--max-lora-rank", "--pipeline-parallel-size"}
     assert fields == expected
@@ -63,15 +71,34 @@ def test_the_rank_of_slots(rank: int, slot: int) -> None:
 
 def test_a_rank_beyond_vllms_largest() -> None:
     with pytest.raises(ConfigError, match="513 is beyond vLLM's largest, 512"):
-        engine_args(MODEL, [], max_rank=513)
+        slots_args(MODEL, [], max_rank=513)
 
 
 def test_kv_cache_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    chosen = engine_args(MODEL, [], max_rank=16).kv_cache_memory_bytes
+    chosen = slots_args(MODEL, [], max_rank=16).kv_cache_memory_bytes
     assert 1 << 30 <= chosen <= 4 << 30
-    assert engine_args(MODEL, ["--kv-cache-memory-bytes", "1000"], 16).kv_cache_memory_bytes == 1000
-    assert engine_args(MODEL, ["--gpu-memory-utilization", "0.3"], 16).kv_cache_memory_bytes is None
+    assert slots_args(MODEL, ["--kv-cache-memory-bytes", "1000"], 16).kv_cache_memory_bytes == 1000
+    assert slots_args(MODEL, ["--gpu-memory-utilization", "0.3"], 16).kv_cache_memory_bytes is None
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
-    assert engine_args(MODEL, [], max_rank=16).kv_cache_memory_bytes is None
+    assert slots_args(MODEL, [], max_rank=16).kv_cache_memory_bytes is None
+
+
+def test_the_resident_backend_has_no_slots_to_speak_of() -> None:
+    assert resident_args(MODEL, ["--dtype", "float32"]).worker_extension_cls == RESIDENT_EXTENSION
+    with pytest.raises(ConfigError) as refused:
+        resident_args(MODEL, ["--max-loras", "4", "--max-lora-rank", "8", "--fully-sharded-loras", "-pp", "2"])
+    fields = {problem.field for problem in refused.value.problems}
+    assert fields == {"--max-loras", "--max-lora-rank", "--fully-sharded-loras", "--pipeline-parallel-size"}
+    assert all(problem.remedy for problem in refused.value.problems)
+
+
+def test_memory_reserved_for_adapters_is_taken_from_the_default_kv_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=24 << 30))
+    assert resident_args(MODEL, []).kv_cache_memory_bytes == 3 << 30
+    assert resident_args(MODEL, [], reserve=8 << 30).kv_cache_memory_bytes == 2 << 30

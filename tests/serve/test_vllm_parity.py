@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from tests.serve.references import Formula, Merged
-from tests.serve.vllm_engines import BLOCK, SLOTS, Engine, Pool, random_prompt
-from tests.standins import ARCHITECTURES
+from tests.serve.vllm_engines import BLOCK, KINDS, SLOTS, Engine, Pool, random_prompt
+from tests.standins import ARCHITECTURES, linear_shapes
 
 # Each task, all, as trained (nlu stands on math), weights among them, base.
 SETS = ("math", "nlu", "code", "all", "math+nlu", "math:0.5+nlu:-2", "nlu:0.25+code:3", "base")
 STEPS = 4
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES)
+@pytest.fixture(scope="session", params=[(a, k) for a in ARCHITECTURES for k in KINDS], ids="-".join)
 def engine(request: pytest.FixtureRequest, vllm_pool: Pool) -> Engine:
-    return vllm_pool.get(request.param)
+    return vllm_pool.get(*request.param)
 
 
 @pytest.fixture(scope="session")
@@ -85,3 +87,22 @@ def test_many_more_sets_than_slots(engine: Engine, merged: Merged) -> None:
     answers = engine.ask(*(engine.request(text, prompt, max_tokens=6) for text in asked))
     for text, answer in zip(asked, answers, strict=True):
         assert (text, answer.token_ids) == (text, expected[text])
+
+
+def test_sixteen_weightings_and_base_rows_in_one_batch(engine: Engine, merged: Merged) -> None:
+    """Each request alone, the batch, and merged weights in transformers: the same tokens."""
+    drawn = random.Random(5)
+    texts = ["+".join(f"{task}:{drawn.uniform(-2, 2):.3f}" for task in engine.adapter.tasks) for _ in range(16)]
+    texts = [*texts[:8], "base", *texts[8:], "base"]
+    prompts = [random_prompt(20 + 3 * i, seed=200 + i) for i in range(len(texts))]
+    requests = [engine.request(text, prompt, max_tokens=12) for text, prompt in zip(texts, prompts, strict=True)]
+    together = [answer.token_ids for answer in engine.ask(*requests)]
+    alone = [engine.ask(request)[0].token_ids for request in requests]
+    expected = [merged.greedy(text, prompt, 12) for text, prompt in zip(texts, prompts, strict=True)]
+    assert together == expected
+    assert alone == expected
+
+
+def test_lora_covers_exactly_the_projections(engine: Engine) -> None:
+    (layers,) = engine.loop.run(engine.backend._call_workers("loraf_layers"))
+    assert {name: tuple(shape) for name, shape in layers.items()} == linear_shapes(engine.folder)

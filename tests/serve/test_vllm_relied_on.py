@@ -10,7 +10,7 @@ import pytest
 from loraf_serve.vllm import relied_on
 from loraf_serve.vllm.backend import can_serve
 
-FACTS = dict(relied_on.facts())
+FACTS = dict(relied_on.facts()) | dict(relied_on.resident_facts())
 
 
 @pytest.mark.parametrize("statement", FACTS)
@@ -25,6 +25,18 @@ def test_a_fact_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     assert relied_on.broken() == ["vLLM's release is 0.32.x, the one whose insides were read"]
     assert "0.32.x" in (can_serve(tmp_path) or "")
+
+
+def test_a_fact_of_resident_that_fails_leaves_slots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vllm.lora import model_manager
+
+    from loraf_serve.vllm.support import can_serve_resident
+
+    (tmp_path / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
+    assert can_serve_resident(tmp_path) is None
+    monkeypatch.delattr(model_manager, "from_layer")
+    assert can_serve(tmp_path) is None
+    assert "from_layer" in (can_serve_resident(tmp_path) or "")
 
 
 def test_the_plugin_is_an_entry_point_of_this_distribution() -> None:

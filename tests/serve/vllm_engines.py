@@ -1,4 +1,4 @@
-"""vLLM engines for tests: one of each architecture for the whole session, on small random models, in float32.
+"""vLLM engines for tests, each started once for the whole session, on small random models, in float32.
 
 `from tests.serve.vllm_engines import …` helpers; the fixture `vllm_pool` stands in conftest.py.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections import OrderedDict
+from collections.abc import Coroutine, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -24,18 +25,26 @@ from loraf_serve.backends.base import (
     Sampling,
     ServedAdapter,
 )
-from loraf_serve.vllm.backend import SlotsBackend
+from loraf_serve.vllm.backend import ResidentBackend, SlotsBackend
+from loraf_serve.vllm.engine import VllmBackend
 from tests.standins import make_model, random_checkpoint
 
 T = TypeVar("T")
 SLOTS = 3
 BLOCK = 128  # tokens in a block of the prefix cache, vLLM's default on the CPU
-OPTIONS = (
-    *("--dtype", "float32", "--enforce-eager", "--max-loras", str(SLOTS)),
-    *("--kv-cache-memory-bytes", str(256 << 20)),
+COMMON = (
+    *("--dtype", "float32", "--kv-cache-memory-bytes", str(256 << 20)),
     # «Log-probabilities» of the whole vocabulary that are the logits themselves.
     *("--max-logprobs", "-1", "--logprobs-mode", "raw_logits"),
 )
+OPTIONS = (*COMMON, "--enforce-eager", "--max-loras", str(SLOTS))
+# Each way in which an engine applies task sets: the backend, and its options.
+KINDS: dict[str, tuple[type[VllmBackend], tuple[str, ...]]] = {
+    "slots": (SlotsBackend, OPTIONS),
+    "resident": (ResidentBackend, (*COMMON, "--enforce-eager")),
+    "compiled": (ResidentBackend, COMMON),
+}
+_ALIVE = 4  # engines at once: each takes more than a GiB
 
 
 @dataclass
@@ -78,20 +87,21 @@ class Loop:
 
 
 class Engine:
-    """A started slots backend with one checkpoint loaded.
+    """A started backend with one checkpoint loaded.
 
     Attributes:
+        kind: of KINDS.
         folder: the model.
         adapter: tasks math, nlu, code; rank 16.
     """
 
-    def __init__(
-        self, loop: Loop, folder: Path, checkpoint: Path, options: Sequence[str] = OPTIONS, max_rank: int = 16
-    ):
+    def __init__(self, loop: Loop, kind: str, folder: Path, checkpoint: Path, options: Sequence[str] = ()):
         self.loop = loop
+        self.kind = kind
         self.folder = folder
         self.adapter = open_adapter("main", checkpoint)
-        self.backend = SlotsBackend(folder, options, max_rank)
+        backend, usual = KINDS[kind]
+        self.backend = backend(folder, (*usual, *options), 16)
         loop.run(self.backend.start())
         loop.run(self.backend.add_adapter(self.adapter))
 
@@ -125,6 +135,11 @@ class Engine:
         here = engine.get_num_unfinished_requests() > 0
         return here or await engine.engine_core.call_utility_async("has_work")
 
+    def sets_in_use(self) -> list[Hashable]:
+        """Task sets that a request holds in our end of the engine."""
+        backend = self.backend
+        return list(backend._admission.admitted if isinstance(backend, SlotsBackend) else backend._in_use)
+
     def alive(self) -> bool:
         try:
             self.loop.run(self.backend.check_health())
@@ -134,21 +149,26 @@ class Engine:
 
 
 class Pool:
-    """Engines by architecture, started when first asked for (and again if a test has killed one)."""
+    """Engines by architecture and kind, started when first asked for (and again if a test has killed one)."""
 
     def __init__(self, root: Path):
         self._root = root
-        self._engines: dict[str, Engine] = {}
+        self._engines: OrderedDict[tuple[str, str], Engine] = OrderedDict()
         self._loop = Loop()
 
-    def get(self, architecture: str) -> Engine:
-        engine = self._engines.get(architecture)
+    def get(self, architecture: str, kind: str = "slots") -> Engine:
+        key = (architecture, kind)
+        engine = self._engines.get(key)
         if engine is None or not engine.alive():
             folder, checkpoint = self._root / architecture, self._root / f"{architecture}-ckpt"
-            if engine is None:
+            if not folder.exists():
                 make_model(architecture, folder)
                 random_checkpoint(checkpoint, folder)
-            engine = self._engines[architecture] = Engine(self._loop, folder, checkpoint)
+            while len(self._engines) >= _ALIVE:
+                _, oldest = self._engines.popitem(last=False)
+                self._loop.run(oldest.backend.stop())
+            engine = self._engines[key] = Engine(self._loop, kind, folder, checkpoint)
+        self._engines.move_to_end(key)
         return engine
 
     def close(self) -> None:

@@ -1,0 +1,11 @@
+"""Kernels that add an adapter's delta to a layer's output, any weights of any tasks mixed in one batch.
+
+A small interface (`Part`, `Rows`, `Operand`) with three kernels behind it: `reference` says what is meant, `torch`
+needs nothing but torch, `native` is one compiled call a layer. No engine is known here.
+"""
+
+from loraf_serve.kernels.base import Operand, Part, Rows
+from loraf_serve.kernels.choice import KERNELS, fastest, prepare
+from loraf_serve.kernels.library import why_not_native
+
+__all__ = ["KERNELS", "Operand", "Part", "Rows", "fastest", "prepare", "why_not_native"]

@@ -1,0 +1,30 @@
+"""The meaning of a delta, slowly and in float64: what the other kernels are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from loraf_serve.kernels.base import Extent, Operand, Part, Rows
+
+
+class ReferenceOperand(Operand):
+    """Dense B of every task, one row of the batch at a time."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self._extent = Extent.of(parts)
+        self._parts = [
+            (part.offset, part.a.double(), [b.dense(torch.float64)[part.first_row : part.stop_row] for b in part.tasks])
+            for part in parts
+        ]
+        self.nbytes = sum(8 * (a.numel() + sum(b.numel() for b in tasks)) for _, a, tasks in self._parts)
+
+    def add_delta(self, y: torch.Tensor, x: torch.Tensor, rows: Rows) -> None:
+        self._extent.check(y, x, rows)
+        for i, weights in zip(rows.indices.tolist(), rows.weights.double(), strict=True):
+            for offset, a, tasks in self._parts:
+                z = a @ x[i].double()
+                delta = sum((weight * (b @ z) for weight, b in zip(weights, tasks, strict=True)), torch.zeros(()))
+                columns = slice(offset, offset + len(tasks[0]))
+                y[i, columns] = (y[i, columns].double() + delta).to(y.dtype)

@@ -1,0 +1,296 @@
+"""A vLLM engine as a backend: its life, its streams, its workers. How a task set reaches it is a subclass's matter."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Collection, Hashable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraf.errors import ConfigError, Problem, UnknownTask
+from loraf.tasksets import TaskSet
+from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
+from loraf_serve.vllm.environment import engine_environment
+from loraf_serve.vllm.naming import lora_path, parse_lora_path
+from loraf_serve.vllm.store import raise_error
+from loraf_serve.vllm.support import can_serve
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_POLL_SECONDS = 0.02
+_HEALTH_SECONDS = 1.0
+_STOP_SECONDS = 1.0  # for running requests to end when the backend stops
+_EXIT_SECONDS = 30.0  # for vLLM's processes to exit before they are killed
+
+
+class VllmBackend(Backend):
+    """Task sets as vLLM's LoRA requests, of checkpoints that vLLM's workers keep in memory.
+
+    Args:
+        model_folder: a transformers model.
+        engine_options: vLLM's own command-line options.
+        max_rank: the largest rank among the adapters known at start.
+        reserve: bytes to leave free for adapters when the KV cache is sized.
+    """
+
+    def __init__(
+        self, model_folder: Path, engine_options: Sequence[str] = (), max_rank: int = 64, reserve: int | None = None
+    ):
+        self._model_folder = Path(model_folder).resolve()
+        self._engine_options = tuple(engine_options)
+        self._max_rank = max_rank
+        self._reserve = reserve or 0
+        self._engine: AsyncLLM | None = None
+        self._stopping = False
+        self._bytes: dict[str, int] = {}  # digests of loaded checkpoints → bytes in all workers
+        self._request_ids: set[str] = set()
+        self._lora_requests = LoraRequests(1, 0)
+
+    @abstractmethod
+    def _engine_args(self) -> AsyncEngineArgs:
+        """Raises ConfigError."""
+
+    def _configured(self, config: VllmConfig) -> None:
+        """Called with the engine's configuration before the engine starts, and after it is known what vLLM chose."""
+
+    @abstractmethod
+    def _lora_request(self, key: str) -> AbstractAsyncContextManager[LoRARequest]:
+        """vLLM's request object of a set, held while a request of the set runs."""
+
+    async def start(self) -> None:
+        try:
+            await asyncio.to_thread(self._start_engine)
+            engine = self._running()
+            self.tokenizer = engine.get_tokenizer()
+            self.max_model_len = engine.model_config.max_model_len
+            if not all(await self._call_workers("loraf_layers")):
+                message = "vLLM's workers did not take LoRAF's LoRA manager"
+                raise ConfigError(Problem(message, self._option, remedy="serve with --backend merged"))
+            await self._warm_up()
+        except BaseException:
+            await self.stop()
+            raise
+
+    @property
+    def _option(self) -> str:
+        return f"--backend {self.name}"
+
+    def _start_engine(self) -> None:
+        """Blocks until the engine's processes have loaded the model."""
+        with engine_environment(self._environment()):
+            reason = can_serve(self._model_folder)
+            if reason:
+                raise ConfigError(Problem(reason, self._option, remedy="serve with --backend merged"))
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            from loraf_serve.vllm.options import refused
+
+            args = self._engine_args()
+            try:
+                config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise refused(error) from None
+            self._configured(config)
+            try:
+                self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            except Exception as error:  # what stopped the engine's processes stands in their own log
+                remedy = "read the reason above, in vLLM's own log"
+                raise ConfigError(Problem(f"vLLM did not start ({error})", self._option, remedy=remedy)) from error
+        if self._stopping:  # `start` was cancelled meanwhile
+            self._engine.shutdown(_EXIT_SECONDS)
+
+    def _environment(self) -> dict[str, str]:
+        """Variables for vLLM's processes."""
+        return {}
+
+    async def _warm_up(self) -> None:
+        """One token of the base model: an engine's first step is slow."""
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import SamplingParams
+
+        token = self.tokenizer.bos_token_id or 0
+        params = SamplingParams(max_tokens=1)
+        async for _ in self._running().generate(tokens_input([token]), params, _new_request_id()):
+            pass
+
+    async def add_adapter(self, adapter: ServedAdapter) -> None:
+        """Has every worker read the checkpoint, compare it with the adapter's digest, and prepare it."""
+        if adapter.digest in self._bytes:
+            return
+        folder = str(adapter.path.resolve())
+        await self._call_workers("loraf_begin_load", folder, list(adapter.tasks), adapter.digest)
+        try:
+            while None in (states := await self._call_workers("loraf_load_state", adapter.digest)):
+                await asyncio.sleep(_POLL_SECONDS)
+            for state in states:
+                raise_error(state)
+        except BaseException:
+            if self._engine is not None and not self._engine.errored:
+                await asyncio.shield(self._call_workers("loraf_drop", adapter.digest, []))
+            raise
+        self._bytes[adapter.digest] = sum(state["bytes"] for state in states)
+
+    async def remove_adapter(self, adapter: ServedAdapter) -> None:
+        if self._bytes.pop(adapter.digest, None) is not None:
+            await self._call_workers("loraf_drop", adapter.digest, self._lora_requests.forget(adapter.digest))
+
+    def adapter_bytes(self, adapter: ServedAdapter) -> int:
+        return self._bytes.get(adapter.digest, 0)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:
+        """Sampling fields that vLLM refuses, a prompt that does not fit: LorafError with vLLM's words."""
+        self._running()
+        if request.task_set.is_base:
+            async with aclosing(self._stream(request, None)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        async with (
+            self._lora_request(self._set_key(request)) as lora_request,
+            aclosing(self._stream(request, lora_request)) as outputs,
+        ):
+            async for output in outputs:
+                yield output
+
+    def _set_key(self, request: GenerationRequest) -> str:
+        """The set's name in the engine. Refuses here what would otherwise fail inside a step and end the engine."""
+        adapter = request.adapter
+        if adapter is None or adapter.digest not in self._bytes:
+            name = "none" if adapter is None else adapter.name
+            raise UnknownTask(Problem(f"adapter {name!r} is not loaded", "adapter"))
+        task_set = TaskSet.of(request.task_set.weights, adapter.tasks)
+        return lora_path(adapter.digest, str(task_set))
+
+    async def _stream(self, request: GenerationRequest, lora_request: LoRARequest | None) -> AsyncIterator[Output]:
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        from loraf_serve.vllm import convert
+
+        engine = self._running()
+        request_id = _new_request_id()  # the caller's may come twice
+        finished = False
+        self._request_ids.add(request_id)
+        try:
+            params = convert.sampling_params(request.sampling)
+            prompt = tokens_input(list(request.prompt_token_ids))
+            made = engine.generate(prompt, params, request_id, lora_request=lora_request)
+            async with aclosing(made):
+                async for part in made:
+                    finished = part.finished
+                    if self._stopping and any(choice.finish_reason == "abort" for choice in part.outputs):
+                        raise _stopped()
+                    yield convert.output(part, request.sampling.logprobs)
+        except EngineDeadError as error:
+            raise _dead() from error
+        except EngineGenerateError as error:
+            if engine.errored:
+                raise _dead() from error
+            raise
+        except (VLLMClientError, ValueError) as error:
+            raise convert.refused(error) from None
+        finally:
+            self._request_ids.discard(request_id)
+            if not finished:
+                # vLLM aborts by itself, but not while a request is still on its way into the engine.
+                await asyncio.shield(engine.abort(request_id))
+
+    async def check_health(self) -> None:
+        if self._running().errored:
+            raise _dead()
+
+    async def stop(self) -> None:
+        self._stopping = True
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        self._end_waiting(_stopped())
+        deadline = asyncio.get_running_loop().time() + _STOP_SECONDS
+        while self._request_ids and asyncio.get_running_loop().time() < deadline:
+            await engine.abort(list(self._request_ids))
+            await asyncio.sleep(_POLL_SECONDS)
+        if engine.output_handler is not None:
+            engine.output_handler.cancel()  # it would report the processes' end as a failure
+        await asyncio.to_thread(engine.shutdown, _EXIT_SECONDS)
+
+    def _end_waiting(self, error: BackendUnavailable) -> None:
+        """Ends requests that are not in the engine yet."""
+
+    def _running(self) -> AsyncLLM:
+        if self._engine is None or self._stopping:
+            raise _stopped()
+        return self._engine
+
+    async def _call_workers(self, method: str, *args: object) -> list:
+        """Calls a method of `RemoteCalls` in every worker; one result each."""
+        engine = self._running()
+        call = asyncio.ensure_future(engine.collective_rpc(method, args=args))
+        try:
+            # A call is left unanswered when the engine dies in the middle of it.
+            while not call.done() and not engine.errored:
+                await asyncio.wait([call], timeout=_HEALTH_SECONDS)
+            if call.done() and call.exception() is None:
+                return call.result()
+            if not engine.errored:  # a dying engine answers with plain exceptions before it is known to be dead
+                await asyncio.sleep(_HEALTH_SECONDS)
+            if engine.errored:
+                raise _dead() from (call.exception() if call.done() else None)
+            return call.result()
+        finally:
+            call.cancel()
+
+
+class LoraRequests:
+    """vLLM's request object of each set. An id is never used for a second set: vLLM would go on with the first.
+
+    Args:
+        first_id: ids below belong to vLLM's warm-up.
+        idle: sets that no request uses to remember: as many as the workers keep.
+    """
+
+    def __init__(self, first_id: int, idle: int):
+        self._ids = itertools.count(first_id)
+        self._idle = idle
+        self._requests: OrderedDict[str, LoRARequest] = OrderedDict()
+
+    def get(self, key: str, in_use: Collection[Hashable]) -> LoRARequest:
+        """Args: the set's name; the names of sets that are in use, which must keep their ids."""
+        from vllm.lora.request import LoRARequest
+
+        if key not in self._requests:
+            self._requests[key] = LoRARequest(lora_name=key, lora_int_id=next(self._ids), lora_path=key)
+        self._requests.move_to_end(key)
+        for name in list(self._requests):
+            if len(self._requests) - len(in_use) <= self._idle:
+                break
+            if name not in in_use:
+                del self._requests[name]
+        return self._requests[key]
+
+    def forget(self, digest: str) -> list[int]:
+        """Takes out every set of a checkpoint; returns their ids."""
+        gone = [key for key in self._requests if parse_lora_path(key)[0] == digest]
+        return [self._requests.pop(key).lora_int_id for key in gone]
+
+
+def _stopped() -> BackendUnavailable:
+    return BackendUnavailable("the engine is being stopped")
+
+
+def _dead() -> BackendUnavailable:
+    return BackendUnavailable("the engine has died")
+
+
+def _new_request_id() -> str:
+    return uuid.uuid4().hex

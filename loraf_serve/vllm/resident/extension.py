@@ -1,0 +1,17 @@
+"""What an engine of the resident backend adds to vLLM's worker class; see `loraf_serve.vllm.extension`."""
+
+from __future__ import annotations
+
+import functools
+
+import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
+
+from loraf_serve.vllm.remote import CORES, RemoteCalls
+from loraf_serve.vllm.resident.manager import ResidentLoRAManager
+
+
+class WorkerExtension(RemoteCalls):
+    manager_class = ResidentLoRAManager
+
+
+lora_model_runner_mixin.LRUCacheWorkerLoRAManager = functools.partial(ResidentLoRAManager, cores=CORES)

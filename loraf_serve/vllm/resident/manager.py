@@ -1,0 +1,177 @@
+"""Requests become rows, checkpoints become operands: what stands in the place of vLLM's LoRA managers."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.lora import model_manager
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from loraf.checkpoint import Checkpoint
+from loraf.errors import Problem
+from loraf.manifest import Manifest
+from loraf.tasksets import TaskSet
+from loraf_serve import kernels
+from loraf_serve.backends.base import SelfCheckFailed
+from loraf_serve.vllm import targets
+from loraf_serve.vllm.naming import parse_lora_path
+from loraf_serve.vllm.resident import parts, selfcheck
+from loraf_serve.vllm.resident.layers import ResidentLayer, from_layer
+from loraf_serve.vllm.resident.rows import Row, StepRows
+from loraf_serve.vllm.store import CheckpointStore
+from loraf_serve.vllm.worker import LinearOnlyModelManager
+
+
+class RowModel(LoRAModel):
+    """What vLLM takes for an adapter: a row, and no weights. vLLM's warm-up makes copies of one without a row."""
+
+    row: Row | None = None
+
+
+class ResidentModelManager(LinearOnlyModelManager):
+    """Slots hold nothing: a row is looked up by the adapter's id."""
+
+    def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
+        self.supports_mm = False
+        self.rows = StepRows(self._row_of)
+        self.punica_wrapper_mapping = {model_manager.DEFAULT_LANGUAGE_WRAPPER_KEY: self.rows}
+
+    def _create_lora_modules(self) -> None:
+        with _layers_from(from_layer):
+            super()._create_lora_modules()
+        for name, layer in targets.linear_layers(self).items():
+            layer.name_it(name)
+
+    def _row_of(self, lora_id: int) -> Row | None:
+        return self._registered_adapters[lora_id].row
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules=None) -> RowModel:
+        return RowModel(lora_id, 1, {})
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        """A row has no weights to merge."""
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Gives the row a slot, which vLLM counts; nothing is copied."""
+        if lora_id in self._active_adapters:
+            self._active_adapters.touch(lora_id)
+            return False
+        if len(self._active_adapters) >= self.lora_slots:
+            self._active_adapters.remove_oldest()
+        self.lora_index_to_id[self.lora_index_to_id.index(None)] = lora_id
+        self._active_adapters[lora_id] = None
+        return True
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint ready to act: the operand of each of vLLM's layers that it acts on."""
+
+    manifest: Manifest
+    operands: Mapping[str, kernels.Operand]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(operand.nbytes for operand in self.operands.values())
+
+
+class ResidentLoRAManager(LRUCacheWorkerLoRAManager):
+    """Keeps checkpoints in memory and answers vLLM's requests for adapters with rows."""
+
+    _manager_cls = ResidentModelManager
+
+    def __init__(self, vllm_config: VllmConfig, *args, cores=(), **kwargs):
+        super().__init__(vllm_config, *args, **kwargs)
+        self.store = CheckpointStore(self._prepare, cores)
+
+    def _load_adapter(self, lora_request: LoRARequest) -> RowModel:
+        """Runs in the middle of an engine step, where an exception ends the engine: so nothing here can be at fault
+        that was not checked when the checkpoint was loaded."""
+        named = parse_lora_path(lora_request.lora_path)
+        if named is None:
+            raise RuntimeError(f"{lora_request.lora_path} is no task set of a loaded checkpoint")
+        digest, text = named
+        manifest = self.store.get(digest).manifest
+        model = RowModel(lora_request.lora_int_id, 1, {})
+        model.row = Row.of(digest, manifest, TaskSet.parse(text, manifest.task_names))
+        return model
+
+    def layer_shapes(self) -> dict[str, tuple[int, int]]:
+        return targets.layer_shapes(self._adapter_manager)
+
+    def loaded(self, digest: str) -> int:
+        """Puts a prepared checkpoint's operands into the layers: from the next step on it can act.
+
+        Returns:
+            Its bytes in this worker.
+        """
+        prepared = self.store.get(digest)
+        for name, operand in prepared.operands.items():
+            self._layers()[name].operands[digest] = operand
+        return prepared.nbytes
+
+    def drop(self, digest: str, lora_ids: list[int]) -> None:
+        """Frees a checkpoint; no request of it may be running."""
+        for lora_id in lora_ids:
+            self.remove_adapter(lora_id)
+        for layer in self._layers().values():
+            layer.operands.pop(digest, None)
+        self._adapter_manager.rows.active = []
+        self._adapter_manager._last_mapping = None  # so that the next step's rows are made anew
+        self.store.drop(digest)
+
+    def _layers(self) -> dict[str, ResidentLayer]:
+        return targets.linear_layers(self._adapter_manager)
+
+    def _prepare(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> Prepared:
+        """In the loading thread.
+
+        Raises:
+            BaseMismatch: all reasons why the engine cannot apply the checkpoint.
+            SelfCheckFailed: a layer's delta is not that of ΔW.
+        """
+        manifest = checkpoint.manifest
+        manager = self._adapter_manager
+        targets.require_layers(manifest, self.layer_shapes(), manager.model, str(checkpoint.path))
+        modules = {targets.vllm_name(manager.model, module): module for module in manifest.modules}
+        dtype = self.lora_config.lora_dtype
+
+        def make(item: tuple[str, BaseLayerWithLoRA]) -> tuple[str, kernels.Operand | None, str | None]:
+            name, layer = item
+            pieces = parts.pieces(manager, name, layer, modules)
+            if not pieces:
+                return name, None, None
+            projections = {p.module: checkpoint.projection_of(p.module, dtype) for p in pieces}
+            operand = kernels.prepare([_part(piece, projections[piece.module], checkpoint) for piece in pieces])
+            size, seed = sum(layer.output_slices), zlib.crc32(name.encode())
+            return name, operand, selfcheck.difference(operand, pieces, projections, checkpoint, size, seed)
+
+        made = list(pool.map(make, self._layers().items()))
+        wrong = [Problem(fault, name, str(checkpoint.path)) for name, _, fault in made if fault]
+        if wrong:
+            raise SelfCheckFailed(wrong)
+        return Prepared(manifest, {name: operand for name, operand, _ in made if operand is not None})
+
+
+def _part(piece: parts.Piece, a: torch.Tensor, checkpoint: Checkpoint) -> kernels.Part:
+    tasks = [modules[piece.module] for modules in checkpoint.tasks.values()]
+    return kernels.Part(a[:, slice(*piece.columns)].contiguous(), tasks, *piece.rows, piece.offset)
+
+
+@contextlib.contextmanager
+def _layers_from(make) -> Iterator[None]:
+    """vLLM's manager makes its layers with `make` meanwhile."""
+    stock, model_manager.from_layer = model_manager.from_layer, make
+    try:
+        yield
+    finally:
+        model_manager.from_layer = stock

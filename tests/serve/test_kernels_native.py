@@ -1,0 +1,273 @@
+"""Every instruction set that the native kernel is compiled for, threads, and what a row's bits depend on."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraf_serve.kernels import Part, Rows, library, prepare
+from loraf_serve.kernels.native import NativeOperand
+from tests.serve.kernel_cases import (
+    DTYPES,
+    Case,
+    assert_rest_untouched,
+    assert_right,
+    bits,
+    cases,
+    make_case,
+    random_b,
+)
+
+SOURCES = Path(library.__file__).parent / "csrc"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+VARIANTS = ("plain", "avx2", "avx512", "avx512bf16")
+EMULATED = "avx512bf16, emulated"
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory) -> library.Library:
+    """The library with the AVX-512-BF16 variant as it is, but VDPBF16PS spelt out, so that AVX-512 runs it."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("emulated")
+    flags = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    units = {
+        "delta.cpp": [["-DLORAF_VARIANT=plain"], ["-DLORAF_VARIANT=avx512bf16", "-DLORAF_EMULATE_BF16", *AVX512]],
+        "library.cpp": [["-DLORAF_WITH_avx512bf16"]],
+        "pack.cpp": [[]],
+    }
+    assert set(units) == {file.name for file in SOURCES.glob("*.cpp")}
+    objects = []
+    for file, several in units.items():
+        for more in several:
+            objects.append(folder / f"{len(objects)}.o")
+            command = [COMPILER, *flags, *more, "-c", SOURCES / file, "-o", objects[-1]]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert run.returncode == 0, run.stderr
+    target = folder / "_emulated.so"
+    subprocess.run([COMPILER, "-shared", *objects, "-o", target], check=True, timeout=60)
+    return library.load(target)
+
+
+@pytest.fixture(scope="session", params=[*VARIANTS, EMULATED])
+def built_variant(request) -> tuple[library.Library, str]:
+    """A library and the name of one of its variants that this processor runs."""
+    if request.param == EMULATED:
+        built, variant = request.getfixturevalue("emulated"), "avx512bf16"
+    else:
+        if why := library.why_not_native():
+            pytest.skip(why)
+        built, variant = library.load(), request.param
+    if variant in built.variants:
+        return built, variant
+    pytest.skip(f"this processor lacks {variant}" if variant in built.lacking else f"not compiled for {variant}")
+
+
+def result(case: Case, built_variant: tuple[library.Library, str]) -> torch.Tensor:
+    y = case.fresh_y()
+    NativeOperand(case.parts, *built_variant).add_delta(y, case.x, case.rows)
+    return y
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_where_there_is_a_compiler_the_kernel_is_there():
+    assert library.why_not_native() is None
+
+
+def test_the_best_variant_is_taken():
+    if why := library.why_not_native():
+        pytest.skip(why)
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    present = [
+        name
+        for name, flag in zip(VARIANTS, ("", "avx2", "avx512bw", "avx512_bf16"), strict=True)
+        if flag in [*flags, ""]
+    ]
+    assert [*library.load().variants] == present
+    assert prepare(make_case(0).parts).variant == present[-1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_equals_the_formula(built_variant, data):
+    case = data.draw(cases())
+    y = result(case, built_variant)
+    assert_right(case, y)
+    assert_rest_untouched(case, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d_in", [1, 2, 511, 512, 513, 1025])
+def test_depths_around_the_tile(built_variant, dtype, d_in):
+    case = make_case(d_in, dtype=dtype, d_in=d_in, shapes=((33, 257), (129, 15)), n=11, acting=9, margins=(3, 2))
+    assert_right(case, result(case, built_variant))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_number_of_a_half_type_goes_through(built_variant, dtype):
+    """x, A and y take each of the 65,536 patterns; the products with 1 are exact, so all bits are known."""
+    everything = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = everything[everything.isfinite()]
+    # VDPBF16PS takes denormal numbers for zero, as its manual says; the others must keep them.
+    flushes = built_variant[1] == "avx512bf16" and dtype == torch.bfloat16
+    if flushes:
+        finite = finite[(finite.abs() >= torch.finfo(dtype).tiny) | (finite == 0)]
+    one = torch.ones(1, 1, dtype=dtype)
+    single = random_b(torch.Generator().manual_seed(0), 1, 1, 1.0, torch.float32)
+    single.values.fill_(1.0)
+    rows = Rows(torch.arange(len(finite), dtype=torch.int32), torch.ones(len(finite), 1))
+    operand = NativeOperand([Part(one, [single], 0, 1, 0)], *built_variant)
+    y = torch.zeros(len(finite), 1, dtype=dtype)
+    operand.add_delta(y, finite[:, None].contiguous(), rows)  # 0 + 1·1·x
+    assert torch.equal(y[:, 0], finite)
+    y = finite[:, None].clone()
+    operand.add_delta(y, torch.zeros_like(y), rows)  # y + 0
+    assert torch.equal(y[:, 0], finite)
+    wide = random_b(torch.Generator().manual_seed(0), len(finite), 1, 1.0, torch.float32)
+    wide.values.fill_(1.0)
+    y = finite[None].clone()  # as a row: whole vectors instead of single numbers
+    NativeOperand([Part(one, [wide], 0, len(finite), 0)], *built_variant).add_delta(
+        y, torch.zeros(1, 1, dtype=dtype), Rows(rows.indices[:1], torch.ones(1, 1))
+    )
+    assert torch.equal(y[0], finite)
+
+
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_stored_value_of_a_half_type_is_packed(built_variant, value_dtype):
+    everything = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(value_dtype)
+    finite = everything[everything.isfinite()]
+    b = random_b(torch.Generator().manual_seed(0), len(finite), 1, 1.0, value_dtype)
+    b.values.copy_(finite)
+    one = torch.ones(1, 1)
+    for n in (1, 5, 17):  # for one row there is another way than for more
+        y = torch.zeros(n, len(finite))
+        rows = Rows(torch.arange(n, dtype=torch.int32), torch.ones(n, 1))
+        NativeOperand([Part(one, [b], 0, len(finite), 0)], *built_variant).add_delta(y, one.expand(n, 1), rows)
+        assert torch.equal(y, finite.float().expand(n, -1))
+
+
+# --- what a row's bits depend on --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [8, 64, 100, 200])
+def test_a_row_does_not_depend_on_the_batch(built_variant, dtype, rank):
+    case = make_case(rank, dtype=dtype, value_dtype=dtype, shapes=((rank, 300),), d_in=700, n=70, idle=0.5)
+    operand = NativeOperand(case.parts, *built_variant)
+    together = case.fresh_y()
+    operand.add_delta(together, case.x, case.rows)
+    for chosen in ([0], [69], [3, 4], [1, 30, 69], list(range(5)), list(range(40, 57)), list(range(0, 70, 2))):
+        y = case.fresh_y()[chosen]
+        rows = Rows(torch.arange(len(chosen), dtype=torch.int32), case.rows.weights[chosen].contiguous())
+        operand.add_delta(y, case.x[chosen], rows)
+        assert torch.equal(bits(y), bits(together[chosen])), chosen
+
+
+@pytest.mark.parametrize("n", [1, 16, 100])
+def test_any_number_of_threads_gives_the_same_bits(built_variant, n):
+    case = make_case(7, shapes=((64, 700), (32, 130), (64, 40)), d_in=600, n=n)
+    operand = NativeOperand(case.parts, *built_variant)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(case.fresh_y())
+            operand.add_delta(found[-1], case.x, case.rows)
+    finally:
+        torch.set_num_threads(before)
+    assert_right(case, found[0])
+    for y in found[1:]:
+        assert torch.equal(bits(y), bits(found[0]))
+
+
+def test_operands_used_from_several_python_threads_at_once():
+    if why := library.why_not_native():
+        pytest.skip(why)
+    several = [
+        make_case(seed, shapes=((8 * seed + 8, 300 + seed),), d_in=64 * seed + 1, n=4 * seed + 1) for seed in range(6)
+    ]
+    operands = [prepare(case.parts, "native") for case in several]
+    expected = [result(case, (library.load(), operands[0].variant)) for case in several]
+    wrong = []
+
+    def work(i: int) -> None:
+        for turn in range(60):
+            k = (i + turn) % len(several)
+            y = several[k].fresh_y()
+            operands[k].add_delta(y, several[k].x, several[k].rows)
+            if not torch.equal(bits(y), bits(expected[k])):
+                wrong.append((i, k))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+# --- the library ------------------------------------------------------------------------------------------------
+
+
+def test_a_library_that_is_not_there(tmp_path):
+    with pytest.raises(library.NotUsable, match="was not built: install again with a C\\+\\+ compiler"):
+        library.load(tmp_path / "_cpu.so")
+
+
+def test_a_file_that_is_no_library(tmp_path):
+    path = tmp_path / "_cpu.so"
+    path.write_bytes(b"not a library")
+    with pytest.raises(library.NotUsable, match="cannot be loaded"):
+        library.load(path)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_a_library_of_other_sources(tmp_path):
+    source, path = tmp_path / "other.cpp", tmp_path / "_cpu.so"
+    source.write_text(
+        f'extern "C" int loraf_kernels_interface() {{ return {library.INTERFACE + 1}; }}\n', encoding="utf-8"
+    )
+    subprocess.run([COMPILER, "-shared", "-fPIC", source, "-o", path], check=True, timeout=60)
+    with pytest.raises(library.NotUsable, match="was built from other sources"):
+        library.load(path)
+
+
+def test_without_the_library_auto_is_torch_and_says_why(monkeypatch, tmp_path):
+    from loraf_serve import kernels
+
+    missing = tmp_path / "_cpu.so"
+    load = library.load
+    monkeypatch.setattr(library, "load", lambda: load(missing))
+    assert "was not built" in kernels.why_not_native()
+    assert kernels.fastest() == "torch"
+    assert type(prepare(make_case(0).parts)) is kernels.KERNELS["torch"]
+    with pytest.raises(ValueError, match="the native kernel cannot be used: _cpu.so was not built"):
+        prepare(make_case(0).parts, "native")
+
+
+def test_a_variant_that_this_processor_lacks():
+    if why := library.why_not_native():
+        pytest.skip(why)
+    with pytest.raises(ValueError, match="this processor runs plain.*not 'sve'"):
+        NativeOperand(make_case(0).parts, variant="sve")
+
+
+def test_threads_are_shared_with_torch():
+    """One OpenMP runtime in the process; two would each keep as many threads as there are cores."""
+    if why := library.why_not_native():
+        pytest.skip(why)
+    library.load()
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    runtimes = {
+        line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line or "libomp" in line
+    }
+    assert len(runtimes) == 1, runtimes

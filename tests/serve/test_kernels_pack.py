@@ -1,0 +1,149 @@
+"""The packed layer, read back in NumPy as csrc/layer.h describes it: nothing lost, nothing added, little padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from loraf_serve.kernels.library import why_not_native
+from loraf_serve.kernels.native import NativeOperand
+from tests.serve.kernel_cases import Case, cases, make_case, numbers
+
+pytestmark = pytest.mark.skipif(bool(why_not_native()), reason=f"no native kernel: {why_not_native()}")
+
+BLOCK, WINDOW, DEPTH, UNIT = 16, 256, 512, 16
+LAYER = np.dtype(
+    [(name, "<i8") for name in ("nbytes", "d_in", "tasks", "parts", "blocks", "rank", "a")]
+    + [("kind", "<i4"), ("reserved", "<i4")]
+)
+PART = np.dtype(
+    [(name, "<i8") for name in ("rank", "first_block", "d_out", "offset", "sheets", "b")]
+    + [("value_kind", "<i4"), ("index_bytes", "<i4")]
+)
+
+
+def floats(raw: np.ndarray, kind: int) -> np.ndarray:
+    """bfloat16 (0), float16 (1) or float32 (2) bytes as float64."""
+    if kind == 2:
+        return raw.view("<f4").astype(np.float64)
+    halves = torch.from_numpy(raw.view("<i2").copy())
+    return numbers(halves.view(torch.bfloat16 if kind == 0 else torch.float16))
+
+
+def read_head(memory: np.ndarray) -> tuple[np.void, np.ndarray]:
+    layer = memory[: LAYER.itemsize].view(LAYER)[0]
+    return layer, memory[LAYER.itemsize : LAYER.itemsize + int(layer["parts"]) * PART.itemsize].view(PART)
+
+
+def read_a(memory: np.ndarray, layer: np.void, kind: int) -> np.ndarray:
+    """(blocks · 16, d_in): A of all parts, with the rows that pad them."""
+    size, pair = (4 if kind == 2 else 2), (2 if kind == 0 else 1)
+    at, d_in, blocks = int(layer["a"]), int(layer["d_in"]), int(layer["blocks"])
+    tiles = []
+    for k0 in range(0, d_in, DEPTH):
+        depth = min(DEPTH, d_in - k0)
+        columns = -(-depth // pair)
+        count = blocks * columns * BLOCK * pair
+        tile = floats(memory[at : at + count * size], kind).reshape(blocks, columns, BLOCK, pair)
+        at += count * size
+        tile = tile.transpose(0, 2, 1, 3).reshape(blocks * BLOCK, columns * pair)
+        assert not tile[:, depth:].any()
+        tiles.append(tile[:, :depth])
+    return np.concatenate(tiles, axis=1)
+
+
+def read_sheet(sheet: np.ndarray, outputs: int, part: np.void) -> tuple[list[tuple[int, int, float]], int]:
+    """(row within the window, column, value) of each nonzero, and the number of places, padding included."""
+    slices = -(-outputs // BLOCK)
+    rows = sheet[: slices * BLOCK]
+    assert sorted(rows.tolist()) == list(range(slices * BLOCK))
+    lengths = sheet[slices * BLOCK :][: 2 * slices].view("<u2")
+    assert (np.diff(lengths.astype(int)) <= 0).all()  # the longest first
+    values, columns = (4 if part["value_kind"] == 2 else 2) * BLOCK, int(part["index_bytes"]) * BLOCK
+    steps = sheet[slices * BLOCK + -(-2 * slices // UNIT) * UNIT :].reshape(int(lengths.sum()), values + columns)
+    found, at = [], 0
+    for s, length in enumerate(lengths.tolist()):
+        for step in steps[at : at + length]:
+            value = floats(step[:values], int(part["value_kind"]))
+            j = step[values:].view("<u1" if part["index_bytes"] == 1 else "<u2")
+            found += [(int(rows[s * BLOCK + i]), int(j[i]), value[i]) for i in range(BLOCK) if value[i] or j[i]]
+            assert not any(value[i] and rows[s * BLOCK + i] >= outputs for i in range(BLOCK))
+        at += length
+    return found, len(steps) * BLOCK
+
+
+def read_b(memory: np.ndarray, part: np.void, tasks: int) -> tuple[list[dict[tuple[int, int], float]], int]:
+    """Of each task (row, column) → value, and the number of places."""
+    d_out = int(part["d_out"])
+    windows = -(-d_out // WINDOW)
+    begins = memory[int(part["sheets"]) :][: 4 * (windows * tasks + 1)].view("<u4").astype(np.int64) * UNIT
+    several: list[dict[tuple[int, int], float]] = [{} for _ in range(tasks)]
+    places = 0
+    for i, (begin, end) in enumerate(zip(begins, begins[1:], strict=False)):
+        window, t = divmod(i, tasks)
+        if begin == end:
+            continue
+        first = window * WINDOW
+        sheet = memory[int(part["b"]) + begin : int(part["b"]) + end]
+        found, count = read_sheet(sheet, min(WINDOW, d_out - first), part)
+        places += count
+        for row, column, value in found:
+            assert (first + row, column) not in several[t]
+            several[t][first + row, column] = value
+    return several, places
+
+
+def assert_packed(case: Case) -> tuple[int, int]:
+    """Returns nonzeros and places."""
+    operand = NativeOperand(case.parts)
+    memory = operand._memory.numpy()
+    layer, parts = read_head(memory)
+    kind = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}[case.x.dtype]
+    assert (layer["nbytes"], layer["kind"]) == (operand.nbytes, kind)
+    a = read_a(memory, layer, kind)
+    entries = places = 0
+    for part, packed in zip(case.parts, parts, strict=True):
+        first = int(packed["first_block"]) * BLOCK
+        padded = -(-part.rank // BLOCK) * BLOCK
+        assert np.array_equal(a[first : first + part.rank], numbers(part.a))
+        assert not a[first + part.rank : first + padded].any()
+        several, more = read_b(memory, packed, len(part.tasks))
+        places += more
+        for b, found in zip(part.tasks, several, strict=True):
+            rows, cols, values = b.rows.numpy().astype(int), b.cols.numpy().astype(int), numbers(b.values)
+            kept = (rows >= part.first_row) & (rows < part.stop_row)
+            # A stored zero in column 0 looks like padding, and is as good as it.
+            expected = {
+                (r - part.first_row, c): v
+                for r, c, v in zip(rows[kept].tolist(), cols[kept].tolist(), values[kept], strict=True)
+                if v or c
+            }
+            assert found == expected
+            entries += int(kept.sum())
+    return entries, places
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(most_rows=1))
+def test_nothing_is_lost_and_nothing_added(case):
+    assert_packed(case)
+
+
+def test_padding_at_the_usual_sparsity_is_small():
+    """A tenth of the positions a task, rank 64: 6.6 % more places than nonzeros were computed for whole windows."""
+    entries, places = assert_packed(make_case(0, shapes=((64, 4096),), tasks=2, n=1))
+    assert places <= 1.08 * entries
+
+
+def test_rows_are_those_of_one_worker():
+    """Two workers' parts hold the whole B between them."""
+    whole = make_case(3, shapes=((32, 600),), tasks=3, n=1)
+    halves = [make_case(3, shapes=((32, 600),), tasks=3, n=1) for _ in range(2)]
+    total = 0
+    for half, (first, stop) in zip(halves, ((0, 300), (300, 600)), strict=True):
+        part = half.parts[0]
+        half.parts = [type(part)(part.a, part.tasks, first, stop, 0)]
+        total += assert_packed(half)[0]
+    assert total == sum(len(b.values) for b in whole.parts[0].tasks)

@@ -1,0 +1,127 @@
+"""The resident backend's pieces without an engine: rows of a step, runs of rows, the self-check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.lora.layers import LoRAMapping
+
+from loraf.checkpoint import Checkpoint
+from loraf.tasksets import TaskSet
+from loraf_serve import kernels
+from loraf_serve.vllm.resident import parts, selfcheck
+from loraf_serve.vllm.resident.manager import _part
+from loraf_serve.vllm.resident.rows import Row, StepRows
+from tests.standins import make_model, random_checkpoint
+
+# LoRA id → (adapter, weights); 9 is vLLM's warm-up, 5 a set whose weights are all zero.
+ROWS = {
+    1: Row("a", np.array([1, 0], np.float32)),
+    2: Row("a", np.array([0.5, -2], np.float32)),
+    3: Row("b", np.array([3, 0, 1], np.float32)),
+    5: Row("b", np.array([0, 0, 0], np.float32)),
+    9: None,
+}
+
+
+@given(st.lists(st.sampled_from([0, *ROWS]), max_size=40))
+def test_each_token_of_a_step_has_its_own_weights(ids: list[int]) -> None:
+    step = StepRows(ROWS.__getitem__)
+    step.update_metadata(LoRAMapping(tuple(ids), (), is_prefill=True), [None], 1, 0)
+    assert step.tokens == len(ids)
+    found = {
+        (digest, index): weights
+        for digest, rows in step.active
+        for index, weights in zip(rows.indices.tolist(), rows.weights.tolist(), strict=True)
+    }
+    rows = [ROWS.get(lora_id) for lora_id in ids]
+    acting = {(row.digest, i): row.weights.tolist() for i, row in enumerate(rows) if row and row.weights.any()}
+    assert found == acting
+    assert all(rows.count for _, rows in step.active)
+
+
+def test_a_row_holds_scaled_weights_in_the_checkpoints_order(checkpoint: Checkpoint) -> None:
+    manifest = checkpoint.manifest
+    row = Row.of("digest", manifest, TaskSet.parse("code:2+math:-0.5", manifest.task_names))
+    assert manifest.task_names == ("math", "nlu", "code") and manifest.rank == 16
+    assert row.weights.tolist() == [-0.5 * 16 / 16, 0, 2 * 24 / 16]
+
+
+@given(st.lists(st.integers(0, 60), unique=True))
+def test_runs_are_what_they_came_from(numbers: list[int]) -> None:
+    runs = parts._runs(numbers)
+    assert [number for first, stop in runs for number in range(first, stop)] == numbers
+    assert all(stop != following for (_, stop), (following, _) in zip(runs, runs[1:], strict=False))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    root: Path = tmp_path_factory.mktemp("resident")
+    make_model("mistral", root / "model")
+    return random_checkpoint(root / "checkpoint", root / "model")
+
+
+class Faulty(kernels.Operand):
+    """A true operand, and then a fault."""
+
+    def __init__(self, operand: kernels.Operand, fault):
+        self._operand, self._fault, self.nbytes = operand, fault, operand.nbytes
+
+    def add_delta(self, y, x, rows) -> None:
+        self._operand.add_delta(y, x, rows)
+        self._fault(y)
+
+
+def layer(checkpoint: Checkpoint, kernel: str, dtype: torch.dtype):
+    """The fused gate and up projection, its pieces, both A."""
+    names = [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up")]
+    pieces = [parts.Piece(name, (0, 192), (0, 128), 192 * i) for i, name in enumerate(names)]
+    projections = {name: checkpoint.projection_of(name).to(dtype) for name in names}
+    operand = kernels.prepare([_part(p, projections[p.module], checkpoint) for p in pieces], kernel)
+    return operand, pieces, projections
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", sorted({"torch", "reference", kernels.fastest()}))
+def test_a_true_kernel_passes_its_check(checkpoint: Checkpoint, kernel: str, dtype: torch.dtype) -> None:
+    operand, pieces, projections = layer(checkpoint, kernel, dtype)
+    for seed in range(5):
+        assert selfcheck.difference(operand, pieces, projections, checkpoint, 384, seed) is None
+
+
+def off_in_one_part(y: torch.Tensor) -> None:
+    y[:, 192:] *= 1.02
+
+
+def adds_to_base_rows(y: torch.Tensor) -> None:
+    y[1, 7] += 1e-3
+
+
+def swaps_the_parts(y: torch.Tensor) -> None:
+    y.copy_(y.roll(192, 1))
+
+
+def does_nothing(y: torch.Tensor) -> None:
+    y.zero_()
+
+
+def not_a_number(y: torch.Tensor) -> None:
+    y[0] = torch.nan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", [off_in_one_part, adds_to_base_rows, swaps_the_parts, does_nothing, not_a_number])
+def test_a_faulty_kernel_does_not(checkpoint: Checkpoint, dtype: torch.dtype, fault) -> None:
+    operand, pieces, projections = layer(checkpoint, "torch", dtype)
+    assert selfcheck.difference(Faulty(operand, fault), pieces, projections, checkpoint, 384, 0)
+
+
+def test_an_adapter_that_touches_one_part_leaves_the_other(checkpoint: Checkpoint) -> None:
+    operand, pieces, projections = layer(checkpoint, "torch", torch.float32)
+    words = selfcheck.difference(operand, pieces[:1], projections, checkpoint, 384, 0)
+    assert words == "adds to an output that the adapter does not touch"
