@@ -161,22 +161,10 @@ def open_folder(
         raise ConfigError(Problem("holds no task", file=str(folder), remedy=remedy))
     if not allow_other_base:
         require_same_base(checkpoint.manifest.base_model, model_folder, folder, model)
-    _verify_projection(checkpoint)
+    checkpoint.verify_projection()
     manifest = checkpoint.manifest
     return ServedAdapter(name, folder, manifest.adapter_digest, manifest.task_names, checkpoint)
 
-
-_verified: set[tuple] = set()  # what A depends on, and its digest, for each A that was found right in this process
-
-
-def _verify_projection(checkpoint: Checkpoint) -> None:
-    """Rebuilds A once for all checkpoints that have the same: more than a second of processor time at 7B."""
-    manifest = checkpoint.manifest
-    # The projection's digest covers the modules' names and digests.
-    key = (manifest.projection, manifest.rank, tuple(manifest.modules[name].d_in for name in sorted(manifest.modules)))
-    if key not in _verified:
-        checkpoint.verify_projection()
-        _verified.add(key)
 
 
 def open_all(texts: Sequence[str], model_folder: Path, allow_other_base: bool = False) -> Registry:

@@ -17,7 +17,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from loraf.errors import CheckpointError, CorruptCheckpoint, LorafError, Problem, UnknownTask
-from loraf_serve.backends.base import BackendUnavailable, UnsupportedField
+from loraf_serve.backends.base import BackendUnavailable, SelfCheckFailed, UnsupportedField
 from loraf_serve.errors import (
     AdapterMemoryFull,
     DeadlineExceeded,
@@ -35,6 +35,7 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (CorruptCheckpoint, grpc.StatusCode.DATA_LOSS),
     (CheckpointError, grpc.StatusCode.FAILED_PRECONDITION),
     (DigestMismatch, grpc.StatusCode.FAILED_PRECONDITION),
+    (SelfCheckFailed, grpc.StatusCode.FAILED_PRECONDITION),
     (LoadingOff, grpc.StatusCode.FAILED_PRECONDITION),
     (NameTaken, grpc.StatusCode.ALREADY_EXISTS),
     (AdapterMemoryFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
