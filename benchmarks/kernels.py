@@ -30,7 +30,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -144,7 +146,18 @@ def processor() -> dict[str, str]:
         found.setdefault(key.strip(), value.strip())
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     flags = [flag for flag in wanted if flag in found.get("flags", "").split()]
-    return {"model": found.get("model name", "?"), "cores": str(torch.get_num_threads()), "flags": " ".join(flags)}
+    return {"model": found.get("model name", "?"), "cores": str(os.cpu_count()), "flags": " ".join(flags)}
+
+
+def commit() -> str:
+    """Of the working tree; a + where it has changes."""
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return run.stdout.strip() or "?"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,7 +174,14 @@ def main(arguments: list[str] | None = None) -> int:
     if "native" in chosen.kernels and (why := why_not_native()):
         parser.error(f"no native kernel: {why}")
     torch.manual_seed(0)
-    record = {"processor": processor(), "torch": torch.__version__, "rank": RANK, "sparsity": SPARSITY, "runs": []}
+    record = {
+        "commit": commit(),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "rank": RANK,
+        "sparsity": SPARSITY,
+        "runs": [],
+    }
     if "native" in chosen.kernels:
         record["variant"] = prepare([random_part(16, 16, 1, 0, torch.float32)], "native").variant
     for shape, tasks, dtype in itertools.product(chosen.shape, chosen.tasks, (torch.bfloat16, torch.float32)):
@@ -183,13 +203,12 @@ def main(arguments: list[str] | None = None) -> int:
                 run |= {"nbytes": model.nbytes}
                 run |= {"prepare_seconds": {k: round(v, 3) for k, v in model.seconds_to_prepare.items()}}
             record["runs"].append(run)
+            if chosen.out != "-":  # after each, so that a run cut short is not lost
+                Path(chosen.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             figures = "  ".join(f"{name} {value['ms']:9.3f}" for name, value in times.items())
             print(*(f"{key}={run[key]}" for key in list(run)[:6]), "| ms a step:", figures, file=sys.stderr, flush=True)
-    text = json.dumps(record, indent=1) + "\n"
     if chosen.out == "-":
-        print(text)
-    else:
-        Path(chosen.out).write_text(text, encoding="utf-8")
+        print(json.dumps(record, indent=1))
     return 0
 
 

@@ -6,14 +6,13 @@
 //     float16, float32   [tile][block][k][16 j]
 // with zeros beyond a part's rank and beyond d_in.
 //
-// Each part holds
-//   B  in windows of kWindow outputs, within a window one sheet a task. A sheet sorts the window's rows by their number
-//      of nonzeros and cuts them into slices of 16, so that 16 rows advance together with next to no padding:
-//        uint8  row[outputs of the window, rounded up to 16]    place in the sorted order → row within the window
-//        uint16 length[slices]                                  steps of each slice
-//        steps of all slices: 16 values (bfloat16 or float32), 16 columns j (uint8, or uint16 where rank > 256)
-//      A sheet's parts are padded to 16 bytes; a row that ends early is padded with zeros; a task without nonzeros in a
-//      window has no bytes there.
+// Each part holds B in windows of kWindow outputs, within a window one sheet a task. A sheet sorts the window's rows by
+// their number of nonzeros and cuts them into slices of 16, so that 16 rows advance together with next to no padding:
+//     uint8  row[outputs of the window, rounded up to 16]    place in the sorted order → row within the window
+//     uint16 length[slices]                                  steps of each slice
+//     steps of all slices: 16 values (bfloat16 or float32), 16 columns j (uint8, or uint16 where rank > 256)
+// A sheet's parts are padded to 16 bytes; a row that ends early is padded with zeros; a task without nonzeros in a window
+// has no bytes there.
 #pragma once
 
 #include <cstddef>
@@ -36,8 +35,8 @@ struct Part {
     int64_t sheets;             // bytes from the layer's beginning: uint32 [windows · tasks + 1], where sheets begin in
                                 // B, in kUnit
     int64_t b;                  // bytes from the layer's beginning
-    int32_t value_kind;           // kBfloat16 or kFloat32
-    int32_t index_bytes;          // 1 or 2
+    int32_t value_kind;         // kBfloat16 or kFloat32
+    int32_t index_bytes;        // 1 or 2
 };
 
 struct Layer {
@@ -45,7 +44,7 @@ struct Layer {
     int64_t blocks;  // of A
     int64_t rank;    // the largest
     int64_t a;       // bytes from the layer's beginning
-    int32_t kind;  // of A, x and y
+    int32_t kind;    // of A, x and y
     int32_t reserved;
     Part part[1];  // `parts` of them
 };
