@@ -125,6 +125,7 @@ class VllmBackend(Backend):
 
     async def add_adapter(self, adapter: ServedAdapter) -> None:
         """Has every worker read the checkpoint, compare it with the adapter's digest, and prepare it."""
+        await self.check_health()
         if adapter.digest in self._bytes:
             return
         folder = str(adapter.path.resolve())
