@@ -166,7 +166,6 @@ def open_folder(
     return ServedAdapter(name, folder, manifest.adapter_digest, manifest.task_names, checkpoint)
 
 
-
 def open_all(texts: Sequence[str], model_folder: Path, allow_other_base: bool = False) -> Registry:
     """Every `--adapter` of the command line.
 
