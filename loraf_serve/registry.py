@@ -7,7 +7,6 @@ A checkpoint is read, hashed and checked whole, A and the base model included, b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +14,12 @@ from pathlib import Path
 from loraf.base import require_same_base
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
+from loraf.hub import HUB_ID
 from loraf.manifest import FILE_NAME, BaseModel
 from loraf.tasksets import NAME_PATTERN, name_problem
 from loraf_serve.backends.base import ServedAdapter
 from loraf_serve.errors import InvalidRequest
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REMEDY = "write [NAME=]CKPT[@task+task], for example mine=./ckpt@math+nlu"
 
 
@@ -195,7 +194,7 @@ def _folder(spec: AdapterSpec) -> Path:
     if local.is_dir():
         return local.resolve()
     field = f"--adapter {spec.text}"
-    if not _HUB_ID.fullmatch(spec.source):
+    if not HUB_ID.fullmatch(spec.source):
         remedy = "name a folder written by `loraf-train run`, or a hub id such as org/adapter"
         raise ConfigError(Problem(f"there is no checkpoint {spec.source!r}", field, remedy=remedy))
     import huggingface_hub  # only here: most uses never reach a hub

@@ -98,6 +98,7 @@ class VllmBackend(Backend):
             args = self._engine_args()
             try:
                 config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            # With these vLLM refuses a user's options or model in words; all else is a fault and goes on up.
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise refused(error) from None
             self._configured(config)

@@ -84,9 +84,11 @@ class CheckpointStore(Generic[T]):
     def drop(self, digest: str) -> None:
         """Forgets a checkpoint; one that is unknown is nothing. The loading thread gives its memory back."""
         load = self._loads.pop(digest, None)
-        if load is not None:
-            load.cancel()
-            self._thread.submit(give_back)
+        if load is None:
+            return
+        load.cancel()
+        del load  # holds the checkpoint: what is freed only after memory was given back would stay
+        self._thread.submit(give_back)
 
     def _load(self, folder: str, tasks: tuple[str, ...], digest: str) -> T:
         # The engine's thread would keep Python's lock for 5 ms each time that loading asks for it, thousands of times.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -60,14 +61,39 @@ class LinearOnlyModelManager(LRUCacheLoRAModelManager):
         super()._create_lora_modules()
 
 
-class SlotsLoRAManager(LRUCacheWorkerLoRAManager):
-    """vLLM's own manager, which also knows the adapters of checkpoints in memory."""
+class CheckpointLoRAManager(LRUCacheWorkerLoRAManager):
+    """vLLM's own manager with a store of checkpoints; a subclass says what is made of them.
+
+    Args:
+        cores: processors that loading may use.
+    """
 
     _manager_cls = LinearOnlyModelManager
 
     def __init__(self, vllm_config: VllmConfig, *args, cores=(), **kwargs):
         super().__init__(vllm_config, *args, **kwargs)
         self.store = CheckpointStore(self._prepare, cores)
+
+    def _prepare(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> Any:
+        """See `CheckpointStore`; what it makes has `nbytes`."""
+        raise NotImplementedError
+
+    def layer_shapes(self) -> dict[str, tuple[int, int]]:
+        return targets.layer_shapes(self._adapter_manager)
+
+    def loaded(self, digest: str) -> int:
+        """From now on the checkpoint may be named. Returns its bytes in this worker, slots not counted."""
+        return self.store.get(digest).nbytes
+
+    def drop(self, digest: str, lora_ids: list[int]) -> None:
+        """Frees a checkpoint and what was made of its sets; no request of it may be running."""
+        for lora_id in lora_ids:
+            self.remove_adapter(lora_id)
+        self.store.drop(digest)
+
+
+class SlotsLoRAManager(CheckpointLoRAManager):
+    """Also knows the adapters of checkpoints in memory: a set becomes a dense one."""
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         """Runs in the middle of an engine step, where an exception ends the engine: so nothing here can be at fault
@@ -84,19 +110,6 @@ class SlotsLoRAManager(LRUCacheWorkerLoRAManager):
             name = targets.vllm_name(self._adapter_manager.model, module)
             layers[name] = LoRALayerWeights(name, rank, lora_alpha=rank, lora_a=a, lora_b=b, scaling=1.0)
         return LoRAModel(lora_request.lora_int_id, rank, layers)
-
-    def layer_shapes(self) -> dict[str, tuple[int, int]]:
-        return targets.layer_shapes(self._adapter_manager)
-
-    def loaded(self, digest: str) -> int:
-        """Bytes that a loaded checkpoint takes in this worker, slots not counted."""
-        return self.store.get(digest).nbytes
-
-    def drop(self, digest: str, lora_ids: list[int]) -> None:
-        """Frees a checkpoint and the sets of it that have been built."""
-        for lora_id in lora_ids:
-            self.remove_adapter(lora_id)
-        self.store.drop(digest)
 
     def _prepare(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> Resident:
         """Raises CheckpointError or BaseMismatch: all reasons why the engine cannot apply a checkpoint."""

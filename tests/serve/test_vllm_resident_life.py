@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import statistics
+import time
 from pathlib import Path
 
 import psutil
@@ -92,18 +93,26 @@ def worker_bytes(engine: Engine) -> int:
     return sum(process.memory_info().rss for process in psutil.Process(core.pid).children(recursive=True))
 
 
-def test_a_large_adapter_gives_its_memory_back(engine: Engine, tmp_path: Path) -> None:
-    random_checkpoint(tmp_path / "large", engine.folder, rank=2048, tasks=("math", "nlu"), sparsity=0.5, seed=60)
-    large = open_adapter("large", tmp_path / "large")
-    start = worker_bytes(engine)
-    engine.loop.run(engine.backend.add_adapter(large))
-    (answer,) = engine.ask(engine.request("all", PROMPT, large))
-    held = engine.backend.adapter_bytes(large)
-    assert held > 20e6 and answer.token_ids == Merged(engine.folder, large.checkpoint).greedy("all", PROMPT, 8)
-    assert worker_bytes(engine) - start > 0.8 * held
-    engine.loop.run(engine.backend.remove_adapter(large))
-    assert worker_bytes(engine) - start < 0.2 * held
-    assert engine.backend.adapter_bytes(large) == 0
+def test_a_large_adapter_gives_its_memory_back_each_time(engine: Engine, tmp_path: Path) -> None:
+    """The first load also pays once for what stays: scratch memory of threads, their arenas."""
+    loaded = []
+    for i in range(4):
+        random_checkpoint(tmp_path / str(i), engine.folder, ("math", "nlu"), 2048, 0.5, seed=60 + i)
+        large = open_adapter("large", tmp_path / str(i))
+        before = worker_bytes(engine)
+        engine.loop.run(engine.backend.add_adapter(large))
+        (answer,) = engine.ask(engine.request("all", PROMPT, large))
+        held = engine.backend.adapter_bytes(large)
+        assert held > 20e6 and answer.token_ids == Merged(engine.folder, large.checkpoint).greedy("all", PROMPT, 8)
+        loaded.append(worker_bytes(engine))
+        assert i or loaded[0] - before > 0.8 * held
+        engine.loop.run(engine.backend.remove_adapter(large))
+        assert engine.backend.adapter_bytes(large) == 0
+        deadline = time.monotonic() + 10  # memory is given back by the loading thread
+        while loaded[-1] - worker_bytes(engine) < 0.8 * held:
+            assert time.monotonic() < deadline, (loaded[-1], worker_bytes(engine), held)
+            time.sleep(0.05)
+    assert loaded[-1] - loaded[1] < 0.2 * held, loaded
 
 
 def test_the_same_content_again_after_it_was_unloaded(engine: Engine, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_row_holds_scaled_weights_in_the_checkpoints_order(checkpoint: Checkpo
 
 @given(st.lists(st.integers(0, 60), unique=True))
 def test_runs_are_what_they_came_from(numbers: list[int]) -> None:
-    runs = parts._runs(numbers)
+    runs = parts._runs(torch.tensor(numbers, dtype=torch.int64))
     assert [number for first, stop in runs for number in range(first, stop)] == numbers
     assert all(stop != following for (_, stop), (following, _) in zip(runs, runs[1:], strict=False))
 

@@ -14,7 +14,6 @@ from vllm.lora import model_manager
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from loraf.checkpoint import Checkpoint
 from loraf.errors import Problem
@@ -27,8 +26,7 @@ from loraf_serve.vllm.naming import parse_lora_path
 from loraf_serve.vllm.resident import parts, selfcheck
 from loraf_serve.vllm.resident.layers import ResidentLayer, from_layer
 from loraf_serve.vllm.resident.rows import Row, StepRows
-from loraf_serve.vllm.store import CheckpointStore
-from loraf_serve.vllm.worker import LinearOnlyModelManager
+from loraf_serve.vllm.worker import CheckpointLoRAManager, LinearOnlyModelManager
 
 
 class RowModel(LoRAModel):
@@ -84,14 +82,10 @@ class Prepared:
         return sum(operand.nbytes for operand in self.operands.values())
 
 
-class ResidentLoRAManager(LRUCacheWorkerLoRAManager):
-    """Keeps checkpoints in memory and answers vLLM's requests for adapters with rows."""
+class ResidentLoRAManager(CheckpointLoRAManager):
+    """Answers vLLM's requests for adapters with rows."""
 
     _manager_cls = ResidentModelManager
-
-    def __init__(self, vllm_config: VllmConfig, *args, cores=(), **kwargs):
-        super().__init__(vllm_config, *args, **kwargs)
-        self.store = CheckpointStore(self._prepare, cores)
 
     def _load_adapter(self, lora_request: LoRARequest) -> RowModel:
         """Runs in the middle of an engine step, where an exception ends the engine: so nothing here can be at fault
@@ -105,29 +99,19 @@ class ResidentLoRAManager(LRUCacheWorkerLoRAManager):
         model.row = Row.of(digest, manifest, TaskSet.parse(text, manifest.task_names))
         return model
 
-    def layer_shapes(self) -> dict[str, tuple[int, int]]:
-        return targets.layer_shapes(self._adapter_manager)
-
     def loaded(self, digest: str) -> int:
-        """Puts a prepared checkpoint's operands into the layers: from the next step on it can act.
-
-        Returns:
-            Its bytes in this worker.
-        """
-        prepared = self.store.get(digest)
-        for name, operand in prepared.operands.items():
-            self._layers()[name].operands[digest] = operand
-        return prepared.nbytes
+        """Puts the operands into the layers, where the next step finds them."""
+        layers = self._layers()
+        for name, operand in self.store.get(digest).operands.items():
+            layers[name].operands[digest] = operand
+        return super().loaded(digest)
 
     def drop(self, digest: str, lora_ids: list[int]) -> None:
-        """Frees a checkpoint; no request of it may be running."""
-        for lora_id in lora_ids:
-            self.remove_adapter(lora_id)
         for layer in self._layers().values():
             layer.operands.pop(digest, None)
         self._adapter_manager.rows.active = []
         self._adapter_manager._last_mapping = None  # so that the next step's rows are made anew
-        self.store.drop(digest)
+        super().drop(digest, lora_ids)
 
     def _layers(self) -> dict[str, ResidentLayer]:
         return targets.linear_layers(self._adapter_manager)

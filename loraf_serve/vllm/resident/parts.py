@@ -54,28 +54,23 @@ def pieces(
     return found
 
 
-def _kept_rows(layer: BaseLinearLayerWithLoRA, sizes: list[int]) -> list[list[int]]:
-    """The rows of each member's B that this worker holds, in the order of its output."""
+def _kept_rows(layer: BaseLinearLayerWithLoRA, sizes: list[int]) -> list[torch.Tensor]:
+    """The numbers of the rows of each member's B that this worker holds, in the order of its output."""
     numbers = [torch.arange(size).unsqueeze(1) for size in sizes]
     if layer.tp_size > 1:
         numbers = layer.slice_lora_b(numbers) if layer.n_slices > 1 else [layer.slice_lora_b(numbers[0])]
-    return [part.squeeze(1).tolist() for part in numbers]
+    return [part.squeeze(1) for part in numbers]
 
 
 def _kept_columns(layer: BaseLinearLayerWithLoRA, d_in: int, sizes: list[int]) -> list[tuple[int, int]]:
     numbers = [torch.arange(d_in).unsqueeze(0) for _ in sizes]
     if layer.tp_size > 1:
         numbers = layer.slice_lora_a(numbers) if layer.n_slices > 1 else [layer.slice_lora_a(numbers[0])]
-    runs = [_runs(part.squeeze(0).tolist()) for part in numbers]
+    runs = [_runs(part.squeeze(0)) for part in numbers]
     return [run for (run,) in runs]  # vLLM keeps one run of columns
 
 
-def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """Ascending runs of consecutive numbers, as (first, one past the last)."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1]:
-            runs[-1] = (runs[-1][0], number + 1)
-        else:
-            runs.append((number, number + 1))
-    return runs
+def _runs(numbers: torch.Tensor) -> list[tuple[int, int]]:
+    """Runs of consecutive numbers, as (first, one past the last)."""
+    breaks = torch.nonzero(numbers.diff() != 1).flatten() + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in numbers.tensor_split(breaks) if len(run)]
