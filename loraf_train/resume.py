@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from loraf import strict_json
+from loraf import strict_json, task_file
 from loraf.checkpoint import unwritable, write_durably
 from loraf.errors import CheckpointError, Problem
 from loraf.manifest import StoredFile
@@ -350,8 +350,8 @@ def _state(folder: Path, record: _Record) -> State:
     if len(data) != record.tensors.bytes or hashlib.sha256(data).hexdigest() != record.tensors.sha256:
         raise ValueError(f"{record.tensors.path} does not match its digest")
     try:
-        tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
+        tensors = task_file.parse(memoryview(bytearray(data)))
+    except ValueError as error:
         raise ValueError(f"{record.tensors.path} is no safetensors file: {error}") from None
     masks = {name.removeprefix(_MASK): t.long() for name, t in tensors.items() if name.startswith(_MASK)}
     if not record.steps:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
 from loraf.sparse import SparseB
-from loraf_serve.kernels import Part, Rows
+from loraf_serve.kernels import Part, Rows, why_not_native
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RANKS = (1, 3, 8, 16, 17, 32, 33, 64, 65, 100, 128, 129, 255, 256, 257, 300)
 EXPONENT_BITS_OF_ULP = {torch.bfloat16: (7, -133), torch.float16: (10, -24), torch.float32: (23, -149)}
+
+
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+# Where there is a compiler, a library that is missing or unusable is a failure, and no reason to skip.
+needs_native = pytest.mark.skipif(
+    COMPILER is None and why_not_native() is not None, reason="no C++ compiler, so no native kernel"
+)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 @dataclass

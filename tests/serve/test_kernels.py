@@ -13,9 +13,16 @@ from hypothesis import given, settings
 from loraf_serve import kernels
 from loraf_serve.kernels import KERNELS, Part, Rows, prepare
 from loraf_serve.kernels.library import why_not_native
-from tests.serve.kernel_cases import DTYPES, Case, assert_rest_untouched, assert_right, cases, make_case
+from tests.serve.kernel_cases import (
+    DTYPES,
+    Case,
+    assert_rest_untouched,
+    assert_right,
+    cases,
+    make_case,
+    needs_native,
+)
 
-needs_native = pytest.mark.skipif(bool(why_not_native()), reason=f"no native kernel: {why_not_native()}")
 each_kernel = pytest.mark.parametrize(
     "kernel", [pytest.param(name, marks=needs_native if name == "native" else ()) for name in KERNELS]
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from loraf_serve.kernels import Part, Rows, library, prepare
 from loraf_serve.kernels.native import NativeOperand
 from tests.serve.kernel_cases import (
+    COMPILER,
     DTYPES,
     Case,
     assert_rest_untouched,
@@ -23,11 +23,12 @@ from tests.serve.kernel_cases import (
     bits,
     cases,
     make_case,
+    needs_compiler,
+    needs_native,
     random_b,
 )
 
 SOURCES = Path(library.__file__).parent / "csrc"
-COMPILER = shutil.which("c++") or shutil.which("g++")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 VARIANTS = ("plain", "avx2", "avx512", "avx512bf16")
 EMULATED = "avx512bf16, emulated"
@@ -64,8 +65,8 @@ def built_variant(request) -> tuple[library.Library, str]:
     if request.param == EMULATED:
         built, variant = request.getfixturevalue("emulated"), "avx512bf16"
     else:
-        if why := library.why_not_native():
-            pytest.skip(why)
+        if COMPILER is None and library.why_not_native():
+            pytest.skip("no C++ compiler, so no native kernel")
         built, variant = library.load(), request.param
     if variant in built.variants:
         return built, variant
@@ -78,14 +79,13 @@ def result(case: Case, built_variant: tuple[library.Library, str]) -> torch.Tens
     return y
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@needs_compiler
 def test_where_there_is_a_compiler_the_kernel_is_there():
     assert library.why_not_native() is None
 
 
+@needs_native
 def test_the_best_variant_is_taken():
-    if why := library.why_not_native():
-        pytest.skip(why)
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     present = [
         name
@@ -190,9 +190,8 @@ def test_any_number_of_threads_gives_the_same_bits(built_variant, n):
         assert torch.equal(bits(y), bits(found[0]))
 
 
+@needs_native
 def test_operands_used_from_several_python_threads_at_once():
-    if why := library.why_not_native():
-        pytest.skip(why)
     several = [
         make_case(seed, shapes=((8 * seed + 8, 300 + seed),), d_in=64 * seed + 1, n=4 * seed + 1) for seed in range(6)
     ]
@@ -231,7 +230,7 @@ def test_a_file_that_is_no_library(tmp_path):
         library.load(path)
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@needs_compiler
 def test_a_library_of_other_sources(tmp_path):
     source, path = tmp_path / "other.cpp", tmp_path / "_cpu.so"
     source.write_text(
@@ -255,20 +254,18 @@ def test_without_the_library_auto_is_torch_and_says_why(monkeypatch, tmp_path):
         prepare(make_case(0).parts, "native")
 
 
+@needs_native
 def test_a_variant_that_this_processor_lacks():
-    if why := library.why_not_native():
-        pytest.skip(why)
     with pytest.raises(ValueError, match="this processor runs plain.*not 'sve'"):
         NativeOperand(make_case(0).parts, variant="sve")
 
 
+@needs_native
 def test_threads_are_shared_with_torch():
     """One OpenMP runtime in a process; two would each keep as many threads as there are cores.
 
     In a process of its own: other tests' libraries may bring a runtime along.
     """
-    if why := library.why_not_native():
-        pytest.skip(why)
     program = "from loraf_serve.kernels import library; library.load(); print(open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     names = ("libgomp", "libiomp", "libomp")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 
-from loraf_serve.kernels.library import why_not_native
 from loraf_serve.kernels.native import NativeOperand
-from tests.serve.kernel_cases import Case, cases, make_case, numbers
+from tests.serve.kernel_cases import Case, cases, make_case, needs_native, numbers
 
-pytestmark = pytest.mark.skipif(bool(why_not_native()), reason=f"no native kernel: {why_not_native()}")
+pytestmark = needs_native
 
 BLOCK, WINDOW, DEPTH, UNIT = 16, 256, 512, 16
 LAYER = np.dtype(
