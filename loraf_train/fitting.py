@@ -13,7 +13,7 @@ sides (`choose`):
 and from each by hard thresholding pursuit: a gradient step, the K largest, refit, as long as the loss falls (Foucart,
 «Hard thresholding pursuit: an algorithm for compressive sensing», SIAM J. Numer. Anal. 49, 2011). With orthogonal rows
 of A both starts are the optimum already, and those of a random A are nearly orthogonal. Everything is float64, and ΔW
-is never formed: norms of (sum of) products come from a QR decomposition of the stacked A (`Geometry`).
+is never formed: its norms come from a QR decomposition of A and A_f stacked (`Geometry`).
 """
 
 from __future__ import annotations
