@@ -36,7 +36,7 @@ LAYER = {
 }
 
 
-def make_checkpoint(folder: Path, layers: int, rank: int, tasks: int, sparsity: float) -> None:
+def make_checkpoint(folder: Path, layers: int, rank: int, tasks: int, sparsity: float, seed: int = 0) -> None:
     """Random disjoint masks: of every `tasks` neighbouring positions each task owns one, in random order."""
     import torch
 
@@ -46,8 +46,8 @@ def make_checkpoint(folder: Path, layers: int, rank: int, tasks: int, sparsity: 
 
     shapes = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
     base = BaseModel("benchmark/mistral-7b-shape", "MistralForCausalLM", "0" * 64)
-    checkpoint = Checkpoint.create(folder, base, rank, shapes, seed=0)
-    generator = torch.Generator().manual_seed(0)
+    checkpoint = Checkpoint.create(folder, base, rank, shapes, seed)
+    generator = torch.Generator().manual_seed(seed)
     first = {  # of task 0 in each group; the others follow it, in a circle
         module: torch.randint(tasks, (positions(sparsity, d_out, rank),), generator=generator)
         for module, (d_out, _) in shapes.items()

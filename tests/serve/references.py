@@ -14,10 +14,10 @@ from loraf.tasksets import TaskSet
 
 
 class Merged:
-    """Weights merged by loraf in transformers, float32."""
+    """Weights merged by loraf in transformers."""
 
-    def __init__(self, model_folder: Path, checkpoint: Checkpoint):
-        self._model = load(model_folder, torch.float32)
+    def __init__(self, model_folder: Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
+        self._model = load(model_folder, dtype)
         self._merger = Merger(self._model, checkpoint)
         self._order = checkpoint.manifest.task_names
 

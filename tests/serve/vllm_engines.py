@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Coroutine, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from loraf.checkpoint import Checkpoint
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.base import (
+    Backend,
     BackendUnavailable,
     ChoiceDelta,
     GenerationRequest,
@@ -91,17 +92,26 @@ class Engine:
 
     Attributes:
         kind: of KINDS.
+        backend: made by what `backend` is called with: the model's folder, vLLM's options, the largest rank.
         folder: the model.
         adapter: tasks math, nlu, code; rank 16.
     """
 
-    def __init__(self, loop: Loop, kind: str, folder: Path, checkpoint: Path, options: Sequence[str] = ()):
+    def __init__(
+        self,
+        loop: Loop,
+        kind: str,
+        folder: Path,
+        checkpoint: Path,
+        options: Sequence[str] | None = None,
+        backend: Callable[[Path, tuple[str, ...], int], Backend] | None = None,
+    ):
         self.loop = loop
         self.kind = kind
         self.folder = folder
         self.adapter = open_adapter("main", checkpoint)
-        backend, usual = KINDS[kind]
-        self.backend = backend(folder, (*usual, *options), 16)
+        usual_backend, usual_options = KINDS[kind]
+        self.backend = (backend or usual_backend)(folder, tuple(options or usual_options), 16)
         loop.run(self.backend.start())
         loop.run(self.backend.add_adapter(self.adapter))
 
