@@ -12,19 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, field_validator
 
 from loraf.errors import ConfigError, Problem
 from loraf.tasksets import name_problem
-from loraf_train import config_errors, yaml_file
+from loraf_train import config_errors, own_metric, yaml_file
 from loraf_train.compare.settings import CompareConfig, MethodSettings, TaskSettings, contradictions
 from loraf_train.config_parts import CalibrationConfig, Model, Number, Source, TrainingConfig, Whole, mistake
-from loraf_train.metrics import MEAN
+from loraf_train.metrics import DEFAULT_NEW_TOKENS, MEAN
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GENERIC_NAMES = frozenset({"train", "test", "dev", "eval", "valid", "validation", "evaluation", "data"})
 
-Metric = Literal["exact_match", "gsm8k", "choice", "loss"]
 Start = Literal["previous", "base"]
 
 
@@ -48,9 +47,16 @@ def _template(text: str) -> str:
     return text
 
 
+def _metric(name: str) -> str:
+    if name not in DEFAULT_NEW_TOKENS and not own_metric.is_name(name):
+        raise mistake(f"{name!r} is not known", "")
+    return name
+
+
 Settings = TypeVar("Settings", bound=BaseModel)
 TaskName = Annotated[str, AfterValidator(_task_name)]
 Template = Annotated[str, AfterValidator(_template)]
+Metric = Annotated[str, AfterValidator(_metric)]
 
 
 class AdapterConfig(Model):
@@ -131,6 +137,7 @@ class TaskConfig(Model):
         alpha: ΔW is scaled by alpha / rank; the rank if the file does not say.
         start: whether earlier tasks act while this one is trained.
         max_new_tokens: tokens generated for an answer when scoring; None: the metric's default.
+        grade: the function that `metric` names, where it is the user's own.
     """
 
     name: TaskName
@@ -142,6 +149,7 @@ class TaskConfig(Model):
     metric: Metric = "exact_match"
     start: Start = "previous"
     max_new_tokens: int | None = None
+    grade: own_metric.Grade | None = None
 
 
 class RunConfig(Model):
@@ -178,9 +186,10 @@ class _TaskEntry(Model):
     sparsity: Number | None = Field(None, gt=0, lt=1, description=AdapterConfig.model_fields["sparsity"].description)
     calibration: CalibrationConfig = Field(CalibrationConfig(), description="a mapping of calibration settings")
     training: TrainingConfig = Field(TrainingConfig(), description="a mapping of training settings")
-    metric: Metric = Field("exact_match", description="exact_match, gsm8k, choice or loss")
+    metric: Metric = Field("exact_match", description="exact_match, gsm8k, choice, loss, or your own module:function")
     start: Start | None = Field(None, description="previous or base")
     max_new_tokens: Whole | None = Field(None, ge=1, description="a whole number from 1")
+    _grade: own_metric.Grade | None = PrivateAttr(None)
 
 
 class _RunEntry(Model):
@@ -231,6 +240,7 @@ def draft(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
     run = reader.validate(_RunEntry, ())
     tasks = [(i, reader.validate(_TaskEntry, ("tasks", i))) for i in range(len(reader.entries("tasks")))]
     _cross_checks(reader, tasks)
+    _import_metrics(reader, tasks, folder)
     if run is None:
         return None, reader.problems
     entries = [entry for _, entry in tasks if entry is not None]
@@ -281,6 +291,7 @@ def _resolve(entry: _TaskEntry, run: _RunEntry, *more: TaskSettings) -> TaskConf
         metric=entry.metric,
         start=entry.start or run.start,
         max_new_tokens=entry.max_new_tokens,
+        grade=entry._grade,
     )
 
 
@@ -305,3 +316,13 @@ def _cross_checks(reader: config_errors.Reader, tasks: list[tuple[int, _TaskEntr
                 if not source.choices:
                     remedy = 'write eval: {name: {file: …, choices: ["true", "false"]}}'
                     reader.add(("tasks", i, "data", "eval", name), "the metric choice needs choices", remedy)
+
+
+def _import_metrics(reader: config_errors.Reader, tasks: list[tuple[int, _TaskEntry | None]], folder: Path) -> None:
+    """Gives each task the function that its metric names."""
+    for i, entry in tasks:
+        if entry is not None and entry.metric not in DEFAULT_NEW_TOKENS:
+            try:
+                entry._grade = own_metric.find(entry.metric, folder)
+            except own_metric.MetricFault as fault:
+                reader.add(("tasks", i, "metric"), fault.message, fault.remedy)
