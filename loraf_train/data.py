@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import Templates
 from loraf.prompt_ids import prompt_ids
-from loraf_train.config import EvaluationSource, RunConfig, Source, TaskConfig
+from loraf_train import lori
+from loraf_train.config import RunConfig, Source, TaskConfig
 from loraf_train.forms import Form, RecordFault, form_of, plain_text
 from loraf_train.metrics import expected_answer
 from loraf_train.own_metric import MetricFault, graded
@@ -169,13 +170,14 @@ def _load(
         if form is None:
             break
     limit = min((n for n in (task.data.eval_limit, eval_limit) if n is not None), default=None)
-    evaluation: dict[str, tuple[EvaluationSource, list[_Text]]] = {}
+    evaluation: dict[str, tuple[tuple[str, ...], list[_Text]]] = {}
     for name, source in task.data.eval.items():
         for _, records in _sampled(_read_all([source], "test", problems), limit, seed):
             faults = Faults(str(source))
-            texts = [] if form is None else _texts(form, source, records, faults, task.metric, source.choices)
+            choices = source.choices or (lori.choices_of(records[0][1]) if task.recipe == "lori" else ())
+            texts = [] if form is None else _texts(form, source, records, faults, task.metric, choices)
             _try_grade(task, texts[:1], faults)
-            evaluation[name] = (source, texts)
+            evaluation[name] = (choices, texts)
             problems += faults.problems
     if problems or tokenizer is None or form is None:
         return None, problems
@@ -183,10 +185,10 @@ def _load(
     try:
         examples = [e for found in tokenize(train, tokenizer, special_tokens) for e in found]
         sets = {}
-        for name, (source, texts) in evaluation.items():
+        for name, (choices, texts) in evaluation.items():
             found = tokenize([_last_answer(text) for text in texts], tokenizer, special_tokens)
             asked = [_asked(task, e, text) for (e,), text in zip(found, texts, strict=True)]
-            sets[name] = EvaluationSet(name, asked, source.choices)
+            sets[name] = EvaluationSet(name, asked, choices)
     except ConfigError as error:
         return None, list(error.problems)
     most = task.training.max_length
@@ -244,7 +246,7 @@ def _form(
     task: TaskConfig, number: int, first: Record, tokenizer: PreTrainedTokenizerBase | None, faults: Faults
 ) -> Form | None:
     try:
-        return form_of(task.data, first, tokenizer)
+        return (lori.form_of if task.recipe == "lori" else form_of)(task.data, first, tokenizer)
     except RecordFault as fault:
         faults.add(f"record {number}", fault.message, fault.remedy)
         return None
