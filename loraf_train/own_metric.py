@@ -70,6 +70,8 @@ def find(name: str, folder: Path) -> Grade:
             module, attribute = name.rpartition(":" if ":" in name else ".")[::2]
             found = pkgutil.resolve_name(name)
     except AttributeError as error:
+        if file.is_file():
+            raise _not_imported(module, error, file) from None
         raise MetricFault(f"{name} is not there ({error})", "name a function of the module") from None
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module}.".startswith(f"{error.name}."):
@@ -89,8 +91,8 @@ def find(name: str, folder: Path) -> Grade:
         raise MetricFault(
             f"{name} cannot be called with an answer and a record ({error})", f"write {SIGNATURE}"
         ) from None
-    except ValueError:  # a function in C that does not tell what it takes
-        return found
+    except ValueError:
+        pass  # a function in C that does not tell what it takes
     return found
 
 

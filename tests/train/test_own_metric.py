@@ -96,6 +96,7 @@ def test_a_file_may_import_its_neighbours_and_is_run_once_until_it_changes(tmp_p
             r"importing needy fails \(ModuleNotFoundError: No module named 'absent_module', needy.py line 1",
         ),
         ("ends.grade", r"importing ends fails \(SystemExit: 3, ends.py line 1\)"),
+        ("wrong.grade", r"importing wrong fails \(AttributeError: module 'json' has no attribute 'absent', wrong.py"),
         ("typo.grade", r"importing typo fails \(SyntaxError"),
     ],
 )
@@ -104,6 +105,7 @@ def test_what_cannot_be_used_is_told_with_the_rest_of_the_files_mistakes(tmp_pat
     write(tmp_path, "one.py", "def grade(answer): return 1")
     write(tmp_path, "broken.py", "x = 1\nx / 0")
     write(tmp_path, "needy.py", "import absent_module")
+    write(tmp_path, "wrong.py", "import json\njson.absent")
     write(tmp_path, "ends.py", "raise SystemExit(3)")
     write(tmp_path, "typo.py", "def grade(:")
     write(tmp_path, "a.jsonl", '{"prompt": "a", "completion": "b"}\n')
