@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loraf_train import report
 from loraf_train.compare import canvas
-from loraf_train.compare.cells import BASE_ROW, counted, examples, runs, task_set
+from loraf_train.compare.cells import BASE_ROW, counted, examples, model_name, runs, task_set
 from loraf_train.compare.results import BASE, ScoredTask
 from loraf_train.compare.statistics import Estimate, Statistics
 from loraf_train.metrics import LOWER_IS_BETTER
@@ -59,7 +59,7 @@ def scores(found: Statistics) -> Figure | None:
             series.append(Series(label, COLOURS[(i - 1) % len(COLOURS)] if method else GREY, ids, estimates))
         _bars(axes, groups, series, tasks[0])
         axes.set_xlabel("evaluation set, its number of examples")
-    figure.suptitle(f"{found.results.model}: each task trained alone ({_means(found)})", x=0.01, ha="left")
+    figure.suptitle(f"{model_name(found.results)}: each task trained alone ({_means(found)})", x=0.01, ha="left")
     return figure
 
 
@@ -91,7 +91,7 @@ def kept(found: Statistics) -> Figure | None:
         axes.axhline(base.mean, color=canvas.INK, linestyle="--", linewidth=1, zorder=0.5, label=label, gid="base")
     _bars(axes, groups, series, first)
     axes.set_xlabel("method, and what share of its score just trained the task keeps at the end")
-    title = f"{found.results.model}: what the first task, {first.name}, keeps ({_means(found)})"
+    title = f"{model_name(found.results)}: what the first task, {first.name}, keeps ({_means(found)})"
     figure.suptitle(f"{title}\n{counted(examples(first), 'example')}", x=0.01, ha="left")
     return figure
 
@@ -123,7 +123,8 @@ def _bars(axes: Axes, groups: Sequence[str], series: Sequence[Series], task: Sco
             top = max(top, high)
     axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0)
-    axes.set_xlim(-0.6, max(len(groups), 3) - 0.4)
+    margin = max(0.0, (3 - len(groups)) / 2)  # so that few bars do not become broad
+    axes.set_xlim(-0.6 - margin, len(groups) - 0.4 + margin)
     axes.set_ylim(0, 1.12 * top if _is_loss(task) else 1.08)
     if not _is_loss(task):
         axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])

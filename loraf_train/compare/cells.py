@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loraf_train import report
-from loraf_train.compare.results import BASE, ScoredTask
+from loraf_train.compare.results import BASE, Results, ScoredTask
 from loraf_train.compare.statistics import Estimate, Statistics
 from loraf_train.metrics import LOWER_IS_BETTER
 
@@ -93,6 +93,12 @@ def number(estimate: Estimate, metric: str, seeds: int, count: int, sign: str = 
     unlike = [counted(estimate.seeds, "seed")] if estimate.seeds != seeds else []
     unlike += [counted(estimate.count, "example")] if estimate.count != count else []
     return mean + interval + (f" ({', '.join(unlike)})" if unlike else "")
+
+
+def model_name(results: Results) -> str:
+    """The model as readers know it: of a local folder its last part."""
+    name = results.model.replace("\\", "/").rstrip("/")
+    return name.rsplit("/", 1)[-1] if name.startswith(("/", ".", "~")) else results.model
 
 
 def counted(number: int, what: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraf_train.compare import canvas
-from loraf_train.compare.cells import BASE_ROW, counted, examples, runs
+from loraf_train.compare.cells import BASE_ROW, counted, examples, model_name, runs
 from loraf_train.compare.results import BASE, Run
 from loraf_train.compare.statistics import Statistics
 from loraf_train.metrics import LOWER_IS_BETTER
@@ -52,7 +52,7 @@ def matrix(found: Statistics) -> Figure | None:
         axes.remove()
     losses = any(task.metric in LOWER_IS_BETTER for task in tasks)
     reading = "light: good; shares from 0 to 1" + (", losses in the range of their column" if losses else "")
-    title = f"{found.results.model}: R, scores after each task, all so far on ({reading})"
+    title = f"{model_name(found.results)}: R, scores after each task, all so far on ({reading})"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
@@ -104,7 +104,7 @@ def positions(found: Statistics) -> Figure | None:
         _bar(figure, axes, scale, "share of the module")
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    title = f"{found.results.model}: where each task's positions lie ({run.method}, seed {run.seed})"
+    title = f"{model_name(found.results)}: where each task's positions lie ({run.method}, seed {run.seed})"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 

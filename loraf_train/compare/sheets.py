@@ -10,10 +10,22 @@ Every number stands with the task set that acted, the number of seeds, and the e
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from loraf_train import report
 from loraf_train.compare import sheets_sequence
-from loraf_train.compare.cells import BASE_ROW, Cell, Rows, Sheet, counted, examples, head, task_set, trainable
+from loraf_train.compare.cells import (
+    BASE_ROW,
+    Cell,
+    Rows,
+    Sheet,
+    counted,
+    examples,
+    head,
+    model_name,
+    task_set,
+    trainable,
+)
 from loraf_train.compare.results import BASE, Results
 from loraf_train.compare.statistics import Statistics
 
@@ -29,7 +41,7 @@ def preface(results: Results) -> list[str]:
     """What holds for all tables."""
     seeds = counted(len({run.seed for run in results.runs}), "seed")
     return [
-        f"{', '.join(results.methods)} on {results.model} ({results.parameters:,} parameters), "
+        f"{', '.join(results.methods)} on {model_name(results)} ({results.parameters:,} parameters), "
         f"protocol {results.protocol}, {seeds}",
         "a number is the mean over the seeds; in brackets, of two or more seeds, Student's t interval of 95 % over the "
         "seeds; of a single seed, Wilson's interval of 95 % over the examples, where there is a count of right answers",
@@ -60,7 +72,7 @@ def _single(found: Statistics) -> Iterator[Sheet]:
         heads.append(f"mean of the {len(places)} sets ({counted(count, 'example')})")
     parameters = zip(*(trainable(found, method) for method in rows.methods), strict=True)
     yield Sheet(
-        f"Table 1: each task trained alone, from {found.results.model}",
+        f"Table 1: each task trained alone, from {model_name(found.results)}",
         ["method", "seeds", "trainable parameters", "of the model's", *heads],
         rows.joined(*parameters, *columns),
         notes,
@@ -122,7 +134,16 @@ def _settings(found: Statistics) -> Iterator[Sheet]:
     rows: list[list[Cell | str]] = []
     for method, tasks in found.results.settings.items():
         for task, settings in tasks.items():
-            said = settings.items() if isinstance(settings, dict) else [("", settings)]
-            rows.append([method, task, ", ".join(f"{key} {value}".strip() for key, value in said)])
+            rows.append([method, task, ", ".join(_said(settings))])
     if rows:
         yield Sheet("Settings", ["method", "task", "trained with"], rows, [], left=3)
+
+
+def _said(value: Any, name: str = "") -> Iterator[str]:
+    """`training.learning_rate 0.001` and so on; what is not set is left out."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _said(inner, f"{name}.{key}" if name else str(key))
+    elif value is not None:
+        text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        yield f"{name} {text}".strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraf_train import report
-from loraf_train.compare.cells import Cell
+from loraf_train.compare.cells import Cell, model_name
 from loraf_train.compare.results import Results
 from loraf_train.compare.sheets import preface, sheets
 
@@ -35,7 +35,7 @@ def markdown(results: Results) -> str:
     def written(cell: Cell | str) -> str:
         return f"**{cell}**" if isinstance(cell, Cell) and cell.best else str(cell)
 
-    parts = [f"# Comparison on {results.model}", _listed(preface(results))]
+    parts = [f"# Comparison on {model_name(results)}", _listed(preface(results))]
     for sheet in sheets(results):
         table = report.markdown_table(sheet.columns, [[written(cell) for cell in row] for row in sheet.rows])
         parts += [f"## {sheet.title}", table, _listed(sheet.notes)]

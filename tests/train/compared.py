@@ -37,7 +37,8 @@ def single(seeds: int = 3, methods: tuple[str, ...] = METHODS, tasks: tuple[Scor
 def sequence(seeds: int = 3, methods: tuple[str, ...] = METHODS, tasks: tuple[ScoredTask, ...] = TASKS) -> Results:
     """Later tasks lower the scores of earlier ones; loraf's least."""
     runs = [_sequence_run(method, seed, tasks) for method in methods for seed in range(seeds)]
-    settings = {method: {task.name: {"learning_rate": 1e-3} for task in tasks} for method in methods}
+    said = {"rank": 8, "targets": ["q_proj", "v_proj"], "init_std": None, "training": {"learning_rate": 1e-3}}
+    settings = {method: {task.name: said for task in tasks} for method in methods}
     return Results("sequence", "tiny", PARAMETERS, tasks, tuple(runs), settings, {"device": "cpu"})
 
 

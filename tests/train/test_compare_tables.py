@@ -132,6 +132,17 @@ def test_losses_and_shares_have_no_mean():
     assert "- no mean over the sets: shares and losses have none in common" in text
 
 
+@pytest.mark.parametrize(
+    ("model", "name"), [("/home/me/models/small/", "small"), ("./small", "small"), ("org/small", "org/small")]
+)
+def test_of_a_local_model_the_folder_is_not_shown(model, name):
+    text = tables.markdown(dataclasses.replace(compared.single(1), model=model))
+    assert (
+        text.startswith(f"# Comparison on {name}\n") and f"## Table 1: each task trained alone, from {name}\n" in text
+    )
+    assert "/home" not in text
+
+
 # --- sequence ---------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +254,8 @@ def test_drift_and_cost():
     assert columns[2:] == ["base model", "maths on", "maths+nlu on", "maths+nlu+code on"]
     assert all(row[2] == "2.5000" and row[5].strip("*").startswith("+") for row in rows)
     assert rows[0][5].startswith("**") and "- 1,000 tokens;" in text
+    _, rows = read(text, "Settings")
+    assert rows[0] == ["loraf", "maths", "rank 8, targets q_proj v_proj, training.learning_rate 0.001"]
     _, rows = read(text, "Cost of training")
     assert rows[0] == [
         "loraf", "maths", "2", "7,000", "0.7 %", "120", "30.0 s [30.0 s, 30.0 s]", "2.04 MB", "28 kB",
