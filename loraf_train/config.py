@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, field_validator
 
 from loraf.errors import ConfigError, Problem
 from loraf.tasksets import name_problem
-from loraf_train import config_errors, yaml_file
+from loraf_train import config_errors, own_metric, yaml_file
 from loraf_train.compare.settings import CompareConfig, MethodSettings, TaskSettings, contradictions
 from loraf_train.config_parts import CalibrationConfig, Model, Number, Source, TrainingConfig, Whole, mistake
-from loraf_train.metrics import MEAN
+from loraf_train.metrics import DEFAULT_NEW_TOKENS, MEAN
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GENERIC_NAMES = frozenset({"train", "test", "dev", "eval", "valid", "validation", "evaluation", "data"})
 
-Metric = Literal["exact_match", "gsm8k", "choice", "loss"]
 Start = Literal["previous", "base"]
+Recipe = Literal["paper", "lori"]
 
 
 def _task_name(name: str) -> str:
@@ -48,9 +48,16 @@ def _template(text: str) -> str:
     return text
 
 
+def _metric(name: str) -> str:
+    if name not in DEFAULT_NEW_TOKENS and not own_metric.is_name(name):
+        raise mistake(f"{name!r} is not known", "")
+    return name
+
+
 Settings = TypeVar("Settings", bound=BaseModel)
 TaskName = Annotated[str, AfterValidator(_task_name)]
 Template = Annotated[str, AfterValidator(_template)]
+Metric = Annotated[str, AfterValidator(_metric)]
 
 
 class AdapterConfig(Model):
@@ -130,7 +137,9 @@ class TaskConfig(Model):
     Attributes:
         alpha: ΔW is scaled by alpha / rank; the rank if the file does not say.
         start: whether earlier tasks act while this one is trained.
+        recipe: what stands in for templates and choices that the file does not give.
         max_new_tokens: tokens generated for an answer when scoring; None: the metric's default.
+        grade: the function that `metric` names, where it is the user's own.
     """
 
     name: TaskName
@@ -142,6 +151,8 @@ class TaskConfig(Model):
     metric: Metric = "exact_match"
     start: Start = "previous"
     max_new_tokens: int | None = None
+    grade: own_metric.Grade | None = None
+    recipe: Recipe = "paper"
 
 
 class RunConfig(Model):
@@ -158,7 +169,7 @@ class RunConfig(Model):
     revision: str | None = None
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    recipe: Literal["paper"] = "paper"
+    recipe: Recipe = "paper"
     start: Start = "previous"
     file: Path = Path("tasks.yaml")
     compare: CompareConfig = CompareConfig()
@@ -178,9 +189,10 @@ class _TaskEntry(Model):
     sparsity: Number | None = Field(None, gt=0, lt=1, description=AdapterConfig.model_fields["sparsity"].description)
     calibration: CalibrationConfig = Field(CalibrationConfig(), description="a mapping of calibration settings")
     training: TrainingConfig = Field(TrainingConfig(), description="a mapping of training settings")
-    metric: Metric = Field("exact_match", description="exact_match, gsm8k, choice or loss")
+    metric: Metric = Field("exact_match", description="exact_match, gsm8k, choice, loss, or your own module:function")
     start: Start | None = Field(None, description="previous or base")
     max_new_tokens: Whole | None = Field(None, ge=1, description="a whole number from 1")
+    _grade: own_metric.Grade | None = PrivateAttr(None)
 
 
 class _RunEntry(Model):
@@ -192,7 +204,7 @@ class _RunEntry(Model):
     revision: str | None = Field(None, description="a branch, tag or commit of the hub, in quotes")
     seed: Whole = Field(0, ge=0, lt=1 << 32, description="a whole number from 0 to 4294967295")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto, float32 or bfloat16")
-    recipe: Literal["paper"] = Field("paper", description="paper")
+    recipe: Recipe = Field("paper", description="paper, or lori for the templates of the authors' later code")
     start: Start = Field("previous", description="previous or base")
     adapter: AdapterConfig = Field(AdapterConfig(), description="a mapping with rank:, sparsity: …")
     calibration: CalibrationConfig = Field(CalibrationConfig(), description="a mapping of calibration settings")
@@ -230,7 +242,10 @@ def draft(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
     reader = config_errors.Reader(document, str(path), {"folder": folder})
     run = reader.validate(_RunEntry, ())
     tasks = [(i, reader.validate(_TaskEntry, ("tasks", i))) for i in range(len(reader.entries("tasks")))]
-    _cross_checks(reader, tasks)
+    recipe = run.recipe if run is not None else "paper"
+    tasks = [(i, _with_metric(entry, recipe)) for i, entry in tasks]
+    _cross_checks(reader, tasks, recipe)
+    _import_metrics(reader, tasks, folder)
     if run is None:
         return None, reader.problems
     entries = [entry for _, entry in tasks if entry is not None]
@@ -281,6 +296,8 @@ def _resolve(entry: _TaskEntry, run: _RunEntry, *more: TaskSettings) -> TaskConf
         metric=entry.metric,
         start=entry.start or run.start,
         max_new_tokens=entry.max_new_tokens,
+        grade=entry._grade,
+        recipe=run.recipe,
     )
 
 
@@ -288,7 +305,17 @@ def _overridden(of_run: Settings, of_task: Settings) -> Settings:
     return of_run.model_copy(update={key: getattr(of_task, key) for key in of_task.model_fields_set})
 
 
-def _cross_checks(reader: config_errors.Reader, tasks: list[tuple[int, _TaskEntry | None]]) -> None:
+def _with_metric(entry: _TaskEntry | None, recipe: Recipe) -> _TaskEntry | None:
+    """The entry with the recipe's metric, where it names none."""
+    if entry is None or recipe == "paper" or "metric" in entry.model_fields_set:
+        return entry
+    from loraf_train import lori
+
+    metric = lori.metric_of(entry.data.train[0])
+    return entry if metric is None else entry.model_copy(update={"metric": metric})
+
+
+def _cross_checks(reader: config_errors.Reader, tasks: list[tuple[int, _TaskEntry | None]], recipe: Recipe) -> None:
     """Contradictions between values that are each in order."""
     seen: set[str] = set()
     for i, entry in enumerate(reader.entries("tasks")):
@@ -300,8 +327,18 @@ def _cross_checks(reader: config_errors.Reader, tasks: list[tuple[int, _TaskEntr
     for i, entry in tasks:
         if entry is None:
             continue
-        if entry.metric == "choice":
+        if entry.metric == "choice" and recipe == "paper":
             for name, source in entry.data.eval.items():
                 if not source.choices:
                     remedy = 'write eval: {name: {file: …, choices: ["true", "false"]}}'
                     reader.add(("tasks", i, "data", "eval", name), "the metric choice needs choices", remedy)
+
+
+def _import_metrics(reader: config_errors.Reader, tasks: list[tuple[int, _TaskEntry | None]], folder: Path) -> None:
+    """Gives each task the function that its metric names."""
+    for i, entry in tasks:
+        if entry is not None and entry.metric not in DEFAULT_NEW_TOKENS:
+            try:
+                entry._grade = own_metric.find(entry.metric, folder)
+            except own_metric.MetricFault as fault:
+                reader.add(("tasks", i, "metric"), fault.message, fault.remedy)

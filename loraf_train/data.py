@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import Templates
 from loraf.prompt_ids import prompt_ids
-from loraf_train.config import EvaluationSource, RunConfig, Source, TaskConfig
+from loraf_train import lori
+from loraf_train.config import RunConfig, Source, TaskConfig
 from loraf_train.forms import Form, RecordFault, form_of, plain_text
 from loraf_train.metrics import expected_answer
+from loraf_train.own_metric import MetricFault, graded
 from loraf_train.records import Faults, Record, read
 
 if TYPE_CHECKING:
@@ -57,10 +59,16 @@ class EvaluationExample:
     """One question: the whole sequence, never cut, and the right answer as `metrics.is_right` compares with it.
 
     Of a conversation the assistant's last answer is asked for.
+
+    Attributes:
+        record: for a metric of the user's own, what it was read from: `number`, from 1, of `source`.
     """
 
     example: Example
     expected: str
+    record: Record = field(default_factory=dict)
+    source: str = ""
+    number: int = 0
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -104,6 +112,7 @@ class _Text:
     expected: str
     source: Source
     number: int
+    record: Record
 
 
 def load_all(
@@ -161,12 +170,14 @@ def _load(
         if form is None:
             break
     limit = min((n for n in (task.data.eval_limit, eval_limit) if n is not None), default=None)
-    evaluation: dict[str, tuple[EvaluationSource, list[_Text]]] = {}
+    evaluation: dict[str, tuple[tuple[str, ...], list[_Text]]] = {}
     for name, source in task.data.eval.items():
         for _, records in _sampled(_read_all([source], "test", problems), limit, seed):
             faults = Faults(str(source))
-            texts = [] if form is None else _texts(form, source, records, faults, task.metric, source.choices)
-            evaluation[name] = (source, texts)
+            choices = source.choices or (lori.choices_of(records[0][1]) if task.recipe == "lori" else ())
+            texts = [] if form is None else _texts(form, source, records, faults, task.metric, choices)
+            _try_grade(task, texts[:1], faults)
+            evaluation[name] = (choices, texts)
             problems += faults.problems
     if problems or tokenizer is None or form is None:
         return None, problems
@@ -174,10 +185,10 @@ def _load(
     try:
         examples = [e for found in tokenize(train, tokenizer, special_tokens) for e in found]
         sets = {}
-        for name, (source, texts) in evaluation.items():
+        for name, (choices, texts) in evaluation.items():
             found = tokenize([_last_answer(text) for text in texts], tokenizer, special_tokens)
-            asked = [EvaluationExample(e, text.expected) for (e,), text in zip(found, texts, strict=True)]
-            sets[name] = EvaluationSet(name, asked, source.choices)
+            asked = [_asked(task, e, text) for (e,), text in zip(found, texts, strict=True)]
+            sets[name] = EvaluationSet(name, asked, choices)
     except ConfigError as error:
         return None, list(error.problems)
     most = task.training.max_length
@@ -235,7 +246,7 @@ def _form(
     task: TaskConfig, number: int, first: Record, tokenizer: PreTrainedTokenizerBase | None, faults: Faults
 ) -> Form | None:
     try:
-        return form_of(task.data, first, tokenizer)
+        return (lori.form_of if task.recipe == "lori" else form_of)(task.data, first, tokenizer)
     except RecordFault as fault:
         faults.add(f"record {number}", fault.message, fault.remedy)
         return None
@@ -265,8 +276,23 @@ def _texts(
                 faults.add(f"record {number}", f"has no right answer: its completion names not {what}", remedy)
                 continue
             expected = found
-        texts.append(_Text(turns, expected, source, number))
+        texts.append(_Text(turns, expected, source, number, record))
     return texts
+
+
+def _try_grade(task: TaskConfig, texts: list[_Text], faults: Faults) -> None:
+    """A metric of the user's own on right answers: what fails here would fail after the training."""
+    for text in texts if task.grade is not None else ():
+        try:
+            graded(task.grade, text.turns[-1][1], text.record)
+        except MetricFault as fault:
+            faults.add(f"record {text.number}", fault.message, fault.remedy)
+
+
+def _asked(task: TaskConfig, example: Example, text: _Text) -> EvaluationExample:
+    if task.grade is None:
+        return EvaluationExample(example, text.expected)
+    return EvaluationExample(example, text.expected, text.record, str(text.source), text.number)
 
 
 def _last_answer(text: _Text) -> _Text:

@@ -16,7 +16,8 @@ import torch
 from loraf.tasksets import TaskSet
 from loraf_train.config import TaskConfig
 from loraf_train.data import EvaluationExample, EvaluationSet
-from loraf_train.metrics import DEFAULT_NEW_TOKENS, LOWER_IS_BETTER, MEAN, is_right
+from loraf_train.metrics import DEFAULT_NEW_TOKENS, LOWER_IS_BETTER, MEAN, OWN_METRIC_NEW_TOKENS, is_right
+from loraf_train.own_metric import mean_grade
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ class Score:
     Attributes:
         set: canonical text of the task set that acted.
         evaluation: name of the evaluation set; "mean": the plain mean of the task's sets.
-        score: share of right answers; for `loss`, nats a token.
+        score: share of right answers, or the mean of a metric of the user's own; for `loss`, nats a token.
         count: examples it rests on.
     """
 
@@ -68,6 +69,9 @@ def score(
         model: holds `task_set` already.
         task_set: for the labels.
         on_progress: told how many examples of how many are done.
+
+    Raises:
+        ConfigError: the user's own metric fails on a record.
     """
     label = str(task_set)
     total = sum(len(s.examples) for s in evaluation_sets.values())
@@ -81,14 +85,17 @@ def score(
         if task.metric == "loss":
             value = completion_loss(model, evaluation.examples, advance)
         else:
-            new_tokens = task.max_new_tokens or DEFAULT_NEW_TOKENS[task.metric]
+            new_tokens = task.max_new_tokens or DEFAULT_NEW_TOKENS.get(task.metric, OWN_METRIC_NEW_TOKENS)
             prompts = [example.prompt_ids for example in evaluation.examples]
             answers = generate(model, tokenizer, prompts, new_tokens, advance)
-            right = sum(
-                is_right(task.metric, answer, example.expected, evaluation.choices)
-                for answer, example in zip(answers, evaluation.examples, strict=True)
-            )
-            value = right / len(evaluation.examples)
+            if task.grade is not None:
+                value = mean_grade(task.grade, answers, evaluation.examples)
+            else:
+                right = sum(
+                    is_right(task.metric, answer, example.expected, evaluation.choices)
+                    for answer, example in zip(answers, evaluation.examples, strict=True)
+                )
+                value = right / len(evaluation.examples)
         scores.append(Score(label, task.name, evaluation.name, task.metric, value, len(evaluation.examples)))
         done += len(evaluation.examples)
     if len(scores) > 1:

@@ -107,8 +107,8 @@ class TemplateForm(Form):
 
 
 class InstructionForm(TemplateForm):
-    def __init__(self) -> None:
-        super().__init__(INSTRUCTION_PROMPT, "{output}")
+    def __init__(self, completion: str = "{output}"):
+        super().__init__(INSTRUCTION_PROMPT, completion)
 
     def texts(self, record: Record) -> list[tuple[str, str]]:
         given = record.get("input")

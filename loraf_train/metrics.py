@@ -4,6 +4,8 @@ exact_match   the whole answer, white space at its ends aside
 gsm8k         the number that the answer states
 choice        the first of the given choices that the answer names
 loss          no text: mean loss of a completion token (loraf_train.evaluate), lower is better
+
+Any other name with a dot or a colon is a function of the user's own, see `loraf_train.own_metric`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import math
 import re
 from collections.abc import Sequence
 
-DEFAULT_NEW_TOKENS = {"exact_match": 32, "gsm8k": 256, "choice": 32, "loss": 0}
+DEFAULT_NEW_TOKENS = {"exact_match": 32, "gsm8k": 256, "choice": 32, "loss": 0}  # of the metrics that are known here
+OWN_METRIC_NEW_TOKENS = 256
 MEAN = "mean"  # names the plain mean of a task's evaluation sets among its scores
 LOWER_IS_BETTER = frozenset({"loss"})
 

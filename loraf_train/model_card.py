@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
@@ -100,7 +100,9 @@ def _tasks(manifest: Manifest) -> str:
         rows.append(
             [task.name, below, f"{task.alpha:g}", f"{task.sparsity:g}", f"{task.parameters:,}", task.dtype, size]
         )
-    table = _table(["task", "trained on top of", "alpha", "sparsity", "values (K)", "stored as", "size"], rows)
+    table = report.markdown_table(
+        ["task", "trained on top of", "alpha", "sparsity", "values (K)", "stored as", "size"], rows
+    )
     free = sum(manifest.free_positions(name) for name in manifest.modules)
     total = sum(module.d_out for module in manifest.modules.values()) * manifest.rank
     return f"{table}\n\n{free:,} of {total:,} positions of B are free for new tasks."
@@ -115,7 +117,7 @@ def _scores(manifest: Manifest) -> str:
             rows.append([entry["set"], task.name, entry["evaluation"], metric, score, entry["count"]])
     if not rows:
         return "None were measured."
-    table = _table(["task set", "task", "evaluation", "metric", "score", "examples"], rows)
+    table = report.markdown_table(["task set", "task", "evaluation", "metric", "score", "examples"], rows)
     return f"Each score belongs to the task set that was on when it was measured.\n\n{table}"
 
 
@@ -182,16 +184,7 @@ def _identity(manifest: Manifest) -> str:
         ],
         ["format", f"{manifests.FORMAT} {manifests.FORMAT_VERSION}"],
     ]
-    return _table(["", ""], rows)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").split())
+    return report.markdown_table(["", ""], rows)
 
 
 def _code(text: str) -> str:

@@ -19,6 +19,7 @@ from loraf.manifest import Manifest, Task
 from loraf_train.config import CalibrationConfig, RunConfig, TaskConfig, TrainingConfig
 
 _HOW_ONLY = {"micro_batch_size", "gradient_checkpointing", "packing", "report_to", "save_seconds"}
+_FIRST_RECIPE = "paper"  # of tasks that say none
 _ANOTHER_OUTPUT = "name another output folder"
 
 
@@ -31,10 +32,12 @@ def settings(config: RunConfig, task: TaskConfig) -> dict[str, Any]:
         if source.file is not None:
             entry["file"] = Path(os.path.relpath(source.file, folder)).as_posix()
         train.append(entry)
+    worded = task.data.prompt is not None and task.data.completion is not None  # so that the recipe decides nothing
     return {
         "alpha": task.alpha,
         "sparsity": task.sparsity,
         "start": task.start,
+        **({} if worded or task.recipe == _FIRST_RECIPE else {"recipe": task.recipe}),
         "dtype": config.adapter.dtype,
         "calibration": task.calibration.model_dump(mode="json"),
         "training": task.training.model_dump(mode="json", exclude=_HOW_ONLY),
@@ -106,12 +109,13 @@ def _order_differences(config: RunConfig, manifest: Manifest) -> Iterator[Proble
 def _task_differences(config: RunConfig, manifest: Manifest, index: int, task: TaskConfig) -> Iterator[Problem]:
     if task.name not in manifest.task_names:
         return
-    now = settings(config, task)
+    now = {"recipe": _FIRST_RECIPE, **settings(config, task)}
     before = _recorded(manifest.task(task.name))
     for field, has, asked in differences(before, {key: now[key] for key in before}):
         message = f"task {task.name!r} was trained with {said(has)}, the file says {said(asked)}"
         remedy = f"say {said(has)}, give the task another name, or {_ANOTHER_OUTPUT}"
-        yield Problem(message, f"tasks[{index}].{field}", str(config.file), remedy)
+        where = field if field == "recipe" else f"tasks[{index}].{field}"  # the one setting that all tasks share
+        yield Problem(message, where, str(config.file), remedy)
 
 
 def _recorded(task: Task) -> dict[str, Any]:
@@ -127,7 +131,12 @@ def _recorded(task: Task) -> dict[str, Any]:
         "calibration": CalibrationConfig().model_dump(mode="json"),
         "training": TrainingConfig().model_dump(mode="json", exclude=_HOW_ONLY),
     }
-    return {**found, **always, **{part: {**values, **found[part]} for part, values in defaults.items()}}
+    return {
+        "recipe": _FIRST_RECIPE,
+        **found,
+        **always,
+        **{part: {**values, **found[part]} for part, values in defaults.items()},
+    }
 
 
 def differences(before: Any, now: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:

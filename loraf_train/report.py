@@ -28,7 +28,7 @@ def console(file: IO[str] | None = None) -> Console:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", left: int = 1) -> Table:
-    """A table; the first `left` columns are text, the others numbers."""
+    """A table; the first `left` columns are text, the others numbers. Cells may be rich's `Text`, for their style."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -38,8 +38,18 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = ""
         # Folded, never cut: in a narrow terminal no digit is lost.
         made.add_column(Text(column), justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
+        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made
+
+
+def markdown_table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """The same in Markdown; a cell's white space becomes single blanks."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
+
+
+def _escaped(cell: Any) -> str:
+    return " ".join(str(cell).replace("\\", "\\\\").replace("|", "\\|").split())
 
 
 def score_text(score: float, metric: str) -> str:

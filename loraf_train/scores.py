@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from loraf.errors import CorruptCheckpoint, Problem, UnknownTask
 from loraf.manifest import FILE_NAME, Manifest
 from loraf.tasksets import TaskSet
+from loraf_train import continual
 from loraf_train.config import TaskConfig
+from loraf_train.continual import Continual
 from loraf_train.data import TaskData
 from loraf_train.metrics import MEAN
 
@@ -162,35 +164,18 @@ def headlines(scores: Iterable[Score]) -> dict[tuple[str, str], Score]:
     return found
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A sequence of T tasks in three numbers; the last two are means over the first T − 1 tasks.
+def summary(manifest: Manifest, scores: Iterable[Score]) -> Continual | None:
+    """The table in a few numbers; row 0 is not stored, so there is no forward transfer.
 
-    Attributes:
-        average: mean of the last row.
-        backward_transfer: mean of R[T, j] − R[j, j].
-        forgetting: mean of (best earlier R[·, j]) − R[T, j].
+    None: fewer than two tasks, a cell that was not measured, or a metric that is better when lower.
     """
-
-    average: float
-    backward_transfer: float
-    forgetting: float
-
-
-def summary(manifest: Manifest, scores: Iterable[Score]) -> Summary | None:
-    """None: fewer than two tasks, a cell that was not measured, or a metric that is better when lower."""
     from loraf_train.evaluate import higher_is_better
 
     found = headlines(scores)
     names = manifest.task_names
     labels = [str(task_set) for _, task_set in rows(manifest)]
-    cells = {(i, j): found.get((labels[i], names[j])) for i in range(len(names)) for j in range(i + 1)}
-    if len(names) < 2 or any(s is None or not higher_is_better(s.metric) for s in cells.values()):
+    places = {(i + 1, j + 1): (labels[i], names[j]) for i in range(len(names)) for j in range(i + 1)}
+    if len(names) < 2 or any(p not in found or not higher_is_better(found[p].metric) for p in places.values()):
         return None
-    r = {place: s.score for place, s in cells.items() if s is not None}
-    last = len(names) - 1
-    return Summary(
-        average=sum(r[last, j] for j in range(last + 1)) / (last + 1),
-        backward_transfer=sum(r[last, j] - r[j, j] for j in range(last)) / last,
-        forgetting=sum(max(r[i, j] for i in range(j, last)) - r[last, j] for j in range(last)) / last,
-    )
+    r = {cell: found[place].score for cell, place in places.items()}
+    return continual.numbers(r, range(1, len(names) + 1), len(names))

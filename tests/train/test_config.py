@@ -184,7 +184,10 @@ def test_five_mistakes_are_all_answered(folder):
     assert found == {
         "adapter.sparsity": ("1.5 is out of range", "use a number above 0 and below 1, for example 0.9"),
         "trainin": ("is no known key", "did you mean 'training'?"),
-        "tasks[0].metric": ("'gsm9k' is not known", "use exact_match, gsm8k, choice or loss"),
+        "tasks[0].metric": (
+            "'gsm9k' is not known",
+            "use exact_match, gsm8k, choice, loss, or your own module:function",
+        ),
         "tasks[1].name": ("another task is named 'a' too", "give each task its own name"),
         "tasks[1].data.train": (f"there is no file {folder}/missing.jsonl", f"paths are relative to {folder}"),
     }

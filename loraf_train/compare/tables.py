@@ -1,0 +1,46 @@
+"""The tables of a comparison, for a terminal and as Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraf_train import report
+from loraf_train.compare.cells import Cell, model_name
+from loraf_train.compare.results import Results
+from loraf_train.compare.sheets import preface, sheets
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show(results: Results, console: Console) -> None:
+    """Prints all tables; the best of a column in bold."""
+    from rich.text import Text
+
+    def shown(cell: Cell | str) -> Text:
+        return Text(str(cell), style="bold" if isinstance(cell, Cell) and cell.best else "")
+
+    for line in preface(results):
+        console.print(line)
+    for sheet in sheets(results):
+        rows = [[shown(cell) for cell in row] for row in sheet.rows]
+        console.print(report.table(sheet.columns, rows, sheet.title, sheet.left))
+        for note in sheet.notes:
+            console.print(note)
+
+
+def markdown(results: Results) -> str:
+    """The same, the best in **…**."""
+
+    def written(cell: Cell | str) -> str:
+        return f"**{cell}**" if isinstance(cell, Cell) and cell.best else str(cell)
+
+    parts = [f"# Comparison on {model_name(results)}", _listed(preface(results))]
+    for sheet in sheets(results):
+        table = report.markdown_table(sheet.columns, [[written(cell) for cell in row] for row in sheet.rows])
+        parts += [f"## {sheet.title}", table, _listed(sheet.notes)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _listed(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
