@@ -1,6 +1,6 @@
 """What a training step costs: this project's layer beside PEFT LoRA, LoRA with a frozen A, and full fine-tuning.
 
-    python benchmarks/training.py                # on two cores about six minutes; writes results/training.json
+    python benchmarks/training.py                # six to eight minutes on two quiet cores; writes results/training.json
     python benchmarks/training.py --rounds 2 --layers 2 --sequence 64 --out -
     python benchmarks/training.py --device cuda --shape mistral-7b --dtype bfloat16 --sequence 2048 --batch 1 --largest
 
