@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from loraf import manifest as manifests
 from loraf.checkpoint import Checkpoint
 from loraf.peft_export import export_peft
 from loraf.tasksets import TaskSet
@@ -159,17 +160,14 @@ class Ours(Engine):
     async def start(self, checkpoints: dict[str, Path]) -> None:
         from loraf_serve.vllm.backend import ResidentBackend, SlotsBackend
 
-        opened = {name: Checkpoint.open(folder) for name, folder in checkpoints.items()}
-        rank = max((c.manifest.rank for c in opened.values()), default=64)
+        rank = max((manifests.read(folder).rank for folder in checkpoints.values()), default=64)
         self.backend = {"slots": SlotsBackend, "resident": ResidentBackend}[self.kind](self.model, self.options, rank)
         await self.backend.start()
         for name, folder in checkpoints.items():
             await self.load(name, folder)
 
     async def load(self, name: str, folder: Path) -> None:
-        checkpoint = Checkpoint.open(folder)
-        manifest = checkpoint.manifest
-        adapter = ServedAdapter(name, folder, manifest.adapter_digest, manifest.task_names, checkpoint)
+        adapter = ServedAdapter(name, folder, manifests.read(folder))
         await self.backend.add_adapter(adapter)
         self.adapters[name] = adapter
 

@@ -19,7 +19,7 @@ from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
 from loraf.manifest import BaseModel, Manifest
 from loraf_serve.backends.base import ServedAdapter
 from loraf_serve.errors import InvalidRequest
-from loraf_serve.registry import open_folder
+from loraf_serve.registry import open_folder, require_servable
 
 _REMEDY = "name a checkpoint's folder by its path below --adapter-root"
 
@@ -89,10 +89,20 @@ class AdapterRoot:
             self._require_own_file(folder, task.file.path)
         return Found(folder, tuple(tasks) or None, manifest)
 
-    def open(self, name: str, found: Found) -> ServedAdapter:
-        """Raises what `loraf_serve.registry.open_folder` raises."""
+    def open(self, name: str, found: Found, manifest_alone: bool = False) -> ServedAdapter:
+        """
+        Args:
+            manifest_alone: leave the values to whoever reads them.
+
+        Raises:
+            LorafError: as `loraf_serve.registry.open_folder`.
+        """
         model = None if self._allow_other_base else self._model
-        return open_folder(name, found.folder, found.tasks, self._model_folder, self._allow_other_base, model)
+        where = (self._model_folder, self._allow_other_base, model)
+        if manifest_alone:
+            require_servable(found.manifest, found.folder, *where)
+            return ServedAdapter(name, found.folder, found.manifest)
+        return open_folder(name, found.folder, found.tasks, *where)
 
     @cached_property
     def _model(self) -> BaseModel:

@@ -127,9 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
     options, model_folder, vocab_size, registry, root = _prepare(arguments, engine_options)
     for adapter in registry:
-        manifest = adapter.checkpoint.manifest
-        tasks = ", ".join(adapter.tasks)
-        _say(f"adapter {adapter.name}: verified, rank {manifest.rank}, digest {adapter.digest[:12]}, tasks {tasks}")
+        rank, tasks = adapter.manifest.rank, ", ".join(adapter.tasks)
+        _say(f"adapter {adapter.name}: verified, rank {rank}, digest {adapter.digest[:12]}, tasks {tasks}")
 
     import asyncio
     import logging
@@ -137,9 +136,11 @@ def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
     from loraf_serve import server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    max_rank = max((adapter.checkpoint.manifest.rank for adapter in registry), default=1)
+    max_rank = max((adapter.manifest.rank for adapter in registry), default=1)
     chosen = choice.choose(arguments.backend, model_folder, engine_options, max_rank, _say, options.adapter_memory)
     _say(f"backend {chosen.backend.name}: {chosen.why}")
+    if chosen.backend.reads_checkpoints:
+        registry = registry.manifests_alone()
     return asyncio.run(server.run(chosen.backend, registry, options, vocab_size, root, _say))
 
 

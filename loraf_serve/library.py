@@ -1,6 +1,6 @@
 """Adapters while the server runs: what each name means now, which content requests still need, what may be freed.
 
-    load ─▶ find, read, verify (thread) ─▶ Backend.add_adapter ─▶ the name means it     one step of the event loop
+    load ─▶ find, read, verify (thread, or backend) ─▶ Backend.add_adapter ─▶ the name means it     one step of the loop
     unload, or replaced ─▶ no name ─┐
     last lease of the content ends ─┴─▶ Backend.remove_adapter
 
@@ -188,7 +188,7 @@ class Library:
                 go_on()
                 if found.manifest.adapter_digest not in self._held:
                     self._require_room(found.file_bytes)
-                adapter = await self._run(root.open, name, found)
+                adapter = await self._run(root.open, name, found, self._backend.reads_checkpoints)
                 go_on()
                 await self._hold(adapter)
                 go_on()
@@ -204,7 +204,8 @@ class Library:
         """Hands the content to the backend, unless it has it. Raises AdapterMemoryFull, and what the backend raises."""
         held = self._held.get(adapter.digest)
         if held:
-            adapter.checkpoint.tasks = held.checkpoint.tasks  # the same bytes: kept once
+            if adapter.checkpoint and held.checkpoint:
+                adapter.checkpoint.tasks = held.checkpoint.tasks  # the same bytes: kept once
             return
         await self._backend.add_adapter(adapter)
         try:

@@ -96,7 +96,7 @@ def served_by(request: GenerationRequest, backend: str) -> pb.ServedBy:
 
 
 def adapter(served: ServedAdapter, resident_bytes: int) -> adapter_pb2.Adapter:
-    manifest = served.checkpoint.manifest
+    manifest = served.manifest
     return adapter_pb2.Adapter(
         name=served.name,
         digest=served.digest,

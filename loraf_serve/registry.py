@@ -15,7 +15,7 @@ from loraf.base import require_same_base
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
 from loraf.hub import HUB_ID
-from loraf.manifest import FILE_NAME, BaseModel
+from loraf.manifest import FILE_NAME, BaseModel, Manifest
 from loraf.tasksets import NAME_PATTERN, name_problem
 from loraf_serve.backends.base import ServedAdapter
 from loraf_serve.errors import InvalidRequest
@@ -44,6 +44,10 @@ class Registry:
 
     def without(self, name: str) -> Registry:
         return Registry(adapter for adapter in self if adapter.name != name)
+
+    def manifests_alone(self) -> Registry:
+        """The same without values, for a backend that reads them itself."""
+        return Registry(replace(adapter, checkpoint=None) for adapter in self)
 
     def named(self, digest: str) -> tuple[str, ...]:
         """The names of one content."""
@@ -155,14 +159,20 @@ def open_folder(
         ConfigError: it holds no task.
     """
     checkpoint = Checkpoint.open(folder, tasks)
-    if not checkpoint.manifest.tasks:
+    require_servable(checkpoint.manifest, folder, model_folder, allow_other_base, model)
+    checkpoint.verify_projection()
+    return ServedAdapter(name, folder, checkpoint.manifest, checkpoint)
+
+
+def require_servable(
+    manifest: Manifest, folder: Path, model_folder: Path, allow_other_base: bool, model: BaseModel | None
+) -> None:
+    """What the manifest alone tells. Arguments and errors as of `open_folder`."""
+    if not manifest.tasks:
         remedy = "serve a checkpoint in which a task has been trained"
         raise ConfigError(Problem("holds no task", file=str(folder), remedy=remedy))
     if not allow_other_base:
-        require_same_base(checkpoint.manifest.base_model, model_folder, folder, model)
-    checkpoint.verify_projection()
-    manifest = checkpoint.manifest
-    return ServedAdapter(name, folder, manifest.adapter_digest, manifest.task_names, checkpoint)
+        require_same_base(manifest.base_model, model_folder, folder, model)
 
 
 def open_all(texts: Sequence[str], model_folder: Path, allow_other_base: bool = False) -> Registry:

@@ -57,7 +57,7 @@ def _task_set(
     request: pb.GenerateRequest | pb.StreamGenerateRequest, adapter: ServedAdapter
 ) -> tuple[TaskSet, str | None]:
     """Raises InvalidRequest, UnknownTask."""
-    manifest = adapter.checkpoint.manifest
+    manifest = adapter.manifest
     kind = request.task_selection.WhichOneof("selection")
     if kind == "as_trained":
         name = request.task_selection.as_trained.name

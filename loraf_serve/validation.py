@@ -100,7 +100,7 @@ class Validator:
                     if errors:  # why the selection is wrong has been said
                         return ()
                     raise _template_misused("needs exactly one task chosen", "choose one task")
-                templates = adapter.checkpoint.manifest.task(task).templates
+                templates = adapter.manifest.task(task).templates
             return self._prompts.read(request, templates)
         except InvalidRequest as error:
             errors.append(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +31,9 @@ def adapt(
     on_step: loop.OnStep = lambda loss, rate, step, total: None,
     on_adapted: Callable[[], None] = lambda: None,
     journal: loop.Journal = loop.NO_JOURNAL,
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[dict[str, SparseB], loop.Outcome]:
-    """Trains a task's values from zero, and rounds them to the dtype that the checkpoint stores.
+    """Trains a task's values, and rounds them to the dtype that the checkpoint stores.
 
     Args:
         masks: module → (K,) flat positions, ascending.
@@ -39,13 +41,30 @@ def adapt(
         seed: of the order of the examples and of dropout.
         on_adapted: called at the end while the layers, holding the rounded values, still stand in the model.
         journal: where to begin, and what is kept meanwhile.
+        start: module → (K,) values to begin with; None: zeros.
 
     Raises:
         ConfigError: see `loop.fit`; also values that `dtype` cannot hold.
     """
+    layers = host.layers(masks, task_scale(task.alpha, host.rank), earlier, task.training.dropout)
+    for name, values in (start or {}).items():
+        layers[name].values.data.copy_(values)
+    with attached(host.model, layers):
+        outcome = loop.fit(host.model, examples, phase_of(task, seed, host.output), host.pad_id, on_step, journal)
+        trained = _rounded(task, layers, masks, dtype)
+        on_adapted()
+    return trained, outcome
+
+
+def phase_of(task: TaskConfig, seed: int, output: Path | None = None) -> loop.Phase:
+    """A task's training, as its settings say.
+
+    Args:
+        seed: of the order of the examples and of dropout.
+        output: the checkpoint's folder, where trackers write beside it; None: nobody tracks.
+    """
     training = task.training
-    layers = host.layers(masks, task_scale(task.alpha, host.rank), earlier, training.dropout)
-    phase = loop.Phase(
+    return loop.Phase(
         name=f"training of task {task.name!r}",
         seed=seed,
         learning_rate=training.learning_rate,
@@ -59,13 +78,8 @@ def adapt(
         warmup_steps=training.warmup_steps,
         gradient_checkpointing=training.gradient_checkpointing,
         packed_length=training.max_length if training.packing else None,
-        tracking=trackers.tracking(task, host.output, "training"),
+        tracking=trackers.tracking(task, output, "training"),
     )
-    with attached(host.model, layers):
-        outcome = loop.fit(host.model, examples, phase, host.pad_id, on_step, journal)
-        trained = _rounded(task, layers, masks, dtype)
-        on_adapted()
-    return trained, outcome
 
 
 @torch.no_grad()

@@ -81,6 +81,21 @@ def _export(options: argparse.Namespace) -> int:
     )
 
 
+def _import(options: argparse.Namespace) -> int:
+    from loraf_train.command_import import import_task
+
+    return import_task(
+        options.folder,
+        options.into,
+        options.name,
+        options.tasks,
+        options.sparsity,
+        options.dtype,
+        options.allow_lossy,
+        options.allow_other_base,
+    )
+
+
 def _remove(options: argparse.Namespace) -> int:
     from loraf_train.command_remove import remove
 
@@ -155,6 +170,34 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16"), help="of what is written (peft: float32; merged: the base's own)"
     )
     export.add_argument("--allow-other-base", action="store_true", help="do not insist on the checkpoint's base model")
+
+    import_ = commands.add_parser(
+        "import",
+        help="make a foreign adapter a task of a checkpoint",
+        description="Adds a LoRA in PEFT's format, or tasks of another LoRAF checkpoint, to a checkpoint, as one task "
+        "on free positions. An adapter on the checkpoint's own A is taken over exactly; any other is approximated, and "
+        "refused where the approximation is not close.",
+    )
+    import_.set_defaults(command=_import)
+    import_.add_argument("folder", type=Path, metavar="DIR", help="a PEFT LoRA directory, or a LoRAF checkpoint")
+    import_.add_argument("--into", type=Path, required=True, metavar="CKPT", help="the checkpoint's folder")
+    import_.add_argument("--name", required=True, metavar="T", help="the new task's name")
+    import_.add_argument("--tasks", metavar="SET", help=f"of a LoRAF checkpoint: {CHOICES_OF_TASKS}; they become one")
+    import_.add_argument(
+        "--sparsity",
+        type=float,
+        metavar="S",
+        help="of the new task (default: the adapter's own, or the last task's)",
+    )
+    import_.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of its values (default: likewise, or what exactness needs)",
+    )
+    import_.add_argument(
+        "--allow-lossy", action="store_true", help="store the nearest that fits, however far from the adapter it is"
+    )
+    import_.add_argument("--allow-other-base", action="store_true", help="do not insist on the checkpoint's base model")
 
     remove = commands.add_parser(
         "remove",

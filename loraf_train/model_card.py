@@ -154,6 +154,11 @@ def _training(manifest: Manifest) -> str:
         facts = task.training
         if "examples" in facts:
             lines.append(f"- {facts['examples']:,} examples, {facts.get('steps', 0):,} steps")
+        if "imported" in facts:
+            known = facts["imported"]
+            how = "value by value" if known["taken_over"] else f"approximated, relative error {known['error']:.3g}"
+            what = {"peft": "a PEFT LoRA", "loraf": "another LoRAF checkpoint"}[known["from"]]
+            lines.append(f"- imported from {what}, {_code(known['source'])} ({how})")
         for kind in ("calibration", "training"):
             settings = facts.get("settings", {}).get(kind)
             if settings:

@@ -79,9 +79,13 @@ def prepare(path: str | Path, overrides: Sequence[str] = (), eval_limit: int | N
 
 
 def survey(
-    path: str | Path, overrides: Sequence[str] = (), eval_limit: int | None = None
+    path: str | Path, overrides: Sequence[str] = (), eval_limit: int | None = None, into_checkpoint: bool = True
 ) -> tuple[Prepared | None, list[Problem], list[Problem]]:
-    """As `prepare`, but gives the mistakes, and the warnings that can be had beside them. None: there are mistakes."""
+    """As `prepare`, but gives the mistakes, and the warnings that can be had beside them. None: there are mistakes.
+
+    Args:
+        into_checkpoint: False: what is in the output folder, and whether the tasks fit in one checkpoint, is left out.
+    """
     config, problems = configs.draft(path, overrides)
     if config is None:
         return None, problems, []
@@ -90,9 +94,9 @@ def survey(
     data, found = load_all(config, tokenizer, eval_limit)
     problems += found
     problems += trackers.missing(config) + launcher.problems()
-    existing = _existing(config, model, problems)
+    existing = _existing(config, model, problems) if into_checkpoint else None
     if model is not None:
-        problems += _capacity(config, model, existing)
+        problems += _capacity(config, model, existing) if into_checkpoint else []
         problems += _fit(config, model, data)
     warnings = _warnings(config, model, data)
     if problems or model is None or tokenizer is None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from loraf_train.data import TaskData
 
 Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]
+Choose = Callable[..., dict[str, torch.Tensor]]  # as `calibrate`
 
 
 class Observer:
@@ -127,12 +128,14 @@ def run(
     data: Mapping[str, TaskData] | Callable[[TaskConfig], TaskData],
     observer: Observer | None = None,
     loaded: Loaded | None = None,
+    choose: Choose = calibrate,
 ) -> Checkpoint:
     """Trains every task that `config.output` does not hold yet.
 
     Args:
         data: the tasks' data by name, or what gives it when a task's turn comes (never for tasks already trained).
         loaded: what `load_model` gave, if it is at hand.
+        choose: how a task's positions are chosen; nothing of it is stored, so another one needs another output folder.
 
     Raises:
         ConfigError: before anything is trained, everything that speaks against the run: a checkpoint of another base,
@@ -160,10 +163,10 @@ def run(
             continue
         if host is None:
             model.requires_grad_(False)
-            host = Host(model, targets, projections(checkpoint, targets), _pad_id(tokenizer), config.output)
+            host = Host(model, targets, projections(checkpoint, targets), pad_id(tokenizer), config.output)
         observer.task_started(task)
         given = data(task) if callable(data) else data[task.name]
-        checkpoint = _train(host, config, task, given, checkpoint, observer)
+        checkpoint = _train(host, config, task, given, checkpoint, observer, choose)
         witness = _witness(targets)
         observer.task_finished(checkpoint, task, model)
         if not torch.equal(witness, _witness(targets)):
@@ -201,7 +204,13 @@ def _require_possible(
 
 
 def _train(
-    host: Host, config: RunConfig, task: TaskConfig, data: TaskData, checkpoint: Checkpoint, observer: Observer
+    host: Host,
+    config: RunConfig,
+    task: TaskConfig,
+    data: TaskData,
+    checkpoint: Checkpoint,
+    observer: Observer,
+    choose: Choose,
 ) -> Checkpoint:
     """One task, from its data to its place in the checkpoint, which comes back with it."""
     before = checkpoint.manifest.task_names if task.start == "previous" else ()
@@ -215,7 +224,7 @@ def _train(
         observer.resumed(task, str(keeper.state))
     chosen = keeper.state.masks if keeper.state is not None else None
     if chosen is None:
-        chosen = calibrate(
+        chosen = choose(
             host,
             task,
             data.train,
@@ -246,7 +255,7 @@ def _train(
         "steps": outcome.steps,
         "loss": {"first": outcome.first_loss, "last": outcome.last_loss},
         "seeds": seeds,
-        **_surroundings(host.model),
+        **surroundings(host.model),
     }
 
     def commit() -> Checkpoint:
@@ -278,7 +287,7 @@ def _require_agreement(task: TaskConfig, chosen: Mapping[str, torch.Tensor], dev
 def _keeper(host: Host, config: RunConfig, task: TaskConfig, data: TaskData, checkpoint: Checkpoint) -> resume.Keeper:
     """What keeps the task's state, with all that its values depend on. Of the data only what is trained on counts."""
     settings = {name: part for name, part in recorded.settings(config, task).items() if name != "data"}
-    around = _surroundings(host.model)
+    around = surroundings(host.model)
     making = {
         "settings": settings,
         "examples": resume.digest_of(data.train),
@@ -297,7 +306,8 @@ def _keeper(host: Host, config: RunConfig, task: TaskConfig, data: TaskData, che
     return resume.Keeper(config.output, task.name, making, where, task.training.save_seconds, host.model.device)
 
 
-def _surroundings(model: PreTrainedModel) -> dict[str, Any]:
+def surroundings(model: PreTrainedModel) -> dict[str, Any]:
+    """Precision, device, processes and versions: what the last bits of a result depend on beside the settings."""
     return {
         "precision": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
@@ -310,7 +320,7 @@ def _surroundings(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any id will do where attention and loss pass over it."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from loraf.checkpoint import Checkpoint
+    from loraf.manifest import Manifest
 
 
 class BackendUnavailable(Exception):
@@ -68,23 +70,32 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """A checkpoint under the name that requests use; read and verified whole.
+    """A checkpoint under the name that requests use; read and verified whole before a request can name it.
 
     Attributes:
-        digest: the checkpoint's adapter digest, for the tasks chosen.
-        tasks: the tasks chosen at load, in checkpoint order.
+        manifest: restricted to the tasks chosen at load.
+        checkpoint: the tasks' values; None where only the backend's own processes hold them.
     """
 
     name: str
     path: Path
-    digest: str
-    tasks: tuple[str, ...]
-    checkpoint: Checkpoint
+    manifest: Manifest
+    checkpoint: Checkpoint | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """The adapter digest, for the tasks chosen."""
+        return self.manifest.adapter_digest
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks chosen at load, in the checkpoint's order."""
+        return self.manifest.task_names
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the coordinates and values in this process."""
-        return self.checkpoint.nbytes
+        return 0 if self.checkpoint is None else self.checkpoint.nbytes
 
 
 @dataclass(frozen=True)
@@ -146,10 +157,13 @@ class Backend(ABC):
 
     Attributes:
         name: "slots", "resident" or "merged".
+        reads_checkpoints: `add_adapter` has other processes read and verify the adapter's folder, as
+            `loraf_serve.registry.open_folder` would; this process then needs its manifest alone.
         tokenizer, max_model_len: known after `start`.
     """
 
     name: str
+    reads_checkpoints = False
     tokenizer: PreTrainedTokenizerBase
     max_model_len: int
 

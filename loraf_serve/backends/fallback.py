@@ -32,6 +32,10 @@ class Fallback(Backend):
         return self._now.name
 
     @property
+    def reads_checkpoints(self) -> bool:
+        return self._now.reads_checkpoints
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._now.tokenizer
 

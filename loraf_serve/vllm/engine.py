@@ -42,6 +42,8 @@ class VllmBackend(Backend):
         reserve: bytes to leave free for adapters when the KV cache is sized.
     """
 
+    reads_checkpoints = True
+
     def __init__(
         self, model_folder: Path, engine_options: Sequence[str] = (), max_rank: int = 64, reserve: int | None = None
     ):

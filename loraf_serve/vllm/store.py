@@ -97,7 +97,7 @@ class CheckpointStore(Generic[T]):
         try:
             checkpoint = Checkpoint.open(folder, tasks)
             if checkpoint.manifest.adapter_digest != digest:
-                message = f"was changed after it was verified (adapter digest {checkpoint.manifest.adapter_digest})"
+                message = f"was changed while it was being loaded (adapter digest {checkpoint.manifest.adapter_digest})"
                 remedy = "load it again once nothing writes to it"
                 raise CorruptCheckpoint(Problem(message, file=folder, remedy=remedy))
             return self._prepare(checkpoint, self._pool)

@@ -1,10 +1,10 @@
 """`loraf-train compare`: methods side by side on the same tasks, each with its own settings, over several seeds.
 
-    settings.py    what tasks.yaml may say under `compare:`
-    methods.py     the methods, each behind the same few calls
-    protocols.py   single (each task from the base) and sequence (one after the other), run by run
-    results.py     what was measured, as JSON                               ← what everything below reads
-    statistics.py  means over seeds, the numbers of continual learning, intervals
-    tables.py      for the terminal, and as Markdown
-    pictures.py    PNG and SVG
+settings.py    what tasks.yaml may say under `compare:`
+methods.py     the methods, each behind the same few calls
+protocols.py   single (each task from the base) and sequence (one after the other), run by run
+results.py     what was measured, as JSON                               ← what everything below reads
+statistics.py  means over seeds, the numbers of continual learning, intervals
+tables.py      for the terminal, and as Markdown
+pictures.py    PNG and SVG
 """

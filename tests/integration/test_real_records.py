@@ -9,18 +9,15 @@ where they are missing, a handful of committed records takes their place, and th
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
 from loraf_serve.launch import launch
+from tests.records import NLU_SETS, data_folder
 
-ROOT = Path(__file__).parents[2]
-NLU_SETS = ("boolq", "openbookqa", "arc_easy", "arc_challenge")
 STEPS = 64
 CONFIG = """
 model: tiny
@@ -52,14 +49,6 @@ tasks:
       completion: "{{output}}"
     metric: loss
 """
-
-
-def data_folder() -> Path:
-    whole = Path(os.environ.get("LORAF_TEST_DATA", ROOT.parent / "shared" / "data"))
-    if (whole / "gsm8k" / "train.jsonl").is_file():
-        return whole
-    warnings.warn(f"{whole} has no records: the test runs on the committed handful", stacklevel=1)
-    return ROOT / "tests" / "fixtures" / "records"
 
 
 def command(module: str, *arguments: str | Path) -> None:

@@ -23,8 +23,7 @@ GREEDY = Sampling(temperature=0.0, max_tokens=12)
 
 
 def served(checkpoint: Checkpoint, name: str = "mine") -> ServedAdapter:
-    manifest = checkpoint.manifest
-    return ServedAdapter(name, checkpoint.path, manifest.adapter_digest, manifest.task_names, checkpoint)
+    return ServedAdapter(name, checkpoint.path, checkpoint.manifest, checkpoint)
 
 
 class Stand:

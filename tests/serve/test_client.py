@@ -193,7 +193,7 @@ def test_json(running, cli):
 def test_adapters_and_health_for_people(cli):
     status, out, _ = cli("adapters")
     digest = one_adapter().get("trio").digest
-    parameters = one_adapter().get("trio").checkpoint.manifest.task("nlu").parameters
+    parameters = one_adapter().get("trio").manifest.task("nlu").parameters
     assert status == 0 and f"trio: rank 8, base stand-in, digest {digest}" in out
     assert f"  nlu: {parameters:,} parameters, alpha 16, trained on top of math\n" in out
     assert cli("health") == (0, "SERVING\n", "")

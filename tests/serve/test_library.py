@@ -78,7 +78,7 @@ async def test_what_the_digest_does_not_cover_comes_from_the_new_load(tmp_path):
     async with library(root=tmp_path) as (made, backend):
         await made.load("a", "one")
         again = await made.load("a", "other", replace=True)
-        assert made.registry.get("a").checkpoint.manifest.task("math").templates.prompt == "Again: {prompt}"
+        assert made.registry.get("a").manifest.task("math").templates.prompt == "Again: {prompt}"
         assert backend.history == [("add", again.digest)]
 
 

@@ -12,9 +12,10 @@ import grpc
 import pytest
 
 from loraf import manifest
+from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, Problem
 from loraf_serve import client_cli
-from loraf_serve.backends.base import BackendUnavailable
+from loraf_serve.backends.base import BackendUnavailable, ServedAdapter
 from loraf_serve.client import ServiceError
 from loraf_serve.registry import Registry
 from loraf_serve.v1 import adapter_pb2
@@ -199,6 +200,18 @@ def another_base(folder: Path) -> None:
     (folder / "loraf.json").write_text(dataclasses.replace(found, base_model=base).to_json())
 
 
+class ReadingBackend(FakeBackend):
+    """As vLLM's: reads and verifies the folder itself. Finds values that the service process keeps for nothing."""
+
+    reads_checkpoints = True
+
+    async def add_adapter(self, adapter: ServedAdapter) -> None:
+        assert adapter.checkpoint is None
+        Checkpoint.open(adapter.path, adapter.tasks).verify_projection()
+        await super().add_adapter(adapter)
+
+
+@pytest.mark.parametrize("backend", [FakeBackend, ReadingBackend])
 @pytest.mark.parametrize(
     ("damage", "code", "says"),
     [
@@ -210,10 +223,10 @@ def another_base(folder: Path) -> None:
         (another_base, CODES.FAILED_PRECONDITION, "other weights"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_served_has_its_status_and_changes_nothing(tmp_path, damage, code, says):
-    shutil.copytree(checkpoint_folder(), tmp_path / "root/team/bad")
+def test_a_checkpoint_that_cannot_be_served_has_its_status_and_changes_nothing(tmp_path, backend, damage, code, says):
+    shutil.copytree(checkpoint_folder(1), tmp_path / "root/team/bad")
     damage(tmp_path / "root/team/bad")
-    with serving(root=tmp_path / "root") as running:
+    with serving(backend, one_adapter().manifests_alone(), root=tmp_path / "root") as running:
         for name, replace in (("trio", True), ("new", False)):
             error = failure(lambda: running.adapters.LoadAdapter(load(name, "team/bad", replace=replace)))  # noqa: B023
             assert error.code() is code and says in error.details()

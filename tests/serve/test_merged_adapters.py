@@ -50,14 +50,14 @@ def test_what_is_held_for_an_adapter_is_told_and_freed(stand):
         return backend._weights._originals.resident_bytes
 
     def adapted(*names: str) -> set[str]:
-        return {module for name in names for module in stand.adapters[name].checkpoint.manifest.modules}
+        return {module for name in names for module in stand.adapters[name].manifest.modules}
 
     def bytes_of(modules: set[str]) -> int:
         shapes = linear_shapes(stand.model_folder)
         return sum(4 * shapes[module][0] * shapes[module][1] for module in modules)
 
     for adapter in stand.adapters.values():
-        manifest = adapter.checkpoint.manifest
+        manifest = adapter.manifest
         assert backend.adapter_bytes(adapter) == sum(4 * manifest.rank * m.d_in for m in manifest.modules.values())
     assert adapted("second") < adapted("first") and originals() == bytes_of(adapted("first"))
     stand.answers(("Hello", "math+nlu"))

@@ -182,8 +182,7 @@ class Pool:
 def open_adapter(name: str, folder: Path, tasks: Sequence[str] | None = None) -> ServedAdapter:
     """As the service opens one: read and verified whole."""
     checkpoint = Checkpoint.open(folder, tasks)
-    manifest = checkpoint.manifest
-    return ServedAdapter(name, folder, manifest.adapter_digest, manifest.task_names, checkpoint)
+    return ServedAdapter(name, folder, checkpoint.manifest, checkpoint)
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

@@ -1,0 +1,136 @@
+"""Reading PEFT LoRA directories: what PEFT itself computes from them, or a refusal that names what is in the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from loraf.errors import ConfigError
+from loraf.peft_import import CONFIG, WEIGHTS, read_peft
+from tests import standins
+from tests.train import foreign_loras
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return standins.make_model("qwen2", tmp_path_factory.mktemp("model"))
+
+
+def edit(folder: Path, **changes) -> None:
+    """Fields of adapter_config.json; ... takes one out."""
+    config = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    change(tensors)
+    safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, foreign_loras.PATTERNS], ids=["plain", "rs", "patterns"])
+def test_factors_are_what_peft_computes(model, tmp_path, config):
+    foreign_loras.make(tmp_path, model, **config)
+    found = read_peft(tmp_path)
+    expected = foreign_loras.deltas(tmp_path, model)
+    assert found.modules.keys() == expected.keys() and len(expected) >= 4
+    for name, factors in found.modules.items():
+        torch.testing.assert_close(factors.scale * factors.b @ factors.a, expected[name], rtol=1e-5, atol=1e-6)
+        assert factors.shape == tuple(expected[name].shape)
+    assert len({factors.scale for factors in found.modules.values()}) == (5 if config is foreign_loras.PATTERNS else 1)
+    assert found.base_model == str(model) and found.file.bytes == (tmp_path / WEIGHTS).stat().st_size
+
+
+def test_a_config_of_another_version_has_peft_s_defaults(model, tmp_path):
+    foreign_loras.make(tmp_path, model, r=8, lora_alpha=8)
+    edit(tmp_path, r=..., lora_alpha=..., use_rslora=..., rank_pattern=None, alpha_pattern=..., some_new_field=False)
+    assert {factors.scale for factors in read_peft(tmp_path).modules.values()} == {1.0}
+
+
+REFUSED = [
+    ({"peft_type": "LOHA"}, "peft_type: is 'LOHA'"),
+    ({"task_type": "SEQ_CLS"}, "task_type: is 'SEQ_CLS'"),
+    ({"use_dora": True}, "use_dora: DoRA scales"),
+    ({"bias": "lora_only"}, "bias: is 'lora_only'"),
+    ({"lora_bias": True}, "lora_bias: B has a bias"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save: whole modules"),
+    ({"trainable_token_indices": [3]}, "trainable_token_indices: rows of the embedding"),
+    ({"target_parameters": ["experts.down_proj"]}, "target_parameters: it adapts parameters"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication: layers"),
+    ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens: it acts only after"),
+    ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+    ({"a_new_trick": {"on": 1}}, "a_new_trick: changes what the adapter does"),
+    ({"r": 0}, "r: 0 is no rank"),
+    ({"r": "4"}, "r: is '4', not an integer"),
+    ({"r": 5}, "the config says rank 5"),
+    ({"lora_alpha": 0}, "lora_alpha: is 0 everywhere"),
+    ({"alpha_pattern": {"(": 2}}, "alpha_pattern: '(' is no pattern"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[next(iter(changes)) for changes, _ in REFUSED])
+def test_what_a_task_cannot_do_is_refused_by_name(model, tmp_path, changes, message):
+    foreign_loras.make(tmp_path, model)
+    read_peft(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(ConfigError) as refused:
+        read_peft(tmp_path)
+    assert message in str(refused.value)
+    assert all(problem.remedy and problem.file for problem in refused.value.problems)
+
+
+def test_all_at_once(model, tmp_path):
+    foreign_loras.make(tmp_path, model)
+    edit(tmp_path, use_dora=True, bias="all", modules_to_save=["score"])
+    (tmp_path / WEIGHTS).write_bytes(b"no tensors")
+    with pytest.raises(ConfigError) as refused:
+        read_peft(tmp_path)
+    said = str(refused.value)
+    assert len(refused.value.problems) == 4
+    assert all(text in said for text in ("use_dora", "bias", "modules_to_save", "is no safetensors file"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"lora_bias": True}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=str
+)
+def test_tensors_of_another_kind_are_refused_whatever_the_config_says(model, tmp_path, settings):
+    """As PEFT writes them."""
+    foreign_loras.make(tmp_path, model, **settings)
+    edit(tmp_path, use_dora=False, lora_bias=False)
+    with pytest.raises(ConfigError, match="holds what is no lora_A or lora_B of a linear layer"):
+        read_peft(tmp_path)
+
+
+TENSORS = [
+    (lambda tensors, a: tensors.pop(a), "has lora_B alone"),
+    (lambda tensors, a: tensors.update({a: tensors[a].double()}), "lora_A is torch.float64"),
+    (lambda tensors, a: tensors.update({a: tensors[a].reshape(-1)}), "the config says rank 4"),
+    (lambda tensors, a: tensors[a].view(-1)[3:4].fill_(float("nan")), "lora_A has a value that is not finite"),
+    (lambda tensors, a: tensors.clear(), "holds no adapted layer"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TENSORS, ids=[message for _, message in TENSORS])
+def test_damaged_tensors_are_refused(model, tmp_path, change, message):
+    foreign_loras.make(tmp_path, model)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    rewrite(tmp_path, lambda tensors: change(tensors, name))
+    with pytest.raises(ConfigError, match=message):
+        read_peft(tmp_path)
+
+
+def test_nothing_pickled_is_read(model, tmp_path):
+    foreign_loras.make(tmp_path, model)
+    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ConfigError, match="pickled, which is never read → load the adapter with PEFT and save it"):
+        read_peft(tmp_path)
+    (tmp_path / "adapter_model.bin").unlink()
+    (tmp_path / CONFIG).write_text("{]")
+    with pytest.raises(ConfigError) as refused:
+        read_peft(tmp_path)
+    assert "is not JSON" in str(refused.value) and "cannot be read" in str(refused.value)

@@ -1,0 +1,207 @@
+"""The paper, ready to run: the example's own files say what the paper says, and run at small scale as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config import config_args
+
+from loraf import manifest as manifests
+from loraf.manifest import positions
+from loraf_train.config import RunConfig, load
+from loraf_train.loop import split_batch
+from tests.records import HANDFUL, PAPER_SETS, ROOT, data_folder, lay_out, made_up
+from tests.train.commands import run
+
+EXAMPLE = ROOT / "examples" / "mistral-7b"
+# Mistral-7B: d_out of each projection, 32 layers (its config.json: hidden 4096, 8 key/value heads of 128, MLP 14336).
+MISTRAL_D_OUT = (4096, 1024, 1024, 4096, 14336, 14336, 4096)
+MISTRAL_LAYERS = 32
+SMALL = [  # what makes the paper's run one of seconds; everything else is as the file says
+    *("model=tiny", "training.max_steps=2", "training.batch_size=4", "training.micro_batch_size=2"),
+    *("training.max_length=384", "calibration.steps=2", "tasks.math.max_new_tokens=8", "tasks.nlu.max_new_tokens=8"),
+    *("tasks.math.data.limit=16", "tasks.math.data.eval_limit=2"),
+    *("tasks.nlu.data.limit=24", "tasks.nlu.data.eval_limit=2"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """The example's tasks.yaml with records where it looks for them."""
+    shutil.copy(EXAMPLE / "tasks.yaml", tmp_path)
+    lay_out(tmp_path, data_folder())
+    return tmp_path
+
+
+def test_the_paper_s_configuration(folder):
+    config = load(folder / "tasks.yaml")
+    math, nlu = config.tasks
+    assert (config.model, config.adapter.rank) == ("mistralai/Mistral-7B-v0.1", 64)
+    assert (math.alpha, math.training.learning_rate, math.training.epochs) == (64, 5e-4, 3)
+    assert (nlu.alpha, nlu.training.learning_rate, nlu.training.epochs) == (128, 1e-4, 1)
+    for task in (math, nlu):
+        training = task.training
+        assert (task.sparsity, task.start) == (0.9, "previous")
+        assert (training.batch_size, training.dropout, training.warmup_steps) == (32, 0.05, 0)
+    assert set(nlu.data.eval) == set(PAPER_SETS)
+    k = MISTRAL_LAYERS * sum(positions(0.9, d_out, 64) for d_out in MISTRAL_D_OUT)
+    assert k == 8_807_936  # «8.8M» in the paper
+
+
+def test_each_method_of_the_comparison_has_its_own_rates_and_the_rest_is_the_paper_s(folder):
+    config = load(folder / "tasks.yaml")
+
+    def rates(of: RunConfig) -> list[float]:
+        return [task.training.learning_rate for task in of.tasks]
+
+    assert len(config.compare.seeds) == 3
+    assert rates(config.of_method("loraf")) == rates(config) == [5e-4, 1e-4]
+    found = {name: config.of_method(name) for name in ("lora", "full")}
+    assert len({*rates(config), *rates(found["lora"]), *rates(found["full"])}) == 5
+    for method in found.values():
+        assert [task.training.epochs for task in method.tasks] == [3, 1]
+        assert {task.training.batch_size for task in method.tasks} == {32}
+    assert [task.alpha for task in found["lora"].tasks] == [64, 128] and found["lora"].adapter.rank == 64
+
+
+def test_eight_processes_take_a_micro_batch_each(folder):
+    """As accelerate itself reads the file."""
+    file = EXAMPLE / "accelerate.yaml"
+    launched = config_args.load_config_from_file(str(file))
+    assert launched.to_dict() | yaml.safe_load(file.read_text()) == launched.to_dict()  # no key that it does not know
+    assert (launched.num_processes, str(launched.distributed_type), launched.num_machines) == (8, "MULTI_GPU", 1)
+    training = load(folder / "tasks.yaml").tasks[0].training
+    assert split_batch(training.batch_size, training.micro_batch_size, launched.num_processes) == (4, 1)
+    assert split_batch(training.batch_size, training.micro_batch_size, 1) == (4, 8)
+
+
+@pytest.mark.parametrize("source", ["at hand", "handful"])
+def test_the_same_file_at_small_scale(source, tmp_path, capsys):
+    records = data_folder() if source == "at hand" else HANDFUL
+    if source == "at hand" and records == HANDFUL:
+        pytest.skip("only the handful is at hand, which the other case runs on")
+    shutil.copy(EXAMPLE / "tasks.yaml", tmp_path)
+    lay_out(tmp_path, records)
+    file = str(tmp_path / "tasks.yaml")
+    changes = [argument for change in SMALL for argument in ("--set", change)]
+    status, out, err = run(capsys, "check", file, *changes)
+    assert status == 0, err
+    status, out, err = run(capsys, "run", file, *changes, "--no-eval")
+    assert status == 0, err
+    manifest = manifests.read(tmp_path / "ckpt")
+    assert [(t.name, t.alpha, t.sparsity, t.training["steps"]) for t in manifest.tasks] == [
+        ("math", 64, 0.9, 2),
+        ("nlu", 128, 0.9, 2),
+    ]
+    assert str(manifest.as_trained("nlu")) == "math+nlu"
+    scores = tmp_path / "scores.json"
+    status, out, err = run(capsys, "eval", file, *changes, "--as-trained", "nlu", "--base", "--json", str(scores))
+    assert status == 0, err
+    found = {(s["set"], s["task"], s["evaluation"]): s for s in json.loads(scores.read_text())["scores"]}
+    for task_set in ("base", "math+nlu"):
+        assert found[task_set, "math", "gsm8k"]["metric"] == "gsm8k"
+        sets = [name for of, task, name in found if (of, task) == (task_set, "nlu")]
+        assert sets == [*PAPER_SETS, "mean"]
+        mean = sum(found[task_set, "nlu", name]["score"] for name in PAPER_SETS) / len(PAPER_SETS)
+        assert found[task_set, "nlu", "mean"]["score"] == pytest.approx(mean)
+        assert all(found[task_set, "nlu", name]["count"] == 2 for name in PAPER_SETS)
+
+
+# --- get_data.py ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def get_data():
+    spec = importlib.util.spec_from_file_location("get_data", EXAMPLE / "get_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+JOINT_COUNTS = {"piqa": 5, "social_i_qa": 7}
+
+
+def upstream(get_data, asked: list[str]) -> Callable[[str], bytes]:
+    """The two repositories, with the committed handful in them and a joint file as theirs is."""
+    folders = {there: here for here, there in get_data.ORIGINS.items()}
+    three_answers = {
+        "instruction": "Which?\n\nAnswer format: answer1/answer2/answer3",
+        "input": "",
+        "output": "answer1",
+    }
+
+    def records(name: str, part: str) -> list[dict]:
+        file = HANDFUL / "nlu" / name / part
+        found = json.loads(file.read_text()) if file.exists() else made_up(name, 4)
+        return [*found, three_answers] if (name, part) == ("arc_easy", "train.json") else found
+
+    def fetch(url: str) -> bytes:
+        asked.append(url)
+        if url == get_data.JOINT:
+            # All sets in one list; ARC's question with three answers looks like one of SIQA.
+            rest = [record for name in ("boolq", "arc_easy", "openbookqa") for record in records(name, "train.json")]
+            mixed = [*made_up("social_i_qa", 7), *rest, *made_up("piqa", 5)]
+            return json.dumps(mixed).encode()
+        base, _, part = url.rpartition("/")
+        if base == get_data.GSM8K:
+            return (HANDFUL / "gsm8k" / part).read_bytes()
+        assert base.startswith(f"{get_data.ADAPTERS}/dataset/")
+        return json.dumps(records(folders[base.rpartition("/")[2]], part)).encode()
+
+    return fetch
+
+
+def counts(get_data) -> dict[str, int]:
+    found = {}
+    for name in get_data.COUNTS:
+        file = HANDFUL / name
+        of_set = Path(name).parent.name
+        if get_data.from_joint(name):
+            found[name] = JOINT_COUNTS[of_set]
+        elif not file.exists():
+            found[name] = 4
+        else:
+            text = file.read_text()
+            found[name] = len(text.splitlines()) if file.suffix == ".jsonl" else len(json.loads(text))
+    found["nlu/arc_easy/train.json"] += 1
+    return found
+
+
+def test_data_are_fetched_split_counted_and_what_is_there_stays(get_data, tmp_path):
+    asked: list[str] = []
+    fetch, expected = upstream(get_data, asked), counts(get_data)
+    get_data.get(tmp_path / "data", fetch, expected)
+    assert len(asked) == len(get_data.COUNTS) - 2 + 1
+    siqa = json.loads((tmp_path / "data/nlu/social_i_qa/train.json").read_text())
+    assert siqa == made_up("social_i_qa", 7)
+    assert json.loads((tmp_path / "data/nlu/piqa/train.json").read_text()) == made_up("piqa", 5)
+    shutil.copy(EXAMPLE / "tasks.yaml", tmp_path)
+    load(tmp_path / "tasks.yaml")  # every file is where it looks
+    (tmp_path / "data/gsm8k/test.jsonl").unlink()
+    get_data.get(tmp_path / "data", fetch, expected)
+    assert asked[-1] == f"{get_data.GSM8K}/test.jsonl" and len(asked) == len(get_data.COUNTS)
+
+
+def test_another_number_of_records_is_refused(get_data, tmp_path):
+    expected = counts(get_data) | {"nlu/social_i_qa/train.json": 8}
+    with pytest.raises(ValueError, match="social_i_qa/train.json would have 7 records, not 8"):
+        get_data.get(tmp_path, upstream(get_data, []), expected)
+    assert not list((tmp_path / "nlu/social_i_qa").glob("train*"))
+
+
+def test_the_counts_are_those_of_the_files_at_hand(get_data):
+    whole = data_folder()
+    if whole == HANDFUL:
+        pytest.skip("the whole sets are not at hand")
+    present = [name for name in get_data.COUNTS if (whole / name).is_file()]
+    for name in present:
+        text = (whole / name).read_text()
+        count = len(text.splitlines()) if name.endswith("l") else len(json.loads(text))
+        assert count == get_data.COUNTS[name], name
+    assert len(present) >= 12
