@@ -65,10 +65,10 @@ def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | KINDS[kind]
     found: dict[str, list] = {"masks": [], "values": [], "divided": []}
-    calibrate, adapt = sequence.calibrate, sequence.adapt
+    adapt = sequence.adapt
 
     def calibrated(host, *rest, **parts):
-        chosen = calibrate(host, *rest, **parts)
+        chosen = sequence.calibrate(host, *rest, **parts)
         found["masks"].append({name: flat.tolist() for name, flat in chosen.items()})
         weights = [sharding.local(base.weight) for base in host.targets.values()]
         found["divided"].append(
@@ -81,7 +81,7 @@ def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> 
         found["values"].append({name: b.values.tolist() for name, b in trained.items()})
         return trained, outcome
 
-    sequence.calibrate, sequence.adapt = calibrated, adapted
+    sequence.adapt = adapted
     if kind == "stopped":
         after_step = resume._Journal.after_step
 
@@ -93,7 +93,7 @@ def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> 
         resume._Journal.after_step = stop
     counter = Counter()
     try:
-        sequence.run(make_config(model_folder, output), DATA, counter)
+        sequence.run(make_config(model_folder, output), DATA, counter, choose=calibrated)
     except Stopped:
         assert kind == "stopped"
     output.with_name(f"{kind}-{rank}.json").write_text(json.dumps(found | {"losses": counter.losses}))
