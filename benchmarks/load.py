@@ -23,6 +23,10 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.measuring import commit, memory  # noqa: E402
+
 RESULT = ROOT / "benchmarks" / "results" / "load.json"
 HIDDEN, KEY_VALUE, INTERMEDIATE = 4096, 1024, 14336  # Mistral-7B: (d_out, d_in) of a layer's projections
 LAYER = {
@@ -99,20 +103,9 @@ def measure(folder: Path) -> dict:
     return found
 
 
-def memory(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:"))
-
-
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def summary(runs: list[dict]) -> dict:

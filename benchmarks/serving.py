@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import re
 import statistics
@@ -30,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.engines import Engine, Ours, Plain, Stock, Timing  # noqa: E402
+from benchmarks.measuring import interval, machine  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "serving.json"
 PROMPT, TOKENS = 24, 32
@@ -114,13 +113,6 @@ class Measured:
             statistics.median(timing.first for timing in timings),
             statistics.median(gaps),
         )
-
-
-def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Median, and its bootstrap interval of 95 %."""
-    drawn = random.Random(seed)
-    medians = sorted(statistics.median(drawn.choices(values, k=len(values))) for _ in range(2000))
-    return {"median": statistics.median(values), "low": medians[50], "high": medians[1949], "n": len(values)}
 
 
 def make_model(folder: Path) -> Path:
@@ -297,20 +289,6 @@ async def main(arguments: argparse.Namespace) -> dict:
         "summary": run.summary(),
         "memory in MB": growth,
         "cells": run.table(),
-    }
-
-
-def machine() -> dict[str, object]:
-    """What the numbers depend on, without names."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    return {
-        "processor": named or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "instructions": [flag for flag in wanted if flag in flags],
-        "load before": os.getloadavg()[0],
     }
 
 

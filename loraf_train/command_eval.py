@@ -9,7 +9,7 @@ from pathlib import Path
 from loraf import manifest as manifests
 from loraf.errors import ConfigError, Problem
 from loraf.tasksets import TaskSet
-from loraf_train import report, selection
+from loraf_train import launcher, report, selection
 from loraf_train.preflight import prepare
 from loraf_train.progress import Progress
 
@@ -32,6 +32,8 @@ def evaluate(
     Raises:
         LorafError: mistakes of the file, no checkpoint, no such task, nothing to score with.
     """
+    if launcher.processes() > 1:
+        raise ConfigError(Problem("eval runs in one process", remedy="run it without a launcher"))
     prepared = prepare(path, overrides, limit)
     config = prepared.config
     scored = [task for task in config.tasks if prepared.data[task.name].evaluation]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraf_train import report, scores
+from loraf_train import launcher, report, scores
 from loraf_train.preflight import prepare
 from loraf_train.progress import Progress
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | None) -> int:
-    """Trains and scores.
+    """Trains and scores. Of several processes only the first prints.
 
     Args:
         evaluate: measure the scores that the table lacks.
@@ -27,7 +27,7 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
         LorafError: mistakes of the file, the model, the records or the output folder, before anything is trained.
     """
     prepared = prepare(path, overrides, eval_limit)
-    config, out = prepared.config, report.console()
+    config, out = prepared.config, report.console(quiet=not launcher.is_first())
     out.print(f"{config.file}: {len(config.tasks)} tasks on {config.model} into {config.output}")
     have = prepared.existing.task_names if prepared.existing else ()
     done = [task.name for task in config.tasks if task.name in have]
@@ -44,20 +44,23 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
         if not lacking:  # nothing to do that needs the model
             from loraf_train.resume import tidy
 
-            tidy(config.output, prepared.existing.task_names)
+            if launcher.is_first():
+                tidy(config.output, prepared.existing.task_names)
             print_summary(out, prepared.existing)
             return 0
 
-    from loraf_train import sequence
+    from loraf_train import processes, sequence, sharding
     from loraf_train.watcher import Watcher
 
     loaded = sequence.load_model(config)
     with Progress(out) as progress:
         watcher = Watcher(prepared, out, progress, evaluate)
         checkpoint = sequence.run(config, prepared.data, watcher, loaded)
-        if evaluate:  # what a run before this one did not come to measure
+        # what a run before this one did not come to measure
+        if evaluate and (processes.is_first() or sharding.is_sharded(loaded[0])):
             watcher.score(checkpoint, loaded[0])
     print_summary(out, checkpoint.manifest)
+    processes.leave()
     return 0
 
 

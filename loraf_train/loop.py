@@ -7,7 +7,6 @@ can go on after any step, with a Snapshot of it, as if it had never stopped.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 import warnings
@@ -26,8 +25,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from loraf.errors import ConfigError, Problem
-from loraf_train import trackers
+from loraf_train import launcher, sharding, trackers
 from loraf_train.data import IGNORED
+from loraf_train.order import Filled, Order, derived_seed, split_batch
 from loraf_train.packing import PackingCollator, require_separate
 
 if TYPE_CHECKING:
@@ -106,30 +106,6 @@ class Journal:
 NO_JOURNAL = Journal()
 
 
-def derived_seed(*parts: object) -> int:
-    """A seed below 2³² for each distinct sequence of parts."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
-
-
-class Order(torch.utils.data.Sampler[int]):
-    """All indices once an epoch, in an order that depends on the seed and the epoch's number alone."""
-
-    def __init__(self, size: int, seed: int):
-        self._size = size
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derived_seed("order", self._seed, self._epoch))
-        return iter(torch.randperm(self._size, generator=generator).tolist())
-
-
 @dataclass(frozen=True)
 class Collator:
     """Examples to a batch padded on the right. Loss only on completions; position 0 is predicted from nothing."""
@@ -189,12 +165,17 @@ def fit(
         _restore_parameters(parameters, start)
         if start.step == start.steps:
             return Outcome(start.step, start.first_loss, start.last_loss)
+    sharding.leave_to_fsdp(model)
     try:
-        with _scratch_folder() as folder, trackers.opened(phase.tracking) as callbacks:
+        with (
+            launcher.plain_data_parallel(),
+            _scratch_folder() as folder,
+            trackers.opened(phase.tracking) as callbacks,
+        ):
             trainer = _Trainer(
                 model=model,
                 args=_arguments(phase, folder, model.device),
-                train_dataset=examples,
+                train_dataset=Filled(examples, pad_id),
                 data_collator=collator,
                 compute_loss_func=completion_loss,
                 optimizers=(optimizer, None),
@@ -262,7 +243,9 @@ class _Trainer(transformers.Trainer):
         return super()._run_epoch(*arguments, epoch=epoch, **keywords)
 
     def _get_train_sampler(self, train_dataset=None) -> Order:
-        self._order = Order(len(self.train_dataset), self.args.seed)
+        several = self.args.world_size > 1
+        multiple = self.args.world_size * self.args.per_device_train_batch_size if several else 1
+        self._order = Order(len(self.train_dataset), self.args.seed, multiple)
         return self._order
 
     def floating_point_ops(self, inputs) -> int:
@@ -389,21 +372,3 @@ def _arguments(phase: Phase, folder: str, device: torch.device) -> TrainingArgum
         phase.batch_size, phase.micro_batch_size, arguments.world_size
     )
     return arguments
-
-
-def split_batch(batch_size: int, micro_batch_size: int | None, processes: int) -> tuple[int, int]:
-    """(examples a process takes at once, accumulation steps): their product times the processes is `batch_size`.
-
-    Of the splits with at most `micro_batch_size` at once, the one with the fewest accumulation steps.
-
-    Raises:
-        ConfigError: the batch cannot be divided evenly over the processes.
-    """
-    share, rest = divmod(batch_size, processes)
-    if rest:
-        message = f"{batch_size} examples cannot be divided over {processes} processes"
-        remedy = f"use a multiple of {processes}"
-        raise ConfigError(Problem(message, "training.batch_size", remedy=remedy))
-    fewest = -(-share // (micro_batch_size or share))
-    steps = next(n for n in range(fewest, share + 1) if share % n == 0)
-    return share // steps, steps

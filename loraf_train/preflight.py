@@ -15,7 +15,7 @@ from loraf import manifest
 from loraf.errors import ConfigError, LorafError, Problem
 from loraf.manifest import Manifest
 from loraf_train import config as configs
-from loraf_train import trackers
+from loraf_train import launcher, trackers
 from loraf_train.config import RunConfig
 from loraf_train.data import TaskData, load_all
 from loraf_train.report import quiet_libraries
@@ -93,7 +93,7 @@ def survey(
     model, tokenizer = _model(config, problems)
     data, found = load_all(config, tokenizer, eval_limit)
     problems += found
-    problems += trackers.missing(config)
+    problems += trackers.missing(config) + launcher.problems()
     existing = _existing(config, model, problems) if into_checkpoint else None
     if model is not None:
         problems += _capacity(config, model, existing) if into_checkpoint else []

@@ -1,11 +1,10 @@
-"""Several processes of one run (torchrun): one writes and reports, all of them end up with the same.
+"""Several processes of one run (accelerate launch, torchrun): one writes and reports, all end up with the same.
 
 With a single process everything here is a plain call.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -13,16 +12,25 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
+from loraf_train import launcher
+
 Result = TypeVar("Result")
 _PATIENCE = timedelta(hours=2)  # how long others wait, for example while the first process scores a task
 
 
 def join(device: torch.device) -> None:
     """Connects this process with the others, if it was started beside others."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launcher.processes() > 1:
         from accelerate import PartialState
 
         PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+
+
+def leave() -> None:
+    """The end of a run of several processes: waits for all of them."""
+    if distributed.is_initialized():
+        wait()
+        distributed.destroy_process_group()
 
 
 def count() -> int:
@@ -30,7 +38,8 @@ def count() -> int:
 
 
 def is_first() -> bool:
-    return not distributed.is_initialized() or distributed.get_rank() == 0
+    """Known before `join`, too."""
+    return distributed.get_rank() == 0 if distributed.is_initialized() else launcher.is_first()
 
 
 def wait() -> None:

@@ -18,13 +18,15 @@ PLAIN_WIDTH = 400  # columns of a table that goes into a file or a pipe
 NONE = "–"
 
 
-def console(file: IO[str] | None = None) -> Console:
+def console(file: IO[str] | None = None, quiet: bool = False) -> Console:
     """Where commands write; no markup, so that brackets in records and paths stay what they are."""
     from rich.console import Console
 
     file = file or sys.stdout
     width = None if file.isatty() else PLAIN_WIDTH
-    return Console(file=file, markup=False, highlight=False, emoji=False, width=width, soft_wrap=width is not None)
+    return Console(
+        file=file, markup=False, highlight=False, emoji=False, width=width, soft_wrap=width is not None, quiet=quiet
+    )
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", left: int = 1) -> Table:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraf.errors import CorruptCheckpoint, Problem, UnknownTask
 from loraf.manifest import FILE_NAME, Manifest
+from loraf.manifest import read as read_manifest
 from loraf.tasksets import TaskSet
 from loraf_train import continual
 from loraf_train.config import TaskConfig
@@ -84,17 +85,23 @@ def complete(
 ) -> list[Score]:
     """Measures what is missing and stores it. The model holds the base's own weights before and after.
 
+    Where the model is divided over processes, all of them call this, measure the same, and the first stores it.
+
     Returns:
         the new scores.
     """
     from loraf.delta import Merger
+    from loraf_train import processes, sharding
     from loraf_train.evaluate import score
 
-    cells = missing(checkpoint.manifest, data, tasks)
+    divided = sharding.is_sharded(model)
+    if divided:
+        processes.wait()  # the first may be storing scores still
+    cells = missing(read_manifest(checkpoint.path) if divided else checkpoint.manifest, data, tasks)
     if not cells:
         return []
     settings = {task.name: task for task in tasks}
-    merger = Merger(model, checkpoint)
+    merger = sharding.Beside(model, checkpoint) if divided else Merger(model, checkpoint)
     found: list[Score] = []
     try:
         for task_set in dict.fromkeys(cell.task_set for cell in cells):
@@ -109,6 +116,8 @@ def complete(
                     found += score(model, tokenizer, settings[cell.task], evaluation, task_set, advance)
     finally:
         merger.merge(TaskSet())
+    if not processes.is_first():
+        return found
     for name in dict.fromkeys(s.task for s in found):
         new = [s.entry() for s in found if s.task == name]
         entries = merged(checkpoint.manifest.task(name).scores, new, list(data[name].evaluation))

@@ -14,6 +14,7 @@ either way it never takes a position that another task owns.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ import loraf
 from loraf import base, manifest
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError, Problem
-from loraf_train import loop, masks, processes, recorded, resume
+from loraf_train import launcher, loop, masks, processes, recorded, resume, sharding
 from loraf_train.adapt import adapt
 from loraf_train.attach import Host, earlier, find_targets, projections, shapes_of
 from loraf_train.calibrate import calibrate
@@ -43,7 +44,11 @@ Choose = Callable[..., dict[str, torch.Tensor]]  # as `calibrate`
 
 
 class Observer:
-    """What a run tells while it goes on. Every method does nothing; override those that matter."""
+    """What a run tells while it goes on. Every method does nothing; override those that matter.
+
+    Of several processes the first is told. Where the base is divided over them (loraf_train.sharding), all are told
+    everything but steps, since any use of the model takes all of them.
+    """
 
     def task_kept(self, checkpoint: Checkpoint, task: TaskConfig) -> None:
         """The checkpoint already has this task; it is not trained again."""
@@ -75,11 +80,16 @@ class Observer:
 def load_model(config: RunConfig) -> Loaded:
     """The base model (frozen, on the GPU if there is one), its tokenizer, and the folder that both are in.
 
-    `precision: auto` is float32 on a CPU, and bfloat16 on a GPU that has it.
+    `precision: auto` is float32 on a CPU, and bfloat16 on a GPU that has it. Where the launcher asks for FSDP, the
+    processes are joined and the model is divided over them.
 
     Raises:
-        ConfigError: the model cannot be had, or its files are not a whole causal language model.
+        ConfigError: the model cannot be had, or its files are not a whole causal language model; the launcher asks for
+            what is not supported.
     """
+    refused = launcher.problems()
+    if refused:
+        raise ConfigError(refused)
     file = str(config.file)
     folder = base.resolve(config.model, config.revision, file)
     on_gpu = torch.cuda.is_available()
@@ -104,7 +114,13 @@ def load_model(config: RunConfig) -> Loaded:
     if found["missing_keys"]:
         message = f"the weights in {folder} lack {', '.join(sorted(found['missing_keys'])[:3])}"
         raise ConfigError(Problem(message, "model", file, "use a complete causal language model"))
-    return model.to(device).eval().requires_grad_(False), tokenizer, folder
+    model.eval().requires_grad_(False)
+    how = launcher.sharding()
+    if how is None:
+        return model.to(device), tokenizer, folder
+    processes.join(device)  # only now: transformers would load nothing in all processes but the first
+    sharding.shard(model, device, how)
+    return model, tokenizer, folder
 
 
 def run(
@@ -129,7 +145,7 @@ def run(
     model, tokenizer, folder = loaded or load_model(config)
     targets = find_targets(model, config.adapter.target_modules, str(config.file))
     processes.join(model.device)
-    if observer is None or not processes.is_first():
+    if observer is None or not (processes.is_first() or sharding.is_sharded(model)):
         observer = Observer()
     checkpoint = Checkpoint.open(config.output) if (config.output / manifest.FILE_NAME).exists() else None
     processes.wait()  # none may write before all have looked
@@ -218,6 +234,7 @@ def _train(
             observer.calibration_step,
             keeper.journal(resume.CALIBRATION),
         )
+        _require_agreement(task, chosen, host.model.device)
         keeper.chosen(chosen)
         observer.calibrated(task)
     values, outcome = adapt(
@@ -255,6 +272,16 @@ def _train(
         return checkpoint
 
     return processes.first_writes(commit, lambda: Checkpoint.open(config.output))
+
+
+def _require_agreement(task: TaskConfig, chosen: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """All processes chose the same positions; otherwise each would train its own, and the mean of them is nothing."""
+    digest = hashlib.sha256()
+    for flat in chosen.values():
+        digest.update(flat.numpy().tobytes())
+    if not processes.agree(int(digest.hexdigest()[:15], 16), device):
+        message = f"task {task.name!r}: the processes of this run chose different positions"
+        raise ConfigError(Problem(message, remedy="run it on processors of one kind, or in one process"))
 
 
 def _keeper(host: Host, config: RunConfig, task: TaskConfig, data: TaskData, checkpoint: Checkpoint) -> resume.Keeper:
@@ -300,7 +327,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _witness(targets: Mapping[str, nn.Linear]) -> torch.Tensor:
     """The first column of every target weight: B·A changes it in every row where B has an entry."""
-    return torch.cat([module.weight.detach()[:, 0].float() for module in targets.values()])
+    return torch.cat([sharding.local(module.weight.detach())[:, 0].float() for module in targets.values()])
 
 
 class _no_progress_bars:
