@@ -11,12 +11,14 @@ measured along with the scores.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraf.errors import ConfigError, Problem
 from loraf.tasksets import TaskSet
 from loraf_train import processes, resume
 from loraf_train.compare import methods, stored
@@ -145,8 +147,12 @@ class Comparison:
         scratch = self.out / SCRATCH
         self._clear(scratch)
         alone = [config.model_copy(update={"tasks": (task,)}) for task in config.tasks]
-        for i, part in enumerate(alone if self.protocol == SINGLE else [config]):
-            method.train(methods.Bench(self.loaded, self.data, scratch / str(i)), part, listener)
+        try:
+            for i, part in enumerate(alone if self.protocol == SINGLE else [config]):
+                method.train(methods.Bench(self.loaded, self.data, scratch / str(i)), part, listener)
+        except ConfigError as error:
+            problems = [dataclasses.replace(p, message=f"{recorder.label}: {p.message}") for p in error.problems]
+            raise ConfigError(problems) from error
         self._clear(scratch)
         return recorder.run(name, seed, method.keeps_copies)
 
@@ -159,9 +165,7 @@ class Comparison:
 
 def _how(task: TaskConfig) -> dict[str, Any]:
     """How a task is trained: costs depend on it, and the last bits of scores."""
-    return task.training.model_dump(
-        mode="json", include={"micro_batch_size", "gradient_checkpointing", "packing", "max_length"}
-    )
+    return task.training.model_dump(mode="json", include={"micro_batch_size", "gradient_checkpointing", "packing"})
 
 
 @dataclass
@@ -211,6 +215,7 @@ class _Recorder(methods.Listener):
             part = self._part(f"scoring {task.name} {_when(after, acting)}")
             evaluation = self.comparison.data[task.name].evaluation
             for found in score(model, tokenizer, task, evaluation, TaskSet(), part):  # the set is a label only
+                self._require_number(found.score, f"the score on {found.evaluation} {_when(after, acting)}")
                 if found.evaluation != MEAN:
                     self.scores.append(RunScore(after, acting, task.name, found.evaluation, found.score, found.count))
 
@@ -218,11 +223,16 @@ class _Recorder(methods.Listener):
         general = self.comparison.general
         if general is not None:
             loss = general.loss(self.comparison.loaded[0], self._part(f"general text {_when(after, SO_FAR)}"))
+            self._require_number(loss, f"the loss on general text {_when(after, SO_FAR)}")
             self.drift.append(Drift(after, loss, general.tokens))
 
     def run(self, method: str, seed: int, keeps_copies: bool) -> Run:
         parts = (tuple(found) for found in (self.scores, self.costs, self.drift, self.masks))
         return Run(method, seed, keeps_copies, *parts)
+
+    def _require_number(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise ConfigError(Problem(f"{what} is {value}", remedy="use a lower learning rate for this method"))
 
     def _part(self, name: str) -> Callable[..., None]:
         if name not in self._parts:

@@ -184,27 +184,32 @@ def test_the_model_is_the_base_again_after_all_runs(measured):
 
 
 class Counted(methods.Full):
-    """Full fine-tuning that counts, and stops where it is told to."""
+    """Full fine-tuning that counts, and stops where it is told to; or only pretends, for the sake of speed."""
 
     name = "full"
 
-    def __init__(self, stop_at: int | None = None):
+    def __init__(self, stop_at: int | None, pretend: bool):
         self.trained: list[int] = []
-        self._stop_at = stop_at
+        self._stop_at, self._pretend = stop_at, pretend
 
     def train(self, bench, config, listener):
         if config.seed == self._stop_at:
             raise KeyboardInterrupt
         self.trained.append(config.seed)
-        super().train(bench, config, listener)
+        if not self._pretend:
+            return super().train(bench, config, listener)
+        for task in config.tasks:
+            listener.started(task)
+            listener.ended(task)
+            listener.trained(task, methods.Made(1, 1, 1))
 
 
 def without_costs(runs: list[Run]) -> list[Run]:
     return [dataclasses.replace(run, costs=()) for run in runs]
 
 
-def counted(monkeypatch, stop_at: int | None = None) -> Counted:
-    method = Counted(stop_at)
+def counted(monkeypatch, stop_at: int | None = None, pretend: bool = False) -> Counted:
+    method = Counted(stop_at, pretend)
     monkeypatch.setattr(methods, "ALL", {**methods.ALL, "full": method})
     return method
 
@@ -258,20 +263,31 @@ def damage(folder: Path) -> str:
 
 @pytest.mark.parametrize("change", [change_rate, change_example, change_metric_s_tokens, damage])
 def test_what_was_changed_is_measured_anew_and_said(folder, monkeypatch, change):
+    counted(monkeypatch, pretend=True)
     comparison(folder, "sequence", ("full",), overrides=SHORT).runs()
     reason = change(folder)
-    method, said = counted(monkeypatch), []
+    method, said = counted(monkeypatch, pretend=True), []
     (run,) = comparison(folder, "sequence", ("full",), (3,), SHORT, said).runs()
     assert method.trained == [3]
     assert said[-1].startswith(f"full, seed 3: measured anew, since {reason}")
     assert (run.method, run.seed) == ("full", 3)
 
 
+def test_a_rate_that_is_too_high_is_told_with_the_method_and_the_rest_stays(folder):
+    overrides = (*SHORT, "compare.methods.full.training.learning_rate=1e38")
+    with pytest.raises(ConfigError, match=r"full, seed 3: .* is (nan|inf).*rate") as caught:
+        comparison(folder, "sequence", ("random-mask", "full"), overrides=overrides).runs()
+    assert len(caught.value.problems) == 1
+    assert (folder / "out" / "runs" / "random-mask-seed3.json").exists()
+    assert not (folder / "out" / "runs" / "full-seed3.json").exists()
+
+
 def test_settings_of_another_method_do_not_matter(folder, monkeypatch):
+    counted(monkeypatch, pretend=True)
     comparison(folder, "sequence", ("full",), overrides=SHORT).runs()
     text = (folder / "tasks.yaml").read_text()
     (folder / "tasks.yaml").write_text(text.replace("alpha: 8", "alpha: 32").replace("steps: 2", "steps: 3"))
-    method = counted(monkeypatch)
+    method = counted(monkeypatch, pretend=True)
     comparison(folder, "sequence", ("full",), overrides=SHORT).runs()
     assert method.trained == []
 
