@@ -67,7 +67,7 @@ def compare(
 
     from loraf_train import processes
 
-    processes.join(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    processes.join(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # before any looks what is there
     config, console = prepared.config, report.console()
     console.quiet = not processes.is_first()
     seeds_used = numbers or config.compare.seeds

@@ -26,7 +26,7 @@ from loraf_train.compare.general import General
 from loraf_train.compare.meter import Meter
 from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Cost, Drift, MaskShare, Run, RunScore
 from loraf_train.evaluate import score
-from loraf_train.metrics import DEFAULT_NEW_TOKENS, MEAN
+from loraf_train.metrics import MEAN
 from loraf_train.sequence import surroundings
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from loraf_train.data import TaskData
 
 SINGLE, SEQUENCE = "single", "sequence"
-PROTOCOLS = (SINGLE, SEQUENCE)
 SCRATCH = "scratch"
 OF_BASE = "base"  # in the place of a method: what the bare model scores
 NEVER = 1e9  # seconds between two saves of an unfinished task: a run that was interrupted begins anew
@@ -110,9 +109,7 @@ class Comparison:
         making: dict[str, Any] = {
             "protocol": self.protocol,
             "evaluation": {n: [resume.digest_of([s]) for s in d.evaluation.values()] for n, d in self.data.items()},
-            "scoring": {
-                t.name: [t.metric, t.max_new_tokens or DEFAULT_NEW_TOKENS[t.metric]] for t in self.config.tasks
-            },
+            "scoring": {t.name: {"metric": t.metric, "max_new_tokens": t.max_new_tokens} for t in self.config.tasks},
             "general": resume.digest_of(self.general.examples) if self.general else None,
             "base": self.base,
             **surroundings(self.loaded[0]),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import yaml
 
 from loraf.errors import ConfigError
-from loraf_train import command_compare
+from loraf_train import command_compare, compare, report
 from loraf_train.compare import results as files
 from loraf_train.compare.settings import METHODS
 from loraf_train.config import load
@@ -123,13 +126,8 @@ def test_a_file_without_the_section_has_its_defaults(folder):
 
 @pytest.fixture
 def shown(monkeypatch) -> list[files.Results]:
-    """What is shown and drawn, instead of showing and drawing it."""
+    """What would be shown, instead of showing it."""
     seen = []
-
-    def draw(results: files.Results, out: Path) -> list[Path]:
-        (out / "picture.png").write_bytes(b"png")
-        return [out / "picture.png"]
-
     monkeypatch.setattr(command_compare, "_show", lambda results, out, console: seen.append(results))
     return seen
 
@@ -159,6 +157,27 @@ def test_the_command_measures_and_tells(folder, capsys, shown):
     status, out, err = run(capsys, *arguments, "--seeds", "5", "--eval-limit", "4")
     assert status == 0 and shown[1] == results
     assert "full, seed 5: measured before" in out and "training step" not in out
+
+
+def test_everything_is_shown_written_and_drawn(tmp_path, monkeypatch):
+    """The three parts that look at results are called with them, in the folder that was asked for."""
+    seen = []
+    results = files.Results("single", "tiny", 1, (), ())
+    tables, pictures = types.ModuleType("tables"), types.ModuleType("pictures")
+    tables.show = lambda results, console: seen.append(("show", results))
+    tables.markdown = lambda results: f"# {results.model} ⟂\n"
+    pictures.draw = lambda results, folder: [folder / "bars.png"]
+    for name, module in {"tables": tables, "pictures": pictures}.items():
+        monkeypatch.setitem(sys.modules, f"loraf_train.compare.{name}", module)
+        monkeypatch.setattr(compare, name, module, raising=False)
+    monkeypatch.setattr(files, "write", lambda path, results: seen.append((path.name, results)), raising=False)
+    out = io.StringIO()
+    command_compare._show(results, tmp_path, report.console(out))
+    assert seen == [("show", results), ("results.json", results)]
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == "# tiny ⟂\n"
+    assert out.getvalue().splitlines() == [
+        f"written: {tmp_path / name}" for name in ("results.json", "report.md", "bars.png")
+    ]
 
 
 def test_the_output_folder_may_hold_any_checkpoint(folder, capsys, shown):

@@ -252,7 +252,7 @@ def change_example(folder: Path) -> str:
 def change_metric_s_tokens(folder: Path) -> str:
     text = (folder / "tasks.yaml").read_text()
     (folder / "tasks.yaml").write_text(text.replace("max_new_tokens: 4", "max_new_tokens: 5"))
-    return "scoring.upper was"
+    return "scoring.upper.max_new_tokens was 4, is 5"
 
 
 def damage(folder: Path) -> str:
