@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,14 +202,8 @@ class FrozenA(Method):
     def train(self, bench: Bench, config: RunConfig, listener: Listener) -> None:
         model, rank = bench.model, config.adapter.rank
         targets = find_targets(model, config.adapter.target_modules, str(config.file))
-        a = {
-            name: projection.made(config.seed, name, rank, base.in_features, config.adapter.init_std)[0].to(
-                base.weight.device
-            )
-            for name, base in targets.items()
-        }
-        rounded = {name: a[name].to(base.weight.dtype) for name, base in targets.items()}
-        host = Host(model, targets, rounded, sequence.pad_id(bench.loaded[1]))
+        a = {name: _a(config, name, base).to(base.weight.dtype) for name, base in targets.items()}
+        host = Host(model, targets, a, sequence.pad_id(bench.loaded[1]))
         everywhere = {name: torch.arange(base.out_features * rank) for name, base in targets.items()}
         nothing = dict.fromkeys(targets, Earlier.of(()))
         scaled: dict[str, torch.Tensor] = {}  # α/r · B, flat
@@ -231,16 +226,33 @@ class FrozenA(Method):
             size = _written(bench, lambda folder, dense=dense: _save_tensors(dense, folder))
             scaled = {name: b.float().view(-1) * scale for name, b in dense.items()}
             if processes.is_first():
-                originals = OriginalWeights()
-                for name, base in targets.items():
-                    originals.keep(name, base.weight)
-                    originals.add(name, scaled[name].view(-1, rank).to(base.weight.device) @ a[name])
-                listener.trained(task, Made(sum(map(len, everywhere.values())), outcome.steps, size))
-                originals.restore()
+                with _merged(config, targets, scaled):
+                    listener.trained(task, Made(sum(map(len, everywhere.values())), outcome.steps, size))
             processes.wait()
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
         return _adapter_settings(config, task, but=("calibration", "sparsity", "start"))
+
+
+def _a(config: RunConfig, name: str, base: torch.nn.Linear) -> torch.Tensor:
+    """A of a module, (rank, d_in) float32, on the device of its weight."""
+    adapter = config.adapter
+    made, _ = projection.made(config.seed, name, adapter.rank, base.in_features, adapter.init_std)
+    return made.to(base.weight.device)
+
+
+@contextmanager
+def _merged(
+    config: RunConfig, targets: Mapping[str, torch.nn.Linear], scaled: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Within, the weights hold ΔW of `scaled` (module → α/r · B, flat)."""
+    originals = OriginalWeights()
+    for name, base in targets.items():
+        originals.keep(name, base.weight)
+        b = scaled[name].view(base.out_features, -1).to(base.weight.device)
+        originals.add(name, b @ _a(config, name, base))
+    yield
+    originals.restore()
 
 
 class Lora(Method):
