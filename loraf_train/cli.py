@@ -60,6 +60,14 @@ def _eval(options: argparse.Namespace) -> int:
     )
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from loraf_train.command_compare import compare
+
+    return compare(
+        options.file, options.set, options.methods, options.protocol, options.seeds, options.out, options.eval_limit
+    )
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from loraf_train.command_inspect import inspect
 
@@ -147,6 +155,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--base", action="store_true", help="the base model without any task")
     evaluate.add_argument("--limit", type=_count, metavar="N", help="use at most N examples of each evaluation set")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the scores to FILE too")
+
+    compare = _of_file(
+        commands, "compare", _compare, "train the file's tasks with several methods and seeds; tables and pictures"
+    )
+    compare.add_argument(
+        "--methods",
+        default="loraf,lora,full",
+        metavar="A,B",
+        help="of loraf, random-mask, frozen-a, lora, full (default: %(default)s)",
+    )
+    compare.add_argument(
+        "--protocol",
+        choices=("single", "sequence"),
+        required=True,
+        help="each task alone from the base, or one after the other",
+    )
+    compare.add_argument("--seeds", metavar="N,N", help="instead of the file's compare.seeds (0,1,2)")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="instead of the file's OUTPUT-compare/PROTOCOL")
+    compare.add_argument("--eval-limit", type=_count, metavar="N", help="use at most N examples of each evaluation set")
 
     inspect = commands.add_parser("inspect", help="show what a checkpoint holds", description="Shows a checkpoint.")
     inspect.set_defaults(command=_inspect)

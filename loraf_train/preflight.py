@@ -96,7 +96,7 @@ def survey(
     problems += trackers.missing(config) + launcher.problems()
     existing = _existing(config, model, problems) if into_checkpoint else None
     if model is not None:
-        problems += _capacity(config, model, existing) if into_checkpoint else []
+        problems += capacity(config, model, existing) if into_checkpoint else []
         problems += _fit(config, model, data)
     warnings = _warnings(config, model, data)
     if problems or model is None or tokenizer is None:
@@ -195,7 +195,7 @@ def _existing(config: RunConfig, model: ModelFacts | None, problems: list[Proble
     return found
 
 
-def _capacity(config: RunConfig, model: ModelFacts, existing: Manifest | None) -> list[Problem]:
+def capacity(config: RunConfig, model: ModelFacts, existing: Manifest | None) -> list[Problem]:
     """Tasks that find too few free positions in some module, or none at all."""
     from loraf_train.masks import Wish, shortage
 

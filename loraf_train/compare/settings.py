@@ -21,7 +21,6 @@ from loraf_train.config_parts import CalibrationConfig, Model, Number, Source, T
 
 MethodName = Literal["loraf", "random-mask", "frozen-a", "lora", "full"]
 METHODS: tuple[str, ...] = ("loraf", "random-mask", "frozen-a", "lora", "full")
-DEFAULT_METHODS = ("loraf", "lora", "full")
 HIGHEST_SEED = (1 << 32) - 1
 
 # What has no meaning for a method: to set it is a mistake.

@@ -1,0 +1,262 @@
+"""`loraf-train compare`: what it prints and writes, and that every mistake is told before anything is trained."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loraf.errors import ConfigError
+from loraf_train import command_compare, compare, report
+from loraf_train.compare import results as files
+from loraf_train.compare.settings import METHODS
+from loraf_train.config import load
+from tests.standins import make_model
+from tests.train.commands import run
+from tests.train.compare_toys import FILE, SHORT, write_data
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def folder(base_folder, tmp_path, monkeypatch) -> Path:
+    (tmp_path / "base").symlink_to(base_folder)
+    write_data(tmp_path)
+    (tmp_path / "tasks.yaml").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def problems_of(folder: Path, **compare) -> dict[str, tuple[str, str]]:
+    content = yaml.safe_load((folder / "tasks.yaml").read_text()) | {"compare": compare}
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as caught:
+        load(folder / "tasks.yaml")
+    return {p.field: (p.message, p.remedy) for p in caught.value.problems}
+
+
+# --- settings ---------------------------------------------------------------------------------------------------
+
+
+def test_a_method_s_settings_go_over_the_task_s_own(folder):
+    content = yaml.safe_load(FILE)
+    content["tasks"][1] |= {"training": {"learning_rate": 1e-3, "epochs": 4}, "alpha": 5}
+    content["compare"]["methods"] = {
+        "lora": {
+            "rank": 16,
+            "training": {"learning_rate": 1e-4},
+            "tasks": {"truth": {"training": {"learning_rate": 5e-4, "weight_decay": 0.1}, "alpha": 7}},
+        },
+        "loraf": {"sparsity": 0.7, "training": {"learning_rate": 3e-3}},
+    }
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(content))
+    config = load(folder / "tasks.yaml")
+    lora, loraf, full = (config.of_method(name) for name in ("lora", "loraf", "full"))
+    assert (lora.adapter.rank, config.adapter.rank, loraf.adapter.rank) == (16, 8, 8)
+    upper, truth = lora.tasks
+    assert (upper.training.learning_rate, upper.alpha) == (1e-4, 16)  # α is the rank where nobody says it
+    assert (truth.training.learning_rate, truth.training.weight_decay, truth.training.epochs) == (5e-4, 0.1, 4)
+    assert (truth.alpha, config.tasks[1].alpha) == (7, 5)
+    assert [task.sparsity for task in loraf.tasks] == [0.7, 0.7]
+    assert [task.calibration.learning_rate for task in loraf.tasks] == [3e-3, 3e-3]  # follows the training's
+    assert full.tasks == config.tasks and full.tasks[1].training.learning_rate == 1e-3
+    assert config.compare.seeds == (3, 4)
+
+
+def test_all_mistakes_of_the_section_at_once(folder):
+    found = problems_of(
+        folder,
+        seeds=[1, 1],
+        general="nowhere.jsonl",
+        sedes=3,
+        methods={
+            "lora": {"training": {"lerning_rate": 1e-3, "max_length": 3}, "sparsity": 0.5, "tasks": {"maths": {}}},
+            "qlora": {},
+            "full": {"rank": 3, "alpha": 2, "training": {"dropout": 0.1}, "tasks": {"upper": {"calibration": {}}}},
+            "random-mask": {"rank": 0},
+        },
+    )
+    expected = {
+        "compare.seeds": "stands twice",
+        "compare.general": "there is no file",
+        "compare.sedes": "no known key",
+        "compare.methods.lora.training.lerning_rate": "no known key",
+        "compare.methods.lora.training.max_length": "the same for all methods",
+        "compare.methods.lora.sparsity": "the method lora has no sparsity",
+        "compare.methods.lora.tasks.maths": "there is no task 'maths'",
+        "compare.methods.qlora": "'qlora' is not known",
+        "compare.methods.full.rank": "the method full has no rank",
+        "compare.methods.full.alpha": "the method full has no alpha",
+        "compare.methods.full.training.dropout": "the method full has no dropout",
+        "compare.methods.full.tasks.upper.calibration": "the method full has no calibration",
+        "compare.methods.random-mask.rank": "out of range",
+    }
+    assert found.keys() == expected.keys()
+    for field, part in expected.items():
+        message, remedy = found[field]
+        assert part in message and remedy, field
+    assert found["compare.sedes"][1] == "did you mean 'seeds'?"
+    assert found["compare.methods.lora.tasks.maths"][1] == "choose from: upper, truth"
+    assert all(name in found["compare.methods.qlora"][1] for name in METHODS)
+
+
+def test_a_file_without_the_section_has_its_defaults(folder):
+    content = yaml.safe_load(FILE)
+    del content["compare"]
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(content))
+    config = load(folder / "tasks.yaml")
+    assert config.compare.seeds == (0, 1, 2) and config.compare.general is None
+    assert config.of_method("lora") is config
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(monkeypatch) -> list[files.Results]:
+    """What would be shown, instead of showing it."""
+    seen = []
+    monkeypatch.setattr(command_compare, "_show", lambda results, out, console: seen.append(results))
+    return seen
+
+
+def test_the_command_measures_and_tells(folder, capsys, shown):
+    arguments = ["compare", "tasks.yaml", "--protocol", "sequence", "--methods", "full,random-mask", "--set", *SHORT]
+    status, out, err = run(capsys, *arguments, "--seeds", "5", "--eval-limit", "4")
+    assert status == 0, err
+    (results,) = shown
+    assert (results.protocol, results.methods) == ("sequence", ("full", "random-mask"))
+    assert [run.seed for run in results.runs] == [5, 5]
+    assert [(task.name, task.metric, task.evaluations) for task in results.tasks] == [
+        ("upper", "exact_match", {"upper": 4}),
+        ("truth", "choice", {"one": 4, "two": 3}),
+    ]
+    assert all(task.higher_is_better for task in results.tasks)
+    assert results.settings["full"]["upper"]["training"]["learning_rate"] == 5e-3
+    assert results.settings["random-mask"]["truth"]["sparsity"] == 0.6
+    assert results.surroundings["precision"] == "float32" and "torch" in results.surroundings["versions"]
+    assert results.parameters == results.runs[0].costs[0].trainable
+    kept = folder / "ckpt-compare" / "sequence" / "runs"
+    assert sorted(file.name for file in kept.iterdir()) == ["base.json", "full-seed5.json", "random-mask-seed5.json"]
+    assert "full, seed 5: upper: training step: 2 of 2" in out
+    assert "random-mask, seed 5: scoring truth as trained" in out
+    assert not (folder / "ckpt").exists()
+
+    status, out, err = run(capsys, *arguments, "--seeds", "5", "--eval-limit", "4")
+    assert status == 0 and shown[1] == results
+    assert "full, seed 5: measured before" in out and "training step" not in out
+
+
+def test_everything_is_shown_written_and_drawn(tmp_path, monkeypatch):
+    """The three parts that look at results are called with them, in the folder that was asked for."""
+    seen = []
+    results = files.Results("single", "tiny", 1, (), ())
+    tables, pictures = types.ModuleType("tables"), types.ModuleType("pictures")
+    tables.show = lambda results, console: seen.append(("show", results))
+    tables.markdown = lambda results: f"# {results.model} ⟂\n"
+    pictures.draw = lambda results, folder: [folder / "bars.png"]
+    for name, module in {"tables": tables, "pictures": pictures}.items():
+        monkeypatch.setitem(sys.modules, f"loraf_train.compare.{name}", module)
+        monkeypatch.setattr(compare, name, module, raising=False)
+    monkeypatch.setattr(files, "write", lambda path, results: seen.append((path.name, results)), raising=False)
+    out = io.StringIO()
+    command_compare._show(results, tmp_path, report.console(out))
+    assert seen == [("show", results), ("results.json", results)]
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == "# tiny ⟂\n"
+    assert out.getvalue().splitlines() == [
+        f"written: {tmp_path / name}" for name in ("results.json", "report.md", "bars.png")
+    ]
+
+
+def test_the_output_folder_may_hold_any_checkpoint(folder, capsys, shown):
+    """Nothing of it is read: the comparison trains on its own."""
+    (folder / "ckpt").mkdir()
+    (folder / "ckpt" / "loraf.json").write_text("no checkpoint")
+    options = ["--methods", "full", "--seeds", "0", "--out", "elsewhere", "--set", SHORT[0]]
+    status, _, err = run(capsys, "compare", "tasks.yaml", "--protocol", "single", *options)
+    assert status == 0, err
+    assert (folder / "elsewhere" / "runs" / "full-seed0.json").exists()
+
+
+def test_all_mistakes_at_once_and_nothing_is_trained(folder, capsys, monkeypatch, shown):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("peft", "scipy") else found(name))
+    content = yaml.safe_load(FILE)
+    del content["tasks"][0]["data"]["eval"]
+    content["tasks"][1]["sparsity"] = 0.5  # 0.4 and 0.5 of all positions fit
+    content["compare"]["methods"]["random-mask"] = {"sparsity": 0.4}  # twice 0.6 does not
+    (folder / "general.jsonl").write_text('{"text": 3}\n')
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(content))
+    options = ["--methods", "loraf,dora,random-mask,lora", "--seeds", "1,x"]
+    status, out, err = run(capsys, "compare", "tasks.yaml", "--protocol", "sequence", *options)
+    assert status == 2 and not shown and "Traceback" not in err
+    lines = err.splitlines()
+    assert len(lines) == 7, err
+    for part in (
+        "--methods: there is no method 'dora' → choose from: loraf, random-mask, frozen-a, lora, full",
+        "--seeds: 'x' is no seed",
+        "the method lora needs the package 'peft', which is not installed → `pip install 'loraf[compare]'`",
+        "the intervals needs the package 'scipy'",
+        "tasks[0].data.eval: task 'upper' has no evaluation records",
+        "tasks[1].sparsity: method random-mask: task 'truth' needs",
+        "general.jsonl: record 1: has no text",
+    ):
+        assert any(part in line for line in lines), part
+    assert not (folder / "ckpt-compare").exists()
+
+
+def test_a_package_is_asked_for_only_where_it_is_needed(folder, capsys, monkeypatch, shown):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    options = ["--methods", "full", "--seeds", "0", "--set", SHORT[0]]
+    status, _, err = run(capsys, "compare", "tasks.yaml", "--protocol", "single", *options)
+    assert status == 0, err
+
+
+def test_tasks_alone_need_no_room_for_one_another(folder, capsys, shown):
+    """Each of them in turn has the whole of B."""
+    options = ["--methods", "random-mask", "--seeds", "0", "--set", SHORT[0], "--set", "adapter.sparsity=0.3"]
+    status, _, err = run(capsys, "compare", "tasks.yaml", "--protocol", "single", *options)
+    assert status == 0, err
+    status, _, err = run(capsys, "compare", "tasks.yaml", "--protocol", "sequence", *options)
+    assert status == 2 and "needs" in err
+
+
+# --- the example ------------------------------------------------------------------------------------------------
+
+
+def test_the_example_s_data_and_configuration(tmp_path):
+    example = ROOT / "examples" / "compare"
+    spec = importlib.util.spec_from_file_location("compare_data", example / "make_data.py")
+    make_data = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_data)
+    make_data.main(["--out", str(tmp_path / "data")])
+    shutil.copy(example / "tasks.yaml", tmp_path)
+    config = load(tmp_path / "tasks.yaml")
+    assert set(config.methods) == set(METHODS)  # each has a rate of its own
+    assert len(config.compare.seeds) >= 3
+    assert sum(1 - task.sparsity for task in config.of_method("loraf").tasks) <= 1
+
+    def prompts(name: str) -> list[str]:
+        return [json.loads(line)["prompt"] for line in (tmp_path / "data" / name).read_text().splitlines()]
+
+    for task in config.tasks:
+        parts = [prompts(f"{task.name}.{split}.jsonl") for split in ("train", "dev", "eval")]
+        assert [len(part) for part in parts] == list(make_data.SPLITS.values())
+        everything = [prompt for part in parts for prompt in part]
+        assert len(set(everything)) == len(everything)
+        assert {source.file.name for source in task.data.eval.values()} == {f"{task.name}.eval.jsonl"}
+    general = prompts(config.compare.general.file.name)
+    assert len(set(general)) == len(general) == make_data.OF_EACH_SKILL * len(make_data.tiny.SKILLS)

@@ -1,0 +1,258 @@
+"""The methods of a comparison: each against a plain loop of its own, and all leave the base as it was."""
+
+from __future__ import annotations
+
+import itertools
+
+import peft
+import pytest
+import torch
+
+from loraf import projection
+from loraf.checkpoint import Checkpoint
+from loraf.manifest import positions
+from loraf.sparse import SparseB
+from loraf_train import loop, sequence
+from loraf_train.compare import methods
+from tests.standins import make_model
+from tests.train import toys
+
+MOVES = {"one": 3, "two": 50}
+SEED = 7
+PROBE = toys.batch(toys.examples(7, 6))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return make_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+def config_of(model_folder, folder, **training):
+    training = {"weight_decay": 0.1, **training}
+    tasks = [toys.task("one", alpha=16.0, training=training), toys.task("two", alpha=4.0, training=training)]
+    return toys.run_config(model_folder, folder / "ckpt", *tasks, seed=SEED, adapter={"dtype": "float32"})
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class Recorder(methods.Listener):
+    """Keeps the weights that the model holds whenever there is something to measure."""
+
+    def __init__(self, bench):
+        self.bench = bench
+        self.events: list[str] = []
+        self.held: dict[str, dict[str, torch.Tensor]] = {}
+        self.again: dict[str, dict[str, torch.Tensor]] = {}
+        self.made: dict[str, methods.Made] = {}
+        self.flat: dict[str, dict[str, torch.Tensor]] = {}
+
+    def started(self, task):
+        self.events.append(f"started {task.name}")
+
+    def ended(self, task):
+        self.events.append(f"ended {task.name}")
+
+    def trained(self, task, made):
+        self.events.append(f"trained {task.name}")
+        self.held[task.name], self.made[task.name] = weights(self.bench.model), made
+        if (self.bench.scratch / "loraf.json").exists():
+            b = Checkpoint.open(self.bench.scratch).tasks[task.name]
+            self.flat[task.name] = {module: part.flat for module, part in b.items()}
+
+    def as_trained(self, task):
+        self.again[task.name] = weights(self.bench.model)
+
+
+def train(name: str, config, folder) -> tuple[Recorder, dict[str, torch.Tensor]]:
+    """What was recorded, and the base's weights; checks that they come back."""
+    loaded = sequence.load_model(config)
+    before = weights(loaded[0])
+    bench = methods.Bench(loaded, {name: toys.data(move) for name, move in MOVES.items()}, folder / "scratch")
+    recorder = Recorder(bench)
+    methods.ALL[name].train(bench, config, recorder)
+    after = weights(loaded[0])
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(p.requires_grad for p in loaded[0].parameters())
+    assert not hasattr(loaded[0], "peft_config")
+    assert recorder.events == [f"{what} {task}" for task in MOVES for what in ("started", "ended", "trained")]
+    return recorder, before
+
+
+def fit_plainly(model, parameters, config, task) -> None:
+    """AdamW over the examples in their order, in plain torch."""
+    training, examples = task.training, toys.examples(MOVES[task.name])
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    order = loop.Order(len(examples), loop.derived_seed(config.seed, task.name, "adaptation"))
+    batches = []
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        indices = list(order)
+        batches += [indices[i : i + training.batch_size] for i in range(0, len(indices), training.batch_size)]
+    for indices in itertools.islice(batches, training.max_steps):
+        batch = toys.batch([examples[i] for i in indices])
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_moved_alike(found, expected, before) -> None:
+    """Every tensor, but for a thousandth of its way: where a gradient is almost zero, AdamW follows its noise."""
+    assert found.keys() == expected.keys() == before.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= 1e-3 * (tensor - before[name]).norm(), name
+
+
+def test_full_moves_every_parameter_as_a_plain_loop_does(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path, learning_rate=1e-3)
+    recorder, before = train("full", config, tmp_path)
+    plain = toys.load(model_folder).requires_grad_(True)
+    for task in config.tasks:
+        fit_plainly(plain, list(plain.parameters()), config, task)
+        assert_moved_alike(recorder.held[task.name], weights(plain), before)
+    first, second = recorder.held.values()
+    assert all(not torch.equal(first[name], before[name]) for name in before)
+    assert all(not torch.equal(second[name], first[name]) for name in before)
+    for made in recorder.made.values():
+        assert made.trainable == sum(p.numel() for p in plain.parameters())
+        assert made.steps == 4
+        plain.save_pretrained(tmp_path / "plain")
+        assert made.file_bytes == (tmp_path / "plain" / "model.safetensors").stat().st_size
+
+
+def test_lora_is_peft_s_with_each_task_merged_before_the_next(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path)
+    recorder, before = train("lora", config, tmp_path)
+    plain = toys.load(model_folder)
+    for task in config.tasks:
+        torch.manual_seed(loop.derived_seed(SEED, task.name, "lora"))
+        targets = ["q_proj", "v_proj", "down_proj"]
+        adapted = peft.get_peft_model(plain, peft.LoraConfig(r=8, lora_alpha=task.alpha, target_modules=targets))
+        parameters = [p for p in adapted.parameters() if p.requires_grad]
+        fit_plainly(adapted, parameters, config, task)
+        adapted.save_pretrained(tmp_path / "adapter")
+        plain = adapted.merge_and_unload()
+        assert_moved_alike(recorder.held[task.name], weights(plain), before)
+        made = recorder.made[task.name]
+        assert made.trainable == sum(p.numel() for p in parameters)
+        # The same tensors; what PEFT writes beside them differs in length only if they do.
+        assert made.file_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    moved = {name for name in before if not torch.equal(recorder.held["two"][name], before[name])}
+    assert {name.rsplit(".", 2)[-2] for name in moved} == {"q_proj", "v_proj", "down_proj"}
+
+
+def test_lora_s_first_adapter_depends_on_the_seed(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path)
+    one, _ = train("lora", config, tmp_path)
+    other, _ = train("lora", config.model_copy(update={"seed": SEED + 1}), tmp_path / "other")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(one.held["one"][name], other.held["one"][name])
+
+
+def test_frozen_a_trains_all_of_b_and_goes_on_with_it(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path)
+    recorder, before = train("frozen-a", config, tmp_path)
+    plain = toys.load(model_folder)
+    layers = {}
+    for name, base in [(n, m) for n, m in plain.named_modules() if n.rsplit(".", 1)[-1] in ("q_proj", "v_proj")] + [
+        (n, m) for n, m in plain.named_modules() if n.endswith("down_proj")
+    ]:
+        a = torch.from_numpy(projection.projection(SEED, name, 8, base.in_features))
+        nothing = torch.zeros(base.out_features, 8)
+        layers[name] = toys.DenseLoraf(base, a, 1.0, nothing)
+        parent, _, child = name.rpartition(".")
+        setattr(plain.get_submodule(parent), child, layers[name])
+    product = {name: torch.zeros_like(layer.b.data) for name, layer in layers.items()}
+    for task in config.tasks:
+        scale = task.alpha / 8
+        for name, layer in layers.items():
+            layer.scale = scale
+            layer.b.data = product[name] / scale
+        fit_plainly(plain, [layer.b for layer in layers.values()], config, task)
+        for name, layer in layers.items():
+            assert bool((layer.b != product[name] / scale).all())
+            product[name] = layer.b.data * scale
+            expected = before[f"{name}.weight"] + product[name] @ layer.a
+            key = f"{name}.weight"
+            assert_moved_alike({key: recorder.held[task.name][key]}, {key: expected}, {key: before[key]})
+        assert recorder.made[task.name].trainable == sum(layer.b.numel() for layer in layers.values())
+        assert recorder.made[task.name].file_bytes > 4 * recorder.made[task.name].trainable
+
+
+def test_loraf_is_this_project_s_own_sequence(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path)
+    recorder, _ = train("loraf", config, tmp_path)
+    data = {name: toys.data(move) for name, move in MOVES.items()}
+    checkpoint = sequence.run(config, data)
+    for name, flat in recorder.flat.items():
+        stored = checkpoint.manifest.task(name)
+        assert {m: t.tolist() for m, t in flat.items()} == {
+            m: b.flat.tolist() for m, b in checkpoint.tasks[name].items()
+        }
+        made = recorder.made[name]
+        assert (made.trainable, made.file_bytes) == (stored.parameters, stored.file.bytes)
+        assert made.steps == 2 + 4  # calibration, training
+        assert {share.module: share.positions for share in made.masks} == stored.k
+        assert {share.size for share in made.masks if "q_proj" in share.module} == {128 * 8}
+    for name, again in recorder.again.items():  # at the end each is what it was on its day
+        assert all(torch.equal(again[n], tensor) for n, tensor in recorder.held[name].items())
+    assert list(recorder.again) == list(MOVES)
+
+
+def test_a_random_mask_has_k_positions_that_no_other_task_has(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path)
+    one, _ = train("random-mask", config, tmp_path)
+    other, _ = train("random-mask", config.model_copy(update={"seed": SEED + 1}), tmp_path / "other")
+    calibrated, _ = train("loraf", config, tmp_path / "calibrated")
+    for module, first in one.flat["one"].items():
+        d_out = 64 if "v_proj" in module else 128
+        second = one.flat["two"][module]
+        assert len(first) == len(second) == positions(0.75, d_out, 8)
+        assert not set(first.tolist()) & set(second.tolist())
+        assert int(first.min()) >= 0 and int(first.max()) < d_out * 8
+        assert first.tolist() != other.flat["one"][module].tolist()
+        assert first.tolist() != calibrated.flat["one"][module].tolist()
+    assert one.made["one"].steps == 4  # no calibration
+    assert one.made["one"].trainable == calibrated.made["one"].trainable
+
+
+def test_a_random_mask_is_drawn_evenly_from_the_free_positions(model_folder, tmp_path):
+    """1,000 masks of a quarter of 1,024 positions, of which another task holds the first half."""
+    host, checkpoint = toys.host(model_folder, tmp_path / "ckpt")
+    taken = toys.taken(checkpoint)
+    task = toys.task("one")
+    module = next(iter(host.targets))
+    half = SparseB.from_flat(torch.arange(512), torch.zeros(512), (128, 8))
+    taken[module] = [half]
+    counts = torch.zeros(1024)
+    for seed in range(1000):
+        chosen = methods.RandomMask.choose(host, task, [], taken, {}, seed)[module]
+        assert len(chosen) == 256 and bool((chosen[1:] > chosen[:-1]).all())
+        counts[chosen] += 1
+    assert counts[:512].sum() == 0
+    expected = 1000 * 256 / 512
+    chi_square = float(((counts[512:] - expected) ** 2 / (expected * 0.5)).sum())
+    assert 512 - 5 * 32 < chi_square < 512 + 5 * 32  # about 511 ± 32
+
+
+def test_settings_hold_what_matters_to_the_method_and_nothing_else(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path)
+    keys = {name: set(method.settings(config, config.tasks[0])) for name, method in methods.ALL.items()}
+    lora = {"alpha", "training", "rank", "target_modules"}
+    assert keys["lora"] == lora | {"dtype"}
+    assert keys["frozen-a"] == lora | {"init_std", "dtype"}
+    assert keys["random-mask"] == keys["frozen-a"] | {"sparsity", "start"}
+    assert keys["loraf"] == keys["random-mask"] | {"calibration"}
+    assert keys["full"] == {"training"}
+    assert "dropout" not in methods.ALL["full"].settings(config, config.tasks[0])["training"]
+
+
+def test_every_method_learns_with_dropout_packing_and_checkpointing(model_folder, tmp_path):
+    training = {"dropout": 0.3, "packing": True, "max_length": 64, "gradient_checkpointing": True, "max_steps": 2}
+    config = config_of(model_folder, tmp_path, **training)
+    for name in methods.ALL:
+        recorder, before = train(name, config, tmp_path / name)
+        assert any(not torch.equal(recorder.held["two"][n], before[n]) for n in before)

@@ -1,0 +1,392 @@
+"""Runs of a comparison: what is scored when, that it is what one gets by hand, and that none is measured twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraf.errors import ConfigError
+from loraf_train import sequence
+from loraf_train.compare import methods, stored
+from loraf_train.compare.general import general_text
+from loraf_train.compare.meter import Meter
+from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Run
+from loraf_train.config_parts import Source
+from tests.standins import make_model
+from tests.train.compare_toys import FILE, SHORT, comparison, write_data
+
+ROOT = Path(__file__).parents[2]
+TASKS = ("upper", "truth")
+SETS = [("upper", "upper"), ("truth", "one"), ("truth", "two")]
+ALL = tuple(methods.ALL)
+TOGETHER = ("loraf", "lora")  # trained by two processes
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def folder(base_folder, tmp_path) -> Path:
+    (tmp_path / "base").symlink_to(base_folder)
+    write_data(tmp_path)
+    (tmp_path / "tasks.yaml").write_text(FILE)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def measured(base_folder, tmp_path_factory):
+    """All methods in sequence, one seed: the comparison and its runs by method."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "base").symlink_to(base_folder)
+    write_data(folder)
+    (folder / "tasks.yaml").write_text(FILE)
+    made = comparison(folder, "sequence", ALL)
+    return made, {run.method: run for run in made.runs()}
+
+
+def answer(model, tokenizer, prompt: list[int], new_tokens: int) -> str:
+    """Greedy, one token at a time, without a cache."""
+    ids = list(prompt)
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+def by_hand(model, made) -> dict[tuple[str, str], float]:
+    """(task, evaluation set) → share of right answers."""
+    tokenizer, found = made.loaded[1], {}
+    for task in made.config.tasks:
+        for name, evaluation in made.data[task.name].evaluation.items():
+            right = 0
+            for example in evaluation.examples:
+                text = answer(model, tokenizer, example.prompt_ids, task.max_new_tokens)
+                if task.metric == "choice":
+                    words = [word for word in re.findall(r"\w+", text, re.ASCII) if word in evaluation.choices]
+                    right += words[:1] == [example.expected]
+                else:
+                    right += text.strip() == example.expected
+            found[task.name, name] = right / len(evaluation.examples)
+    return found
+
+
+def table(run: Run, acting: str) -> dict[tuple[str, str, str], float]:
+    return {(s.after, s.task, s.evaluation): s.score for s in run.scores if s.acting == acting}
+
+
+def test_every_cell_of_a_sequence_is_there_with_its_count(measured):
+    _, runs = measured
+    for run in runs.values():
+        assert list(table(run, SO_FAR)) == [(after, *place) for after in (BASE, *TASKS) for place in SETS]
+        assert list(table(run, AS_TRAINED)) == [(task, task, name) for task, name in SETS]
+        assert {(s.task, s.evaluation): s.count for s in run.scores} == dict(zip(SETS, (9, 9, 3), strict=True))
+        assert [d.after for d in run.drift] == [BASE, *TASKS]
+        assert [c.task for c in run.costs] == list(TASKS)
+        assert run.keeps_copies == (run.method in ("lora", "full", "frozen-a"))
+    learned = {name: table(run, SO_FAR)["upper", "upper", "upper"] for name, run in runs.items()}
+    assert all(score > 0 for score in learned.values()), learned  # so that there is something to compare
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_scores_are_what_one_gets_by_hand(measured, name):
+    """The method trains once more, and at each moment a plain loop answers every question."""
+    made, runs = measured
+    model = sequence.load_model(made.config)[0]
+    bench = methods.Bench((model, *made.loaded[1:]), made.data, made.out.parent / f"by-hand-{name}")
+    found, general = {}, {}
+    text = made.general.examples
+
+    def loss() -> float:
+        total, tokens = 0.0, 0
+        for example in text:
+            ids = torch.tensor([example.example.input_ids])
+            with torch.no_grad():
+                total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+        assert tokens == made.general.tokens
+        return total / tokens
+
+    class ByHand(methods.Listener):
+        def trained(self, task, parts):
+            found.update({(SO_FAR, task.name, *place): s for place, s in by_hand(model, made).items()})
+            general[task.name] = loss()
+
+        def as_trained(self, task):
+            found.update({(AS_TRAINED, task.name, *place): s for place, s in by_hand(model, made).items()})
+
+    found.update({(SO_FAR, BASE, *place): s for place, s in by_hand(model, made).items()})
+    general[BASE] = loss()
+    methods.ALL[name].train(bench, made.config_of(name, 3), ByHand())
+    run = runs[name]
+    assert table(run, SO_FAR) == {key[1:]: s for key, s in found.items() if key[0] == SO_FAR}
+    for (after, task, evaluation), score in table(run, AS_TRAINED).items():
+        acting = SO_FAR if run.keeps_copies else AS_TRAINED
+        assert score == found[acting, after, task, evaluation]
+    assert {d.after: d.loss for d in run.drift} == pytest.approx(general, rel=1e-4)
+
+
+def test_costs_are_measured(measured):
+    _, runs = measured
+    for run in runs.values():
+        for cost in run.costs:
+            assert cost.seconds > 0 and cost.trainable > 0 and cost.file_bytes > cost.trainable
+            assert cost.steps == 16 + (2 if run.method == "loraf" else 0)
+            assert cost.peak_bytes is None or cost.peak_bytes > 10**7
+    sizes = {name: run.costs[0].trainable for name, run in runs.items()}
+    assert sizes["loraf"] == sizes["random-mask"] < sizes["frozen-a"] < sizes["lora"] < sizes["full"]
+    assert {name for name, run in runs.items() if run.masks} == {"loraf", "random-mask"}
+
+
+def test_alone_each_task_begins_at_the_base(folder):
+    made = comparison(folder, "single", ("loraf", "full"))
+    loraf, full = made.runs()
+    for run in (loraf, full):
+        assert list(table(run, SO_FAR)) == [(BASE, *place) for place in SETS] + [(place[0], *place) for place in SETS]
+        assert not table(run, AS_TRAINED)
+        assert [d.after for d in run.drift] == [BASE, *TASKS]
+    second_alone = made.config_of("full", 3).model_copy(update={"tasks": made.config.of_method("full").tasks[1:]})
+    model = sequence.load_model(made.config)[0]
+    held = {}
+
+    class ByHand(methods.Listener):
+        def trained(self, task, parts):
+            held.update(by_hand(model, made))
+
+    bench = methods.Bench((model, *made.loaded[1:]), made.data, folder / "by-hand")
+    methods.ALL["full"].train(bench, second_alone, ByHand())
+    assert table(full, SO_FAR)["truth", "truth", "one"] == held["truth", "one"]
+
+
+def test_the_model_is_the_base_again_after_all_runs(measured):
+    made, _ = measured
+    fresh = sequence.load_model(made.config)[0].state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in made.loaded[0].state_dict().items())
+    assert not (made.out / "scratch").exists()
+
+
+# --- interruption -----------------------------------------------------------------------------------------------
+
+
+class Counted(methods.Full):
+    """Full fine-tuning that counts, and stops where it is told to; or only pretends, for the sake of speed."""
+
+    name = "full"
+
+    def __init__(self, stop_at: int | None, pretend: bool):
+        self.trained: list[int] = []
+        self._stop_at, self._pretend = stop_at, pretend
+
+    def train(self, bench, config, listener):
+        if config.seed == self._stop_at:
+            raise KeyboardInterrupt
+        self.trained.append(config.seed)
+        if not self._pretend:
+            return super().train(bench, config, listener)
+        for task in config.tasks:
+            listener.started(task)
+            listener.ended(task)
+            listener.trained(task, methods.Made(1, 1, 1))
+
+
+def without_costs(runs: list[Run]) -> list[Run]:
+    return [dataclasses.replace(run, costs=()) for run in runs]
+
+
+def counted(monkeypatch, stop_at: int | None = None, pretend: bool = False) -> Counted:
+    method = Counted(stop_at, pretend)
+    monkeypatch.setattr(methods, "ALL", {**methods.ALL, "full": method})
+    return method
+
+
+def test_an_interrupted_comparison_goes_on_with_what_is_missing(folder, monkeypatch):
+    method = counted(monkeypatch, stop_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        comparison(folder, "sequence", ("full",), (3, 4), SHORT).runs()
+    assert method.trained == [3]
+    kept = (folder / "out" / "runs" / "full-seed3.json").read_bytes()
+    (folder / "out" / "scratch").mkdir(exist_ok=True)  # what a killed run leaves
+    (folder / "out" / "scratch" / "left.safetensors").write_bytes(b"half")
+
+    method, said = counted(monkeypatch), []
+    runs = comparison(folder, "sequence", ("full",), (3, 4), SHORT, said=said).runs()
+    assert method.trained == [4]
+    assert said == ["base: measured before", "full, seed 3: measured before", "full, seed 4:"]
+    assert (folder / "out" / "runs" / "full-seed3.json").read_bytes() == kept
+    method = counted(monkeypatch)
+    assert comparison(folder, "sequence", ("full",), (3, 4), SHORT).runs() == runs
+    assert method.trained == []
+
+    (folder / "out").rename(folder / "before")
+    undisturbed = comparison(folder, "sequence", ("full",), (3, 4), SHORT).runs()
+    assert without_costs(undisturbed) == without_costs(runs)
+
+
+def change_rate(folder: Path) -> str:
+    text = (folder / "tasks.yaml").read_text()
+    (folder / "tasks.yaml").write_text(text.replace("learning_rate: 5e-3", "learning_rate: 3e-3"))
+    return "settings.upper.training.learning_rate was 0.005, is 0.003; settings.truth.training.learning_rate was"
+
+
+def change_example(folder: Path) -> str:
+    text = (folder / "truth.jsonl").read_text()
+    (folder / "truth.jsonl").write_text(text.replace("y0?", "z0?"))
+    return "evaluation.truth changed; examples.truth changed"
+
+
+def change_metric_s_tokens(folder: Path) -> str:
+    text = (folder / "tasks.yaml").read_text()
+    (folder / "tasks.yaml").write_text(text.replace("max_new_tokens: 4", "max_new_tokens: 5"))
+    return "scoring.upper.max_new_tokens was 4, is 5"
+
+
+def damage(folder: Path) -> str:
+    file = folder / "out" / "runs" / "full-seed3.json"
+    file.write_bytes(file.read_bytes().replace(b'"seed": 3', b'"seed": 4'))
+    return f"{file} is of no use (it does not match its digest)"
+
+
+@pytest.mark.parametrize("change", [change_rate, change_example, change_metric_s_tokens, damage])
+def test_what_was_changed_is_measured_anew_and_said(folder, monkeypatch, change):
+    counted(monkeypatch, pretend=True)
+    comparison(folder, "sequence", ("full",), overrides=SHORT).runs()
+    reason = change(folder)
+    method, said = counted(monkeypatch, pretend=True), []
+    (run,) = comparison(folder, "sequence", ("full",), (3,), SHORT, said).runs()
+    assert method.trained == [3]
+    assert said[-1].startswith(f"full, seed 3: measured anew, since {reason}")
+    assert (run.method, run.seed) == ("full", 3)
+
+
+def test_a_rate_that_is_too_high_is_told_with_the_method_and_the_rest_stays(folder):
+    overrides = (*SHORT, "compare.methods.full.training.learning_rate=1e38")
+    with pytest.raises(ConfigError, match=r"full, seed 3: .* is (nan|inf).*rate") as caught:
+        comparison(folder, "sequence", ("random-mask", "full"), overrides=overrides).runs()
+    assert len(caught.value.problems) == 1
+    assert (folder / "out" / "runs" / "random-mask-seed3.json").exists()
+    assert not (folder / "out" / "runs" / "full-seed3.json").exists()
+
+
+def test_settings_of_another_method_do_not_matter(folder, monkeypatch):
+    counted(monkeypatch, pretend=True)
+    comparison(folder, "sequence", ("full",), overrides=SHORT).runs()
+    text = (folder / "tasks.yaml").read_text()
+    (folder / "tasks.yaml").write_text(text.replace("alpha: 8", "alpha: 32").replace("steps: 2", "steps: 3"))
+    method = counted(monkeypatch, pretend=True)
+    comparison(folder, "sequence", ("full",), overrides=SHORT).runs()
+    assert method.trained == []
+
+
+def test_the_stored_form_gives_the_run_back(measured, tmp_path):
+    _, runs = measured
+    for run in runs.values():
+        stored.keep(tmp_path / "run.json", {"a": (1, 2)}, run)
+        assert stored.find(tmp_path / "run.json", {"a": [1, 2]}) == (run, "")
+        assert stored.find(tmp_path / "run.json", {"a": [1, 3]}) == (None, "a was [1, 2], is [1, 3]")
+    (tmp_path / "run.json").write_text(json.dumps({"format": "another"}))
+    assert stored.find(tmp_path / "run.json", {})[0] is None
+    assert stored.find(tmp_path / "none.json", {}) == (None, "")
+
+
+# --- the parts --------------------------------------------------------------------------------------------------
+
+
+def test_general_text_longer_than_the_model_is_divided_and_every_token_counts(folder, measured):
+    tokenizer = measured[0].loaded[1]
+    (folder / "long.jsonl").write_text(json.dumps({"text": "a" * 100}) + "\n" + json.dumps({"text": ""}) + "\n")
+    found = general_text(Source(file=folder / "long.jsonl"), tokenizer, 40)
+    assert [len(e.example.input_ids) for e in found.examples] == [40, 40, 21]  # <s> and 100 bytes
+    assert found.tokens == 101 - 3  # the first of each piece is predicted from nothing
+
+
+def test_general_records_may_have_a_prompt(folder, measured):
+    tokenizer = measured[0].loaded[1]
+    found = general_text(Source(file=folder / "upper.jsonl"), tokenizer, 1024)
+    assert found.tokens == 9 * 3  # two letters and the end of sequence
+
+
+@pytest.mark.parametrize("record", [{"text": 3}, {"text": ""}])
+def test_general_text_that_is_none(folder, measured, record):
+    (folder / "odd.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(ConfigError, match=r"odd\.jsonl"):
+        general_text(Source(file=folder / "odd.jsonl"), measured[0].loaded[1], 1024)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak, and lets it be reset")
+def test_the_meter_sees_memory_that_is_freed_again_and_nothing_from_before():
+    meter = Meter(torch.device("cpu"))
+    before = torch.ones(64 << 20, dtype=torch.uint8)
+    del before
+    meter.start()
+    seconds, resting = meter.stop()
+    meter.start()
+    within = torch.ones(64 << 20, dtype=torch.uint8)
+    del within
+    longer, peak = meter.stop()
+    if resting is None:
+        pytest.skip("this container may not reset the peak")
+    assert seconds >= 0 and longer > 0 and math.isfinite(longer)
+    assert peak - resting > 60 << 20
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+
+def child(rank: int, port: int, folder: Path) -> None:
+    """What accelerate launch sets, and nothing else."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from loraf_train import processes
+
+    processes.join(torch.device("cpu"))
+    runs = comparison(folder, "sequence", TOGETHER, overrides=SHORT).runs()
+    answer = [dataclasses.asdict(run) for run in runs]
+    (folder / f"answer-{rank}.json").write_text(json.dumps(answer))
+
+
+def launch(folder: Path) -> int:
+    torch.set_num_threads(1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=child, args=(rank, port, folder)) for rank in range(2)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join()
+    return max(abs(process.exitcode) for process in children)
+
+
+def test_two_processes_measure_what_one_measures(folder):
+    command = [sys.executable, "-m", __name__, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((folder / f"answer-{rank}.json").read_text()) for rank in range(2))
+    assert [run["costs"] for run in second] == [[]] * len(TOGETHER)  # only the first process measures
+    (folder / "out").rename(folder / "together")
+    for run, alone in zip(first, comparison(folder, "sequence", TOGETHER, overrides=SHORT).runs(), strict=True):
+        assert run["method"] == alone.method
+        assert [d["loss"] for d in run["drift"]] == pytest.approx([d.loss for d in alone.drift], rel=0.001)
+        assert [c["trainable"] for c in run["costs"]] == [c.trainable for c in alone.costs]
+        assert [c["file_bytes"] for c in run["costs"]] == [c.file_bytes for c in alone.costs]
+        assert [s["count"] for s in run["scores"]] == [s.count for s in alone.scores]
+
+
+if __name__ == "__main__":
+    sys.exit(launch(Path(sys.argv[1])))
