@@ -74,10 +74,10 @@ class Engine(ABC):
         return Timing(times[0] - begin, between, times[-1] - begin)
 
     def worker_bytes(self) -> int:
-        """Memory of the process that computes: the largest of the engine's."""
+        """Memory that the process which computes shares with no other: the largest of the engine's."""
         (core,) = self.engine().engine_core.resources.engine_manager.processes
         family = [psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)]
-        return max(process.memory_info().rss for process in family)
+        return max(process.memory_full_info().uss for process in family)
 
     @abstractmethod
     def engine(self): ...
