@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py          # about five minutes on two cores; writes results/memory.json
 
-The model and checkpoints of benchmarks/serving.py, backend `resident`, eager. The first requests touch pages of the KV cache
-and of scratch memory for the first time, so requests of both kinds run until the worker has stopped to grow; then rounds of 64 requests with one
-set and of 64 requests with 64 sets that nobody has named before take turns. Memory is what the worker shares with no
-other process (USS).
+The model and checkpoints of benchmarks/serving.py, backend `resident`, eager. The first requests touch pages of the KV
+cache and of scratch memory for the first time, so requests of both kinds run until the worker has stopped to grow; then
+rounds of 64 requests with one set and of 64 requests with 64 sets that nobody has named before take turns. Memory is
+what the worker shares with no other process (USS).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraf.errors import ConfigError, Problem
-from loraf_train import report
+from loraf_train import launcher, report
 from loraf_train.compare.settings import HIGHEST_SEED, METHODS
 from loraf_train.preflight import ModelFacts, Prepared, capacity, survey
 from loraf_train.progress import Progress
@@ -53,6 +53,9 @@ def compare(
     chosen = _methods(methods, problems)
     numbers = _seeds(seeds, problems)
     problems += _missing_packages(chosen)
+    if launcher.sharding() is not None:  # full and lora would train the divided weights
+        remedy = "launch without it; processes divide the batch all the same"
+        problems.append(Problem("compare does not train a divided base", "fsdp_version", "accelerate launch", remedy))
     prepared, found, warnings = survey(path, overrides, eval_limit, into_checkpoint=False)
     problems += found
     general = None

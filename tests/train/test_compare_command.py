@@ -199,16 +199,19 @@ def test_all_mistakes_at_once_and_nothing_is_trained(folder, capsys, monkeypatch
     content["compare"]["methods"]["random-mask"] = {"sparsity": 0.4}  # twice 0.6 does not
     (folder / "general.jsonl").write_text('{"text": 3}\n')
     (folder / "tasks.yaml").write_text(yaml.safe_dump(content))
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     options = ["--methods", "loraf,dora,random-mask,lora", "--seeds", "1,x"]
     status, out, err = run(capsys, "compare", "tasks.yaml", "--protocol", "sequence", *options)
     assert status == 2 and not shown and "Traceback" not in err
     lines = err.splitlines()
-    assert len(lines) == 7, err
+    assert len(lines) == 8, err
     for part in (
         "--methods: there is no method 'dora' → choose from: loraf, random-mask, frozen-a, lora, full",
         "--seeds: 'x' is no seed",
         "the method lora needs the package 'peft', which is not installed → `pip install 'loraf[compare]'`",
         "the intervals needs the package 'scipy'",
+        "accelerate launch: fsdp_version: compare does not train a divided base",
         "tasks[0].data.eval: task 'upper' has no evaluation records",
         "tasks[1].sparsity: method random-mask: task 'truth' needs",
         "general.jsonl: record 1: has no text",
