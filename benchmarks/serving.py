@@ -1,4 +1,4 @@
-"""What a task set costs in an engine: throughput, latency and memory beside plain vLLM, all engines in one run.
+"""What a task set costs in an engine: throughput and latency beside plain vLLM, all engines in one run.
 
     python benchmarks/serving.py                 # about 20 minutes on two cores; writes results/serving.json
     python benchmarks/serving.py --rounds 3 --engines plain-eager resident-eager --out -
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.engines import Engine, Ours, Plain, Stock, Timing  # noqa: E402
-from benchmarks.measuring import interval, machine  # noqa: E402
+from benchmarks.measuring import commit, interval, machine  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "serving.json"
 PROMPT, TOKENS = 24, 32
@@ -234,29 +234,11 @@ def astuple(measured: Measured) -> tuple[float, float, float]:
     return measured.tokens_per_second, measured.first_token, measured.between_tokens
 
 
-async def memory(engine: Ours, checkpoints: dict[str, Path], seed: int) -> dict[str, float]:
-    """Growth of the worker by 64 sets, and by another checkpoint, in MB; beside what the backend says it holds."""
-    drawn, megabyte = random.Random(seed), 1e6
-    one, many = Cell(64, 1, tokens=8), Cell(64, 64, tokens=8, fresh=True)
-
-    async def ask(cell: Cell) -> None:
-        prompts = [[drawn.randrange(3, 259) for _ in range(PROMPT)] for _ in range(cell.batch)]
-        await engine.ask("T4", cell.asked(drawn), prompts, cell.tokens)
-
-    for _ in range(3):
-        await ask(one)
-    before = engine.worker_bytes()
-    for _ in range(3):
-        await ask(many)
-    after = engine.worker_bytes()
-    return {
-        "64 sets more than one": (after - before) / megabyte,
-        "held for T2, T4, T10, as the backend says": sum(engine.backend._bytes.values()) / megabyte,
-    }
-
-
-async def main(arguments: argparse.Namespace) -> dict:
+async def main(arguments: argparse.Namespace, keep: Callable[[dict], None]) -> dict:
+    """Args: keep: called with the result so far after each round, so that a run that is stopped leaves something."""
     import vllm
+
+    before = machine()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -276,20 +258,21 @@ async def main(arguments: argparse.Namespace) -> dict:
                 await run.cell(engine, cell)
             for number in range(arguments.rounds):
                 await run.round(number, arguments.rounds)
-            growth = {e.name: await memory(e, checkpoints, 7) for e in engines if isinstance(e, Ours)}
+                result = {
+                    "question": "what does a task set cost in an engine?",
+                    "machine": before,
+                    "commit": commit(),
+                    "vllm": vllm.__version__,
+                    "dtype": arguments.dtype,
+                    "rounds": number + 1,
+                    "summary": run.summary(),
+                    "cells": run.table(),
+                }
+                keep(result)
         finally:
             for engine in engines:
                 await engine.stop()
-    return {
-        "question": "what does a task set cost in an engine?",
-        "machine": machine(),
-        "vllm": vllm.__version__,
-        "dtype": arguments.dtype,
-        "rounds": arguments.rounds,
-        "summary": run.summary(),
-        "memory in MB": growth,
-        "cells": run.table(),
-    }
+    return result
 
 
 def show(result: dict) -> None:
@@ -299,7 +282,7 @@ def show(result: dict) -> None:
         text = f"{ratio['median']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})" if ratio else ""
         speed, first = row["tokens_per_second"]["median"], row["first_token"]["median"]
         print(f"{row['engine']:<18} {row['cell']:<58} {speed:>7.0f} {text:>22} {first * 1e3:>9.1f} ms")
-    print(json.dumps({"summary": result["summary"], "memory in MB": result["memory in MB"]}, indent=1))
+    print(json.dumps({"summary": result["summary"]}, indent=1))
 
 
 if __name__ == "__main__":
@@ -310,8 +293,10 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", default=str(RESULT), help="- writes no file")
     given = parser.parse_args()
-    made = asyncio.run(main(given))
-    show(made)
-    if given.out != "-":
-        Path(given.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(given.out).write_text(json.dumps(made, indent=1) + "\n")
+
+    def write(result: dict) -> None:
+        if given.out != "-":
+            Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(given.out).write_text(json.dumps(result, indent=1) + "\n")
+
+    show(asyncio.run(main(given, write)))

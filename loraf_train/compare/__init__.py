@@ -2,7 +2,8 @@
 
 settings.py    what tasks.yaml may say under `compare:`
 methods.py     the methods, each behind the same few calls
-protocols.py   single (each task from the base) and sequence (one after the other), run by run
+protocols.py   single (each task from the base) and sequence (one after the other), run by run: general.py measures the
+               drift of the base, meter.py time and memory, stored.py keeps finished runs
 results.py     what was measured, as JSON                               ← what everything below reads
 statistics.py  means over seeds, the numbers of continual learning, intervals
 tables.py      for the terminal, and as Markdown: cells.py, sheets.py, sheets_sequence.py say what stands in them
