@@ -94,6 +94,7 @@ CELLS = {
     "resident-compiled": OURS,
 }
 SLOW = {"stock-eager"}  # every third round only
+SETTLE_SECONDS = 1.2  # vLLM's processes look for work in a loop for a second after the last: another engine's cell
 REPEAT = dict.fromkeys(SINGLE, 10)  # within a round
 
 
@@ -190,6 +191,7 @@ class Run:
         work = self.drawn.sample(self.cells, len(self.cells))
         begin = time.perf_counter()
         for engine, cell in work:
+            await asyncio.sleep(SETTLE_SECONDS)
             left_out = engine.name in SLOW and number % 3
             measured = None if left_out else await self.cell(engine, cell)
             self.rounds.setdefault((engine.name, cell), []).append(measured)

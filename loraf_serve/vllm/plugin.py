@@ -3,8 +3,9 @@
 In processes of an engine that loraf-serve started (the variable ENGINE_OWNER says so) it does what no option of vLLM
 does:
 
-- The process leaves the terminal's process group. Ctrl-C, and SIGTERM to the whole group, then reach the service alone,
-  which drains its requests and stops the engine; vLLM's engine core would abort every request at once.
+- The process leaves the terminal's process group, but not its session. Ctrl-C, and SIGTERM to the whole group, then
+  reach the service alone, which drains its requests and stops the engine; vLLM's engine core would abort every request
+  at once.
 - torch.compile stays on in a resident engine.
 - The engine core stops when the service has died without stopping it.
 
@@ -40,7 +41,9 @@ def register() -> None:
     if parent is None or owner == str(os.getpid()):
         return
     if os.getpgrp() != os.getpid():
-        os.setsid()
+        # Not a session: Linux shares processors out between sessions first (autogroups). vLLM's processes wait for each
+        # other in loops that yield, and a yield gives way only within one's own session.
+        os.setpgid(0, 0)
     if os.environ.get(KEEP):
         keep_compile()
     if owner == str(parent.pid):
