@@ -113,6 +113,27 @@ def test_the_same_file_at_small_scale(source, tmp_path, capsys):
         assert all(found[task_set, "nlu", name]["count"] == 2 for name in PAPER_SETS)
 
 
+@pytest.mark.parametrize(
+    ("protocol", "tells"),
+    [("single", (*PAPER_SETS, "gsm8k", "mean")), ("sequence", ("math", "nlu", "forgetting", "as trained", "drift"))],
+)
+def test_table_1_and_figure_2_at_small_scale(protocol, tells, tmp_path, capsys):
+    shutil.copy(EXAMPLE / "tasks.yaml", tmp_path)
+    lay_out(tmp_path, HANDFUL)
+    (tmp_path / "general.jsonl").write_text('{"text": "The quick brown fox jumps over the lazy dog."}\n')
+    changes = [argument for change in (*SMALL, "compare.general=general.jsonl") for argument in ("--set", change)]
+    options = ("--protocol", protocol, "--methods", "loraf,lora,full", "--seeds", "0")
+    status, out, err = run(capsys, "compare", str(tmp_path / "tasks.yaml"), *changes, *options)
+    assert status == 0, err
+    written = tmp_path / "ckpt-compare" / protocol
+    results = json.loads((written / "results.json").read_text())
+    assert [made["method"] for made in results["runs"]] == ["loraf", "lora", "full"]
+    assert all((made["seed"], len(made["costs"])) == (0, 2) for made in results["runs"])
+    report = (written / "report.md").read_text().lower()
+    assert [text for text in tells if text not in report] == []
+    assert {file.suffix for file in written.iterdir()} >= {".png", ".svg"}
+
+
 # --- get_data.py ------------------------------------------------------------------------------------------------------
 
 
