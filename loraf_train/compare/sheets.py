@@ -46,8 +46,12 @@ def preface(results: Results) -> list[str]:
         "a number is the mean over the seeds; in brackets, of two or more seeds, Student's t interval of 95 % over the "
         "seeds; of a single seed, Wilson's interval of 95 % over the examples, where there is a count of right answers",
         "bold: the best mean of its column, to the digits shown; intervals may overlap",
-        *(f"{key}: {value}" for key, value in results.surroundings.items()),
+        *(f"{key}: {_plain(value)}" for key, value in results.surroundings.items()),
     ]
+
+
+def _plain(value: object) -> str:
+    return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _single(found: Statistics) -> Iterator[Sheet]:

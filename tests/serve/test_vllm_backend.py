@@ -331,7 +331,7 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     [
         (flip_a_bit, "nlu.safetensors.*SHA-256"),
         (remove_a_file, "code.safetensors"),
-        (replace_by_another, "changed after"),
+        (replace_by_another, "changed while"),
     ],
 )
 def test_a_checkpoint_changed_after_it_was_verified_is_refused(

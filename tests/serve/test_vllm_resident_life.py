@@ -94,9 +94,9 @@ def worker_bytes(engine: Engine) -> int:
 
 
 def test_a_large_adapter_gives_its_memory_back_each_time(engine: Engine, tmp_path: Path) -> None:
-    """The first load also pays once for what stays: scratch memory of threads, their arenas."""
+    """The first loads also pay once for what stays: scratch memory of threads, and their arenas, which take turns."""
     loaded = []
-    for i in range(4):
+    for i in range(8):
         random_checkpoint(tmp_path / str(i), engine.folder, ("math", "nlu"), 2048, 0.5, seed=60 + i)
         large = open_adapter("large", tmp_path / str(i))
         before = worker_bytes(engine)
@@ -112,7 +112,8 @@ def test_a_large_adapter_gives_its_memory_back_each_time(engine: Engine, tmp_pat
         while loaded[-1] - worker_bytes(engine) < 0.8 * held:
             assert time.monotonic() < deadline, (loaded[-1], worker_bytes(engine), held)
             time.sleep(0.05)
-    assert loaded[-1] - loaded[1] < 0.2 * held, loaded
+    # Five loads; a tenth of an adapter left by each would be as much.
+    assert loaded[-1] - loaded[2] < 0.5 * held, loaded
 
 
 def test_the_same_content_again_after_it_was_unloaded(engine: Engine, tmp_path: Path) -> None:
