@@ -11,7 +11,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, closing
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 from grpc_status.rpc_status import GRPC_DETAILS_METADATA_KEY
@@ -72,6 +72,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         emit: Callable[[generation_pb2.StreamGenerateResponse], Awaitable[None]],
     ) -> None:
         """Feeds `emit` the pieces of the answer; ends the call with a status if anything is wrong."""
+        refusal = await self._answer(request, context, emit)
+        if refusal:
+            await context.abort(*refusal)
+
+    async def _answer(
+        self,
+        request: generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest,
+        context: grpc.aio.ServicerContext,
+        emit: Callable[[generation_pb2.StreamGenerateResponse], Awaitable[None]],
+    ) -> _Refusal | None:
+        """Feeds `emit` the pieces of the answer. Returns what is wrong, if anything is."""
         client_id = "" if request_id_problem(request.request_id) else request.request_id
         request_id = client_id or uuid.uuid4().hex
         # A deadline of the client's own reaches this handler as a cancellation.
@@ -86,15 +97,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                             await emit(piece)
         except BackendUnavailable as error:
             await self._engine_gone(error)
-            await _abort(context, self._admission.refusal or error, request_id)
+            return _refusal(self._admission.refusal or error, request_id)
         except TimeoutError as error:
-            await _abort(context, DeadlineExceeded(deadline) if timeout.expired() else error, request_id)
+            return _refusal(DeadlineExceeded(deadline) if timeout.expired() else error, request_id)
         except asyncio.CancelledError as error:
             if asyncio.current_task().cancelling():
                 raise  # the client's deadline went by, or it cancelled, or is gone
-            await _abort(context, error, request_id)  # nobody cancelled this call: a fault inside
+            return _refusal(error, request_id)  # nobody cancelled this call: a fault inside
         except Exception as error:
-            await _abort(context, error, request_id)
+            return _refusal(error, request_id)
+        return None
 
     async def _pieces(
         self, request: GenerationRequest, request_id: str
@@ -131,7 +143,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         try:
             return adapter_pb2.GetAdapterResponse(adapter=self._message(self._library.registry.get(request.name)))
         except Exception as error:
-            await _abort(context, error, uuid.uuid4().hex)
+            refusal = _refusal(error, uuid.uuid4().hex)
+        await context.abort(*refusal)
 
     async def LoadAdapter(self, request: adapter_pb2.LoadAdapterRequest, context) -> adapter_pb2.LoadAdapterResponse:
         change = self._library.load(request.name, request.path, tuple(request.tasks), request.replace)
@@ -145,6 +158,12 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def _changed(self, context: grpc.aio.ServicerContext, change: Coroutine[Any, Any, T]) -> T:
         """What the change gives; ends the call with a status if the server does not serve, or if it fails."""
+        outcome = await self._outcome(change)
+        if isinstance(outcome, _Refusal):
+            await context.abort(*outcome)
+        return outcome
+
+    async def _outcome(self, change: Coroutine[Any, Any, T]) -> T | _Refusal:
         request_id = uuid.uuid4().hex
         try:
             with closing(change):
@@ -153,25 +172,37 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
                 return await change
         except BackendUnavailable as error:
             await self._engine_gone(error)
-            await _abort(context, self._admission.refusal or error, request_id)
+            return _refusal(self._admission.refusal or error, request_id)
         except asyncio.CancelledError as error:
             if asyncio.current_task().cancelling():
                 raise  # the client's deadline went by, or it cancelled, or is gone
-            await _abort(context, self._admission.refusal or error, request_id)  # the server has ended the change
+            return _refusal(self._admission.refusal or error, request_id)  # the server has ended the change
         except Exception as error:
-            await _abort(context, error, request_id)
+            return _refusal(error, request_id)
 
     def _message(self, adapter: ServedAdapter) -> adapter_pb2.Adapter:
         return messages.adapter(adapter, self._library.resident_bytes(adapter))
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: BaseException, request_id: str) -> None:
-    """Ends the call with the status for `error`; logs what nobody expected."""
+class _Refusal(NamedTuple):
+    """The status that ends a call: what `context.abort` takes.
+
+    grpc keeps the exception of the latest call until the next call comes, and with it the frames that it passed through
+    and the exception that was being handled. `abort` is therefore called where neither can reach an adapter: a refused
+    request would keep one in memory after it is unloaded.
+    """
+
+    code: grpc.StatusCode
+    message: str
+    trailing_metadata: tuple[tuple[str, bytes], ...]
+
+
+def _refusal(error: BaseException, request_id: str) -> _Refusal:
+    """The status for `error`; logs what nobody expected."""
     found = status.status_of(error, request_id)
     code = status.code_of(error)
     if code is grpc.StatusCode.INTERNAL:
         log.error("request %s failed", request_id, exc_info=error)
     else:
         log.info("request %s: %s: %s", request_id, code.name, found.message)
-    metadata = ((GRPC_DETAILS_METADATA_KEY, found.SerializeToString()),)
-    await context.abort(code, found.message, metadata)
+    return _Refusal(code, found.message, ((GRPC_DETAILS_METADATA_KEY, found.SerializeToString()),))

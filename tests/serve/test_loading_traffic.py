@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from loraf.tasksets import TaskSet
+from loraf_serve import service
 from loraf_serve.adapter_root import AdapterRoot
 from loraf_serve.backends.merged import MergedBackend
 from loraf_serve.client import ServiceError, request_of
 from loraf_serve.registry import Registry, open_folder
+from loraf_serve.v1 import adapter_pb2
 from loraf_serve.v1 import generation_pb2 as pb
 from tests.serve.fake_backend import FakeBackend, text_of
 from tests.serve.harness import Running, checkpoint_folder, checkpoints_root, eventually, model_folder, serving
@@ -150,6 +152,43 @@ def test_two_hundred_changes_under_traffic_with_the_fake_backend(opened):
 
         check(done, answers, right)
         backend.requests.clear()
+        assert eventually(lambda: gone(opened))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda running: running.client.generate("x", adapter="b"),
+        lambda running: running.client.generate("x", adapter="a", tasks={"unknown": 1.0}),
+        lambda running: running.client.generate("", adapter="a", temperature=-1.0),
+        lambda running: running.client.load_adapter("a", "ckpt1"),
+        lambda running: running.client.load_adapter("a", "nowhere", replace=True),
+        lambda running: running.client.unload_adapter("b"),
+        lambda running: running.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name="b")),
+    ],
+)
+def test_the_latest_call_keeps_no_adapter_when_it_is_refused(opened, refused):
+    checkpoint_folder(0)
+    with serving(FakeBackend(), adapters=Registry(), root=checkpoints_root()) as running:
+        running.client.load_adapter("a", "ckpt0")
+        with pytest.raises((ServiceError, grpc.RpcError)):
+            refused(running)
+        running.call(running.server._library.unload("a"))  # not over gRPC: that would be a later call
+        assert eventually(lambda: gone(opened))
+
+
+def test_the_latest_call_keeps_no_adapter_when_the_backend_fails(opened, monkeypatch):
+    monkeypatch.setattr(service.log, "disabled", True)  # pytest keeps the exceptions that are logged
+    checkpoint_folder(0)
+    backend = FakeBackend()
+    backend.failure_after = RuntimeError("in the middle of an answer")
+    with serving(backend, adapters=Registry(), root=checkpoints_root()) as running:
+        running.client.load_adapter("a", "ckpt0")
+        with pytest.raises(ServiceError, match="INTERNAL"):
+            running.client.generate("x", adapter="a", max_tokens=4)
+        backend.failure_after = None
+        backend.requests.clear()
+        running.call(running.server._library.unload("a"))
         assert eventually(lambda: gone(opened))
 
 
