@@ -4,8 +4,10 @@
     python benchmarks/ready.py --parts beside --layers-beside 2 --out -
 
 idle     An engine with all 32 layers (random weights, 15 GB in bfloat16). A checkpoint of ten tasks, rank 64, is handed
-         to the backend, as LoadAdapter does after it has read the manifest; the time ends when a request may name it.
-         First with an A that the worker has never made, then again after it was dropped, so that A's digest is known.
+         to the backend, as LoadAdapter does after it has found the folder; the time ends when a request may name it.
+         Each round with another seed: first with an A that the worker has never made, then again after a drop, so that
+         A's digest is known. The very first load stands apart. What the system takes for new memory is measured
+         too: a load takes new memory twice the size of the task files, and a virtual machine may ask much for it.
 beside   An engine with few layers of the same widths, so that a step is short, and streams that run all the time.
          Checkpoints of as many layers are loaded one after the other, as much as a whole one has together. The gaps
          between tokens while something is loading, against those while nothing is.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import mmap
 import random
 import statistics
 import sys
@@ -33,7 +36,9 @@ from benchmarks.measuring import commit, interval, machine, memory  # noqa: E402
 RESULT = ROOT / "benchmarks" / "results" / "ready.json"
 LAYERS, RANK, TASKS, SPARSITY = 32, 64, 10, 0.9
 STREAMS, PROMPT = 2, 16
+PAUSE = 1.5  # between two loads: vLLM's processes wait busily for a second after each call
 QUIET_SECONDS = 10.0  # without a load, before the first and between two
+_PAGES = bytes(1 << 16)
 OPTIONS = ("--load-format", "dummy", "--max-model-len", "2048", "--max-num-batched-tokens", "64")
 OPTIONS += ("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 30))
 
@@ -65,28 +70,43 @@ def make_model(folder: Path, layers: int) -> Path:
 
 
 async def idle(folder: Path, layers: int, dtype: str, rounds: int) -> dict:
-    """Seconds until ready with nothing running: the first load, then loads of the same content after a drop."""
-    checkpoint = folder / "ckpt"
-    make_checkpoint(checkpoint, layers, RANK, TASKS, SPARSITY)
+    """Seconds until ready with nothing running: each checkpoint twice, with a drop between."""
+    checkpoints = [folder / f"ckpt{seed}" for seed in range(rounds + 1)]
+    for seed, checkpoint in enumerate(checkpoints):
+        make_checkpoint(checkpoint, layers, RANK, TASKS, SPARSITY, seed)
     engine = Ours("resident", make_model(folder / "model", layers), False, dtype, kind="resident", more=OPTIONS)
     await engine.start({})
     try:
         seconds = []
-        for _ in range(rounds + 1):
-            begin = time.perf_counter()
-            await engine.load("ckpt", checkpoint)
-            seconds.append(time.perf_counter() - begin)
-            held = engine.backend.adapter_bytes(engine.adapters["ckpt"])
-            await engine.backend.remove_adapter(engine.adapters["ckpt"])
+        for checkpoint in checkpoints:
+            for _ in range(2):
+                begin = time.perf_counter()
+                await engine.load("ckpt", checkpoint)
+                seconds.append(round(time.perf_counter() - begin, 3))
+                held = engine.backend.adapter_bytes(engine.adapters["ckpt"])
+                await engine.backend.remove_adapter(engine.adapters["ckpt"])
+                await asyncio.sleep(PAUSE)
+        new_memory = touch_seconds()
     finally:
         await engine.stop()
     return {
         "layers": layers,
-        "task_files_mb": round(sum(f.stat().st_size for f in checkpoint.rglob("*.safetensors")) / 1e6),
+        "task_files_mb": round(sum(f.stat().st_size for f in checkpoints[0].rglob("*.safetensors")) / 1e6),
         "held_mb": round(held / 1e6),
-        "ready_s, A not known": round(seconds[0], 3),
-        "ready_s, A known": interval([round(s, 3) for s in seconds[1:]]),
+        "new memory, s per GB": new_memory,
+        "ready_s, the engine's first": seconds[0],
+        "ready_s, A not known": interval(seconds[2::2]),
+        "ready_s, A known": interval(seconds[3::2]),
     }
+
+
+def touch_seconds() -> float:
+    """Seconds of one thread for the first touch of a GB, with the engine's model in memory."""
+    with mmap.mmap(-1, 1 << 30) as memory:
+        begin = time.perf_counter()
+        for page in range(0, len(memory), 1 << 16):
+            memory[page : page + (1 << 16)] = _PAGES
+        return round((time.perf_counter() - begin) / (len(memory) / 1e9), 2)
 
 
 async def beside(folder: Path, layers: int, dtype: str, rounds: int) -> dict:

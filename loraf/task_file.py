@@ -21,6 +21,7 @@ import torch
 from loraf import strict_json
 from loraf.errors import Problem
 from loraf.manifest import Manifest, Task
+from loraf.pages import pages
 from loraf.sparse import SparseB, examine
 from loraf.threads import in_threads
 
@@ -177,9 +178,7 @@ def _content(file: Path, task: Task) -> memoryview:
     sha = hashlib.sha256()
     with open(file, "rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
-        # torch's memory: NumPy asks for huge pages, which took four times as long in a virtual machine.
-        data = torch.empty(size if size == stated.bytes else 0, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = memoryview(pages(size if size == stated.bytes else 0).numpy())
         at = 0
         while at < len(view) and (count := stream.readinto(view[at : at + _BYTES_AT_ONCE])):
             sha.update(view[at : at + count])

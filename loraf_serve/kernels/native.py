@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from loraf.pages import pages
 from loraf_serve.kernels import library
 from loraf_serve.kernels.base import Extent, Operand, Part, Rows
 
@@ -111,6 +112,6 @@ def _pack(parts: Sequence[Part], extent: Extent, built: library.Library) -> torc
     nbytes = built.measure(ctypes.byref(layer), place.data_ptr())
     if nbytes < 0:
         raise ValueError("B of a part takes more than 64 GiB")
-    memory = torch.empty(nbytes, dtype=torch.uint8)  # torch aligns to 64 bytes
+    memory = pages(nbytes)  # aligned to 64 bytes and more
     built.pack(ctypes.byref(layer), place.data_ptr(), memory.data_ptr())
     return memory

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from loraf.errors import ConfigError, Problem, UnknownTask
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
+from loraf_serve.vllm import remote
 from loraf_serve.vllm.environment import engine_environment
 from loraf_serve.vllm.naming import lora_path, parse_lora_path
 from loraf_serve.vllm.store import raise_error
@@ -132,10 +133,8 @@ class VllmBackend(Backend):
         if adapter.digest in self._bytes:
             return
         folder = str(adapter.path.resolve())
-        await self._call_workers("loraf_begin_load", folder, list(adapter.tasks), adapter.digest)
         try:
-            while None in (states := await self._call_workers("loraf_load_state", adapter.digest)):
-                await asyncio.sleep(_POLL_SECONDS)
+            states = await remote.load(self._call_workers, folder, adapter.tasks, adapter.digest)
             for state in states:
                 raise_error(state)
         except BaseException:

@@ -22,7 +22,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
-from loraf_serve.vllm import relied_on
+from loraf_serve.vllm import relied_on, remote
 from loraf_serve.vllm.naming import lora_path
 from loraf_serve.vllm.stock import EXTENSION
 from loraf_serve.vllm.stock_checkpoints import (
@@ -37,7 +37,6 @@ from loraf_serve.vllm.store import raise_error
 
 logger = init_logger(f"vllm.{__name__}")  # below `vllm`, whose handlers print
 
-_POLL_SECONDS = 0.02
 _ALONE = "start a server without that option, or use loraf-serve"
 
 
@@ -154,18 +153,18 @@ class TaskSetModels(OpenAIServingModels):
             return source
 
     async def _load_in_workers(self, source: Source) -> None:
-        call = self.engine_client.collective_rpc
+        async def call(method: str, *args: object) -> list:
+            return await self.engine_client.collective_rpc(method, args=args)
+
         if not all(await call("loraf_layers")):
             message = "vLLM's workers did not take LoRAF's LoRA manager"
             raise ConfigError(Problem(message, remedy="serve it with loraf-serve"))
-        await call("loraf_begin_load", args=(str(source.folder), list(source.tasks), source.digest))
-        while None in (states := await call("loraf_load_state", args=(source.digest,))):
-            await asyncio.sleep(_POLL_SECONDS)
+        states = await remote.load(call, str(source.folder), source.tasks, source.digest)
         try:
             for state in states:
                 raise_error(state)
         except LorafError:
-            await call("loraf_drop", args=(source.digest, []))
+            await call("loraf_drop", source.digest, [])
             raise
 
     def _require_able(self) -> None:

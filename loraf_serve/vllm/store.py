@@ -6,6 +6,7 @@ verified; then it is prepared for the backend that serves it. Afterwards no file
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -18,12 +19,14 @@ from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, Problem, UnknownTask
 from loraf_serve.backends.base import SelfCheckFailed
 from loraf_serve.memory import give_back
+from loraf_serve.vllm.notice import give
 
 T = TypeVar("T")
 _ERRORS = (LorafError, ConfigError, UnknownTask, CheckpointError, CorruptCheckpoint, BaseMismatch, SelfCheckFailed)
 _KINDS = {kind.__name__: kind for kind in _ERRORS}
 _SWITCH_SECONDS = 2e-4
-_NICENESS = 10  # of a loading thread: where it shares a core with the engine, the engine goes first
+_NICENESS = 10  # of a loading thread once the engine steps: where they share a core, the engine goes first
+_THREADS = "loraf"  # how the names of threads that load begin; loraf.threads names its own so as well
 
 
 class CheckpointStore(Generic[T]):
@@ -39,22 +42,36 @@ class CheckpointStore(Generic[T]):
         self._prepare = prepare
         self._loads: dict[str, Future[T]] = {}
 
-        def settle() -> None:
-            if cores:
-                os.sched_setaffinity(threading.get_native_id(), cores)
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-            _one_openmp_thread()
+        self._cores = cores
+        self._one_at_a_time = threading.Lock()
+        self._in_front = False  # threads load with the priority of the engine's own
+        self._freeing = self._threads(1, lambda: _step_back(threading.get_native_id()))
 
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraf-load", initializer=settle)
-        self._pool = ThreadPoolExecutor(
-            len(cores) or os.cpu_count(), thread_name_prefix="loraf-prepare", initializer=settle
-        )
+    def begin(self, folder: str, tasks: Sequence[str], digest: str, notice: str) -> None:
+        """Starts to read a checkpoint, unless it is there or being read. `state` tells the outcome.
 
-    def begin(self, folder: str, tasks: Sequence[str], digest: str) -> None:
-        """Starts to read a checkpoint, unless it is there or being read. `state` tells the outcome."""
+        Args:
+            notice: see `loraf_serve.vllm.notice`; given when there is an outcome.
+        """
         load = self._loads.get(digest)
         if load is None or (load.done() and load.exception() is not None):
-            self._loads[digest] = self._thread.submit(self._load, folder, tuple(tasks), digest)
+            thread = self._threads(1)  # a new one: one that has stepped back may not come forward again
+            load = self._loads[digest] = thread.submit(self._load, folder, tuple(tasks), digest)
+            thread.shutdown(wait=False)
+            self._in_front = True
+        load.add_done_callback(lambda _: give(notice))
+
+    def step_back(self) -> None:
+        """To be called at the beginning of a step: threads that load leave the processor to it from now on.
+
+        Until then they share it as equals, for a vLLM that waits is busy too, and would take nine tenths of a core.
+        """
+        if not self._in_front:
+            return
+        self._in_front = False
+        for thread in threading.enumerate():
+            if thread.name.startswith(_THREADS) and thread.native_id:
+                _step_back(thread.native_id)
 
     def state(self, digest: str) -> dict[str, Any] | None:
         """None while it is being read, `{}` once it is there, else the error in plain values (`raise_error`).
@@ -82,15 +99,30 @@ class CheckpointStore(Generic[T]):
         return load.result()
 
     def drop(self, digest: str) -> None:
-        """Forgets a checkpoint; one that is unknown is nothing. The loading thread gives its memory back."""
+        """Forgets a checkpoint; one that is unknown is nothing. A thread gives its memory back."""
         load = self._loads.pop(digest, None)
         if load is None:
             return
         load.cancel()
         del load  # holds the checkpoint: what is freed only after memory was given back would stay
-        self._thread.submit(give_back)
+        self._freeing.submit(give_back)
+
+    def _threads(self, count: int, settled: Callable[[], None] = lambda: None) -> ThreadPoolExecutor:
+        """Threads with the priority of the one that gives them work, unless `settled` changes it."""
+
+        def settle() -> None:
+            if self._cores:
+                os.sched_setaffinity(threading.get_native_id(), self._cores)
+            _one_openmp_thread()
+            settled()
+
+        return ThreadPoolExecutor(count, thread_name_prefix=f"{_THREADS}-load", initializer=settle)
 
     def _load(self, folder: str, tasks: tuple[str, ...], digest: str) -> T:
+        with self._one_at_a_time:
+            return self._load_now(folder, tasks, digest)
+
+    def _load_now(self, folder: str, tasks: tuple[str, ...], digest: str) -> T:
         # The engine's thread would keep Python's lock for 5 ms each time that loading asks for it, thousands of times.
         interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
@@ -100,9 +132,16 @@ class CheckpointStore(Generic[T]):
                 message = f"was changed while it was being loaded (adapter digest {checkpoint.manifest.adapter_digest})"
                 remedy = "load it again once nothing writes to it"
                 raise CorruptCheckpoint(Problem(message, file=folder, remedy=remedy))
-            return self._prepare(checkpoint, self._pool)
+            with self._threads(len(self._cores) or os.cpu_count()) as pool:
+                return self._prepare(checkpoint, pool)
         finally:
             sys.setswitchinterval(interval)
+
+
+def _step_back(thread: int) -> None:
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        with contextlib.suppress(OSError):  # it has ended
+            os.setpriority(os.PRIO_PROCESS, thread, _NICENESS)
 
 
 def _one_openmp_thread() -> None:

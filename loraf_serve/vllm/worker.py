@@ -78,6 +78,11 @@ class CheckpointLoRAManager(LRUCacheWorkerLoRAManager):
         """See `CheckpointStore`; what it makes has `nbytes`."""
         raise NotImplementedError
 
+    def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
+        """vLLM calls it at the beginning of every step."""
+        self.store.step_back()
+        super().set_active_adapters(requests, mapping)
+
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         return targets.layer_shapes(self._adapter_manager)
 

@@ -24,6 +24,7 @@ from loraf.base import describe
 from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, SelectionError, UnknownTask
 from loraf_serve.vllm import plugin, relied_on, stock
+from loraf_serve.vllm.notice import give
 from loraf_serve.vllm.stock_checkpoints import ALLOW_OTHER_BASE, StockCheckpoints, read_set, split_path
 from loraf_serve.vllm.stock_models import TaskSetModels
 from tests.serve.test_vllm_punica import BATCHES, by_rows, random_layers
@@ -194,6 +195,10 @@ class FakeEngine:
     async def collective_rpc(self, method: str, args: tuple = ()) -> list:
         self.calls.append(method)
         await asyncio.sleep(0)
+        if method == "loraf_begin_load":
+            self.notice = args[-1]
+        if method in ("loraf_begin_load", "loraf_load_state"):
+            give(self.notice)  # the second time it is true
         if method == "loraf_load_state":
             return [None if self.calls.count(method) == 1 else self.refusal or {"bytes": 1}]
         return [{"layer": [1, 1]} if method == "loraf_layers" else None]

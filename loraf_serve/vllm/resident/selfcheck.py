@@ -21,6 +21,7 @@ from loraf_serve import kernels
 from loraf_serve.vllm.resident.parts import Piece
 
 _ROWS = 16  # in a run
+_COLUMNS = 4096  # of A at a time
 _SUM = 1e-4  # relative to the sum of absolute values; float32 sums of 16,384 numbers stay below it
 
 
@@ -50,39 +51,60 @@ def difference(
     operand.add_delta(y, x, kernels.Rows(torch.tensor([0, 2], dtype=torch.int32), weights))
     if y[1].any():
         return "adds to a row of the base model"
-    wide = x[[0, 2]].double()
+    asked, answered = x[[0, 2]], y[[0, 2]]
     seen = torch.zeros(output_size, dtype=torch.bool)
     for piece in pieces:
-        a = projections[piece.module][:, slice(*piece.columns)].double()
-        z, z_size = wide @ a.T, wide.abs() @ a.abs().T
+        z, z_size = _shrunk(projections[piece.module][:, slice(*piece.columns)], asked)
+        masks = [checkpoint.tasks[task][piece.module] for task in tasks]
         first, stop = piece.rows
         seen[piece.offset : piece.offset + stop - first] = True
         middle = int(torch.randint(first, max(first + 1, stop - _ROWS), (1,), generator=generator))
-        for start in {middle, max(first, stop - _ROWS)}:  # the end is where a kernel has a remainder to treat
-            end = min(start + _ROWS, stop)
-            expected, size = torch.zeros(2, end - start).double(), torch.zeros(2, end - start).double()
-            for t, task in enumerate(tasks):
-                rows, cols, values = _run(checkpoint.tasks[task][piece.module], start, end)
-                w = weights[:, t].double().unsqueeze(1)
-                expected.index_add_(1, rows, w * z[:, cols] * values)
-                size.index_add_(1, rows, w.abs() * z_size[:, cols] * values.abs())
-            at = piece.offset + start - first
-            found = y[[0, 2], at : at + end - start].double()
-            wrong = ~((found - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + _SUM * size)
-            if wrong.any():
-                i, row = wrong.nonzero()[0].tolist()
-                here = f"adds {found[i, row].item():.6g} in row {start + row} of {piece.module}"
-                return f"{here} where ΔW gives {expected[i, row].item():.6g}"
-    if y[:, ~seen].any():
+        starts = {middle, max(first, stop - _ROWS)}  # the end is where a kernel has a remainder to treat
+        rows = torch.cat([torch.arange(start, min(start + _ROWS, stop)) for start in starts])
+        expected, size = _expanded(masks, rows, weights, z, z_size)
+        found = answered[:, rows + (piece.offset - first)].double()
+        wrong = ~((found - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + _SUM * size)
+        if wrong.any():
+            i, at = wrong.nonzero()[0].tolist()
+            here = f"adds {found[i, at].item():.6g} in row {rows[at]} of {piece.module}"
+            return f"{here} where ΔW gives {expected[i, at].item():.6g}"
+    if not seen.all() and answered[:, ~seen].any():
         return "adds to an output that the adapter does not touch"
     return None
 
 
-def _run(b: SparseB, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows (from 0), columns and values of a task in the rows from `start` to before `end`."""
-    rows = b.rows.numpy()
-    # Bounds of the array's own dtype: another one would have all of it converted.
-    low, high = (
-        int(np.searchsorted(rows, rows.dtype.type(row), side)) for row, side in ((start, "left"), (end - 1, "right"))
-    )
-    return b.rows[low:high].long() - start, b.cols[low:high].long(), b.values[low:high].double()
+def _shrunk(a: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ_k A[j, k] x[i, k] in float64, and the sum of absolute values, roughly; both (rows of x, rank).
+
+    Some columns at a time: memory that is used again comes from the cache, and the system need not clear it.
+    """
+    z = torch.zeros(len(x), len(a), dtype=torch.float64)
+    size = torch.zeros(len(x), len(a))
+    for part, columns in zip(a.split(_COLUMNS, 1), x.split(_COLUMNS, 1), strict=True):
+        z += columns.double() @ part.double().T
+        size += columns.float().abs() @ part.float().abs().T
+    return z, size.double()
+
+
+def _expanded(
+    masks: Sequence[SparseB], rows: torch.Tensor, weights: torch.Tensor, z: torch.Tensor, z_size: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What some rows of B make of z, and the sum of absolute values; each (rows of z, rows)."""
+    runs = [_entries(b, rows) for b in masks]
+    at = torch.from_numpy(np.concatenate([places for places, _ in runs]))
+    task = torch.repeat_interleave(torch.tensor([len(places) for places, _ in runs]))
+    cols = torch.cat([b.cols[entries].long() for b, (_, entries) in zip(masks, runs, strict=True)])
+    values = torch.cat([b.values[entries].double() for b, (_, entries) in zip(masks, runs, strict=True)])
+    scaled = weights.double()[:, task] * values
+    nothing = torch.zeros(len(z), len(rows), dtype=torch.float64)
+    return nothing.index_add(1, at, scaled * z[:, cols]), nothing.index_add(1, at, scaled.abs() * z_size[:, cols])
+
+
+def _entries(b: SparseB, rows: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+    """The entries of B in these rows: the place of each one's row in `rows`, and its number among all."""
+    stored = b.rows.numpy()
+    wanted = rows.numpy().astype(stored.dtype)  # numbers of another dtype would have all of it converted
+    begin, end = np.searchsorted(stored, wanted, "left"), np.searchsorted(stored, wanted, "right")
+    count = end - begin
+    places = np.repeat(np.arange(len(wanted)), count)
+    return places, torch.from_numpy(np.arange(len(places)) + np.repeat(begin - (np.cumsum(count) - count), count))
