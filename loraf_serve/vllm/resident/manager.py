@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,7 +15,6 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
-from loraf import pages
 from loraf.checkpoint import Checkpoint
 from loraf.errors import Problem
 from loraf.manifest import Manifest
@@ -118,7 +117,7 @@ class ResidentLoRAManager(CheckpointLoRAManager):
         return targets.linear_layers(self._adapter_manager)
 
     def _prepare(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> Prepared:
-        """In the loading thread. What the operands hold now is lost to the checkpoint.
+        """In the loading thread.
 
         Raises:
             BaseMismatch: all reasons why the engine cannot apply the checkpoint.
@@ -138,9 +137,7 @@ class ResidentLoRAManager(CheckpointLoRAManager):
             projections = {p.module: checkpoint.projection_of(p.module, dtype) for p in pieces}
             operand = kernels.prepare([_part(piece, projections[piece.module], checkpoint) for piece in pieces])
             size, seed = sum(layer.output_slices), zlib.crc32(name.encode())
-            fault = selfcheck.difference(operand, pieces, projections, checkpoint, size, seed)
-            _release(checkpoint, projections)
-            return name, operand, fault
+            return name, operand, selfcheck.difference(operand, pieces, projections, checkpoint, size, seed)
 
         made = list(pool.map(make, self._layers().items()))
         wrong = [Problem(fault, name, str(checkpoint.path)) for name, _, fault in made if fault]
@@ -152,15 +149,6 @@ class ResidentLoRAManager(CheckpointLoRAManager):
 def _part(piece: parts.Piece, a: torch.Tensor, checkpoint: Checkpoint) -> kernels.Part:
     tasks = [modules[piece.module] for modules in checkpoint.tasks.values()]
     return kernels.Part(a[:, slice(*piece.columns)].contiguous(), tasks, *piece.rows, piece.offset)
-
-
-def _release(checkpoint: Checkpoint, modules: Iterable[str]) -> None:
-    """The operands to come take the memory of coordinates and values that are packed: no load needs both at once."""
-    for module in modules:
-        for of_task in checkpoint.tasks.values():
-            b = of_task.pop(module)
-            for part in (b.rows, b.cols, b.values):
-                pages.release(part)
 
 
 @contextlib.contextmanager
