@@ -12,7 +12,8 @@ def pages(size: int) -> torch.Tensor:
 
     glibc would take it from the calling thread's arena, where memory that was freed last may stay for good
     (malloc_trim leaves the top of an arena alone). NumPy would ask for huge pages, which took four times as long in a
-    virtual machine.
+    virtual machine. Giving a checkpoint's own back piece by piece while its operands are packed was tried: 6,720 calls
+    took 0.6 s, and a load was slower by as much.
     """
     if not size:
         return torch.empty(0, dtype=torch.uint8)

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +25,11 @@ from loraf_serve.adapter_root import AdapterRoot, path_problem
 from loraf_serve.backends.base import Backend, BackendUnavailable, ServedAdapter
 from loraf_serve.errors import AdapterMemoryFull, InvalidRequest, LoadingOff, NameTaken
 from loraf_serve.memory import give_back, size_text
+from loraf_serve.priority import step_back
 from loraf_serve.registry import Registry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-_NICENESS = 10  # of the thread that reads checkpoints
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Library:
         self._changes: set[asyncio.Task] = set()
         self._sweep: asyncio.Task | None = None
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=_step_back)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=step_back)
 
     async def start(self) -> None:
         """Hands the backend, which has started, what the registry has.
@@ -279,12 +275,6 @@ class Library:
 
         change.add_done_callback(over)
         return change
-
-
-def _step_back() -> None:
-    """The thread, and those that it starts, leave the processor to the engine."""
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _task_problems(tasks: Sequence[str]) -> list[Problem]:

@@ -6,7 +6,6 @@ verified; then it is prepared for the backend that serves it. Afterwards no file
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import sys
@@ -19,13 +18,13 @@ from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, Problem, UnknownTask
 from loraf_serve.backends.base import SelfCheckFailed
 from loraf_serve.memory import give_back
+from loraf_serve.priority import step_back
 from loraf_serve.vllm.notice import give
 
 T = TypeVar("T")
 _ERRORS = (LorafError, ConfigError, UnknownTask, CheckpointError, CorruptCheckpoint, BaseMismatch, SelfCheckFailed)
 _KINDS = {kind.__name__: kind for kind in _ERRORS}
 _SWITCH_SECONDS = 2e-4
-_NICENESS = 10  # of a loading thread once the engine steps: where they share a core, the engine goes first
 _THREADS = "loraf"  # how the names of threads that load begin; loraf.threads names its own so as well
 
 
@@ -45,7 +44,7 @@ class CheckpointStore(Generic[T]):
         self._cores = cores
         self._one_at_a_time = threading.Lock()
         self._in_front = False  # threads load with the priority of the engine's own
-        self._freeing = self._threads(1, lambda: _step_back(threading.get_native_id()))
+        self._freeing = self._threads(1, step_back)
 
     def begin(self, folder: str, tasks: Sequence[str], digest: str, notice: str) -> None:
         """Starts to read a checkpoint, unless it is there or being read. `state` tells the outcome.
@@ -71,7 +70,7 @@ class CheckpointStore(Generic[T]):
         self._in_front = False
         for thread in threading.enumerate():
             if thread.name.startswith(_THREADS) and thread.native_id:
-                _step_back(thread.native_id)
+                step_back(thread.native_id)
 
     def state(self, digest: str) -> dict[str, Any] | None:
         """None while it is being read, `{}` once it is there, else the error in plain values (`raise_error`).
@@ -136,12 +135,6 @@ class CheckpointStore(Generic[T]):
                 return self._prepare(checkpoint, pool)
         finally:
             sys.setswitchinterval(interval)
-
-
-def _step_back(thread: int) -> None:
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        with contextlib.suppress(OSError):  # it has ended
-            os.setpriority(os.PRIO_PROCESS, thread, _NICENESS)
 
 
 def _one_openmp_thread() -> None:

@@ -108,7 +108,7 @@ def test_a_large_adapter_gives_its_memory_back_each_time(engine: Engine, tmp_pat
         assert i or loaded[0] - before > 0.8 * held
         engine.loop.run(engine.backend.remove_adapter(large))
         assert engine.backend.adapter_bytes(large) == 0
-        deadline = time.monotonic() + 10  # memory is given back by the loading thread
+        deadline = time.monotonic() + 10  # memory is given back by a thread
         while loaded[-1] - worker_bytes(engine) < 0.8 * held:
             assert time.monotonic() < deadline, (loaded[-1], worker_bytes(engine), held)
             time.sleep(0.05)
