@@ -11,6 +11,7 @@ request that began on it still runs.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -182,9 +183,13 @@ class Library:
                     raise NameTaken(Problem(message, "name", remedy=remedy))
                 found = await self._run(root.find, path, tasks)
                 go_on()
-                if found.manifest.adapter_digest not in self._held:
+                held = found.manifest.adapter_digest in self._held
+                if not held:
                     self._require_room(found.file_bytes)
-                adapter = await self._run(root.open, name, found, self._backend.reads_checkpoints)
+                # The backend reads no copy of what it holds; one that is damaged is to be found out all the same.
+                adapter = await self._run(root.open, name, found, self._backend.reads_checkpoints and not held)
+                if self._backend.reads_checkpoints:
+                    adapter = dataclasses.replace(adapter, checkpoint=None)
                 go_on()
                 await self._hold(adapter)
                 go_on()

@@ -211,6 +211,7 @@ class ReadingBackend(FakeBackend):
         await super().add_adapter(adapter)
 
 
+@pytest.mark.parametrize("copied", [0, 1])  # of what is loaded already, and of something new
 @pytest.mark.parametrize("backend", [FakeBackend, ReadingBackend])
 @pytest.mark.parametrize(
     ("damage", "code", "says"),
@@ -223,8 +224,10 @@ class ReadingBackend(FakeBackend):
         (another_base, CODES.FAILED_PRECONDITION, "other weights"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_served_has_its_status_and_changes_nothing(tmp_path, backend, damage, code, says):
-    shutil.copytree(checkpoint_folder(1), tmp_path / "root/team/bad")
+def test_a_checkpoint_that_cannot_be_served_has_its_status_and_changes_nothing(
+    tmp_path, copied, backend, damage, code, says
+):
+    shutil.copytree(checkpoint_folder(copied), tmp_path / "root/team/bad")
     damage(tmp_path / "root/team/bad")
     with serving(backend, one_adapter().manifests_alone(), root=tmp_path / "root") as running:
         for name, replace in (("trio", True), ("new", False)):
