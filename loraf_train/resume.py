@@ -32,13 +32,14 @@ from loraf.errors import CheckpointError, Problem
 from loraf.manifest import StoredFile
 from loraf_train import loop, processes
 from loraf_train.recorded import differences, said
+from loraf_train.sealed import seal, unseal
 
 if TYPE_CHECKING:
     from loraf_train.data import Example
 
 FOLDER = ".resume"
 CALIBRATION, TRAINING = "calibration", "training"
-_FORMAT, _VERSION = "loraf-resume", 1
+_SEAL = "loraf-resume", 1
 _STATE = re.compile(r"state-(\d+)\.json")
 _OURS = re.compile(r"\.?state-(\d+)\.(json|safetensors)(\.\d+\.tmp)?")
 _TEMPORARY = re.compile(r"\.(?:loraf\.json|.+\.safetensors)\.(\d+)\.tmp")  # of loraf.checkpoint.write_durably
@@ -192,7 +193,7 @@ class Keeper:
             tensors=StoredFile(f"state-{number}.safetensors", len(data), hashlib.sha256(data).hexdigest()),
         )
         write_durably(self._folder / record.tensors.path, data)
-        write_durably(self._folder / f"state-{number}.json", _encoded(record))
+        write_durably(self._folder / f"state-{number}.json", seal(*_SEAL, dataclasses.asdict(record)))
         self._latest = number
         self._saved = time.monotonic()
 
@@ -317,26 +318,9 @@ def _flush(folder: Path) -> None:
         os.close(handle)
 
 
-def _encoded(record: _Record) -> bytes:
-    content = {"format": _FORMAT, "format_version": _VERSION, **strict_json.plain(dataclasses.asdict(record))}
-    return strict_json.dumps(content | {"digest": _digest(content)}, indent=1) + b"\n"
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(strict_json.dumps(content, sort_keys=True)).hexdigest()
-
-
 def _read(file: Path) -> tuple[_Record, str]:
     """The record in a state's JSON file, and its digest. Raises OSError, ValueError."""
-    content = strict_json.loads(file.read_bytes())
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"its format is not {_FORMAT!r}")
-    digest = content.pop("digest", None)
-    if digest != _digest(content):
-        raise ValueError("it does not match its digest")
-    if content.pop("format_version", None) != _VERSION:
-        raise ValueError("another release of loraf wrote it")
-    del content["format"]
+    content, digest = unseal(file.read_bytes(), *_SEAL)
     faults: list[str] = []
     record = strict_json.build(_Record, content, "", lambda where, message: faults.append(f"{where} {message}"))
     if record is None or record.tensors.path != f"{file.stem}.safetensors":

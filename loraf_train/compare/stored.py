@@ -8,7 +8,6 @@ A run counts only if all that it depends on is what it was: settings, examples, 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from loraf import strict_json
 from loraf.checkpoint import unwritable, write_durably
 from loraf_train.compare.results import Run
 from loraf_train.recorded import differences, said
+from loraf_train.sealed import seal, unseal
 
 FOLDER = "runs"
-_FORMAT, _VERSION = "loraf-compare-run", 1
+_SEAL = "loraf-compare-run", 1
 
 
 def path_of(out: Path, name: str) -> Path:
@@ -28,18 +28,11 @@ def path_of(out: Path, name: str) -> Path:
 
 def keep(file: Path, making: Mapping[str, Any], run: Run) -> None:
     """Args: making: all that the run depends on, as plain JSON. Raises CheckpointError where the disk refuses."""
-    content = {
-        "format": _FORMAT,
-        "format_version": _VERSION,
-        "making": dict(making),
-        "run": dataclasses.asdict(run),
-    }
-    content = strict_json.plain(content)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(file.parent, error) from error
-    write_durably(file, strict_json.dumps(content | {"digest": _digest(content)}, indent=1) + b"\n")
+    write_durably(file, seal(*_SEAL, {"making": dict(making), "run": dataclasses.asdict(run)}))
 
 
 def find(file: Path, making: Mapping[str, Any]) -> tuple[Run | None, str]:
@@ -47,14 +40,7 @@ def find(file: Path, making: Mapping[str, Any]) -> tuple[Run | None, str]:
     if not file.exists():
         return None, ""
     try:
-        content = strict_json.loads(file.read_bytes())
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f"its format is not {_FORMAT!r}")
-        digest = content.pop("digest", None)
-        if digest != _digest(content):
-            raise ValueError("it does not match its digest")
-        if content["format_version"] != _VERSION:
-            raise ValueError("another release of loraf wrote it")
+        content, _ = unseal(file.read_bytes(), *_SEAL)
         faults: list[str] = []
         run = strict_json.build(Run, content["run"], "run", lambda where, text: faults.append(f"{where} {text}"))
         if run is None:
@@ -69,7 +55,3 @@ def find(file: Path, making: Mapping[str, Any]) -> tuple[Run | None, str]:
 
 
 _DIGESTS = ("examples", "evaluation", "general", "base")
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(strict_json.dumps(content, sort_keys=True)).hexdigest()
