@@ -31,7 +31,8 @@ from tests.train.interruptions import Stopped, Stopper
 
 ROOT = Path(__file__).parents[2]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-KINDS = {"ddp": {}, "fsdp": FSDP, "fsdp-whole": FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "stopped": FSDP}
+WHOLE = FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
+KINDS = {"ddp": {}, "fsdp": FSDP, "fsdp-whole": WHOLE, "stopped": FSDP, "differing": {}}
 WITHIN = {"rtol": 0.0, "atol": 1e-5}
 
 
@@ -60,7 +61,7 @@ DATA = {"one": toys.data(3, 16), "two": toys.data(50, 9)}
 def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> None:
     """What the launcher sets, and nothing else. Leaves what this process chose and trained, before anything is written.
 
-    `stopped` ends after the third step of the first task.
+    `stopped` ends after the third step of the first task; in `differing` one process chooses one other position.
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | KINDS[kind]
@@ -69,6 +70,9 @@ def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> 
 
     def calibrated(host, *rest, **parts):
         chosen = sequence.calibrate(host, *rest, **parts)
+        if kind == "differing" and rank == 1:
+            flat = next(iter(chosen.values()))
+            flat[-1] = next(i for i in range(int(flat[-1])) if i not in flat)
         found["masks"].append({name: flat.tolist() for name, flat in chosen.items()})
         weights = [sharding.local(base.weight) for base in host.targets.values()]
         found["divided"].append(
@@ -96,6 +100,9 @@ def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> 
         sequence.run(make_config(model_folder, output), DATA, counter, choose=calibrated)
     except Stopped:
         assert kind == "stopped"
+    except ConfigError as error:
+        assert kind == "differing"
+        found["refused"] = [str(error)]
     output.with_name(f"{kind}-{rank}.json").write_text(json.dumps(found | {"losses": counter.losses}))
     processes.leave()
 
@@ -172,6 +179,13 @@ def test_another_number_of_processes_goes_on_where_two_stopped(ran, tmp_path):
     assert observer.heard[:2] == [("one", "goes on after training step 3 of 4"), ("one", "step 4")]
     assert re.fullmatch(r"it goes on in another way, .* processes was 2, is 1", observer.remarks[0])
     require_same(Checkpoint.open(tmp_path / "ckpt"), Checkpoint.open(ran / "one"), **WITHIN)
+
+
+def test_processes_that_choose_different_positions_train_nothing(ran):
+    for answer in answers(ran, "differing"):
+        assert "task 'one': the processes of this run chose different positions" in answer["refused"][0]
+        assert answer["values"] == [] and len(answer["masks"]) == 1
+    assert Checkpoint.open(ran / "differing").tasks == {}
 
 
 # --- the command, under accelerate launch -----------------------------------------------------------------------------
