@@ -33,13 +33,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.engines import Ours  # noqa: E402
 from benchmarks.load import HIDDEN, INTERMEDIATE, KEY_VALUE, make_checkpoint  # noqa: E402
 from benchmarks.measuring import commit, interval, machine, memory  # noqa: E402
+from loraf.pages import pages  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "ready.json"
 LAYERS, RANK, TASKS, SPARSITY = 32, 64, 10, 0.9
 STREAMS, PROMPT = 2, 16
 PAUSE = 1.5  # between two loads: vLLM's processes wait busily for a second after each call
 QUIET_SECONDS = 10.0  # without a load, before the first and between two
-_PAGES = bytes(1 << 16)
 OPTIONS = ("--load-format", "dummy", "--max-model-len", "2048", "--max-num-batched-tokens", "64")
 OPTIONS += ("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 30))
 
@@ -102,12 +102,11 @@ async def idle(folder: Path, layers: int, dtype: str, rounds: int) -> dict:
 
 
 def touch_seconds() -> float:
-    """Seconds of one thread for the first touch of a GB, with the engine's model in memory."""
-    with mmap.mmap(-1, 1 << 30) as memory:
-        begin = time.perf_counter()
-        for page in range(0, len(memory), 1 << 16):
-            memory[page : page + (1 << 16)] = _PAGES
-        return round((time.perf_counter() - begin) / (len(memory) / 1e9), 2)
+    """Seconds of one thread for the first touch of a GB as a load takes it, with the engine's model in memory."""
+    memory = pages(1 << 30)
+    begin = time.perf_counter()
+    memory.numpy()[:: mmap.PAGESIZE] = 1
+    return round((time.perf_counter() - begin) / (len(memory) / 1e9), 2)
 
 
 async def beside(folder: Path, layers: int, dtype: str, rounds: int) -> dict:

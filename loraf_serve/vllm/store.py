@@ -40,7 +40,6 @@ class CheckpointStore(Generic[T]):
     def __init__(self, prepare: Callable[[Checkpoint, ThreadPoolExecutor], T], cores: Sequence[int] = ()):
         self._prepare = prepare
         self._loads: dict[str, Future[T]] = {}
-
         self._cores = cores
         self._one_at_a_time = threading.Lock()
         self._in_front = False  # threads load with the priority of the engine's own
