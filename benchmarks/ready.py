@@ -7,7 +7,7 @@ idle     An engine with all 32 layers (random weights, 15 GB in bfloat16). A che
          to the backend, as LoadAdapter does after it has found the folder; the time ends when a request may name it.
          Each round with another seed: first with an A that the worker has never made, then again after a drop, so that
          A's digest is known. The very first load stands apart. What the system takes for new memory is measured
-         too: a load takes new memory twice the size of the task files, and a virtual machine may ask much for it.
+         too: a load takes new memory for what it holds in the end, and a virtual machine may ask much for it.
 beside   An engine with few layers of the same widths, so that a step is short, and streams that run all the time.
          Checkpoints of as many layers are loaded one after the other, as much as a whole one has together. The gaps
          between tokens while something is loading, against those while nothing is.

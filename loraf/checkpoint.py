@@ -13,37 +13,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loraf import manifest as manifests
 from loraf import projection, task_file
+from loraf.described import Described, chosen
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem
 from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task, Templates, positions
 from loraf.sparse import SparseB
-from loraf.task_file import RESTORE
 from loraf.tasksets import name_problem
-from loraf.threads import in_threads
 
 _MEND = "give values that the checkpoint can hold"
 _PLAIN_TEMPLATES = Templates()
 
 
-class Checkpoint:
+class Checkpoint(Described):
     """A checkpoint whose chosen tasks are in memory and verified.
 
     Attributes:
-        path: its folder.
-        manifest: what it holds (restricted to the chosen tasks).
         tasks: task → module → SparseB.
     """
 
     def __init__(self, path: Path, manifest: Manifest, tasks: dict[str, dict[str, SparseB]], partial: bool = False):
-        self.path = path
-        self.manifest = manifest
+        super().__init__(path, manifest)
         self.tasks = tasks
         self._partial = partial  # some tasks left out: writing would lose them
 
@@ -58,24 +52,11 @@ class Checkpoint:
             UnknownTask: a chosen task is not there.
         """
         path = Path(path)
-        manifest = manifests.read(path)
-        everything = manifest.task_names
-        if tasks is not None:
-            manifest = manifest.only(tuple(tasks))
-        if manifest.projection.generator != projection.GENERATOR:
-            message = f"{manifest.projection.generator!r} is not known (this release has {projection.GENERATOR!r})"
-            remedy = "use a release of loraf that knows it"
-            where = str(path / manifests.FILE_NAME)
-            raise CheckpointError(Problem(message, "projection.generator", where, remedy))
-        problems: list[Problem] = []
-        module_digests = {name: module.projection_sha256 for name, module in manifest.modules.items()}
-        if projection.combined_digest(module_digests) != manifest.projection.sha256:
-            message = "is not the digest of the modules' own digests"
-            problems.append(Problem(message, "projection.sha256", str(path / manifests.FILE_NAME), RESTORE))
+        manifest, problems, partial = chosen(path, tasks)
         loaded, wrong = task_file.read_all(path, manifest)
         if problems or wrong:
             raise CorruptCheckpoint([*problems, *wrong])
-        return cls(path, manifest, loaded, partial=manifest.task_names != everything)
+        return cls(path, manifest, loaded, partial)
 
     @classmethod
     def create(
@@ -173,7 +154,7 @@ class Checkpoint:
         problems = task_file.verify(self.path, with_task, tasks, _MEND)
         if problems:
             raise CheckpointError(problems)
-        data = task_file.encode(values)
+        data = task_file.encode({module: values[module] for module in self.manifest.modules})
         stored = StoredFile(task.file.path, len(data), hashlib.sha256(data).hexdigest())
         task = dataclasses.replace(task, file=stored)
         self._commit((*self.manifest.tasks, task), {self.path / stored.path: data})
@@ -257,48 +238,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of the tasks' coordinates and values in memory."""
         return sum(b.nbytes for modules in self.tasks.values() for b in modules.values())
-
-    def projection_of(self, module: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A of one module, (rank, d_in), rebuilt from the seed in float32, checked against its digest, and rounded.
-
-        Raises:
-            CorruptCheckpoint: the seed, generator or shape is not the one that the digest was made with.
-        """
-        return self.projections([module], dtype)[module]
-
-    def projections(
-        self, modules: Iterable[str] | None = None, dtype: torch.dtype = torch.float32
-    ) -> dict[str, torch.Tensor]:
-        """`projection_of` several modules (all by default), on all processors. Raises CorruptCheckpoint."""
-        names = list(self.manifest.modules if modules is None else modules)
-        made = in_threads(lambda name: projection.made(*self._projection_arguments(name), dtype), names)
-        self._require_digests({name: digest for name, (_, digest) in zip(names, made, strict=True)})
-        return {name: a for name, (a, _) in zip(names, made, strict=True)}
-
-    def verify_projection(self) -> None:
-        """Checks A of every module against its digest. Raises CorruptCheckpoint.
-
-        An A that this process has made before, for this or another checkpoint, is not made again.
-        """
-        names = list(self.manifest.modules)
-        digests = in_threads(lambda name: projection.digest_of(*self._projection_arguments(name)), names)
-        self._require_digests(dict(zip(names, digests, strict=True)))
-
-    def _projection_arguments(self, module: str) -> tuple[int, str, int, int, float | None]:
-        p = self.manifest.projection
-        return p.seed, module, self.manifest.rank, self.manifest.modules[module].d_in, p.init_std
-
-    def _require_digests(self, found: Mapping[str, str]) -> None:
-        stated = self.manifest.modules
-        message = "A rebuilt from the seed is not the A that the tasks were trained with"
-        remedy = f"seed, standard deviation, rank or shape was changed: {RESTORE}"
-        problems = [
-            Problem(message, f"modules.{module}.projection_sha256", str(self.path / manifests.FILE_NAME), remedy)
-            for module, digest in found.items()
-            if digest != stated[module].projection_sha256
-        ]
-        if problems:
-            raise CorruptCheckpoint(problems)
 
 
 def _encoded(manifest: Manifest, path: Path) -> tuple[Manifest, bytes]:

@@ -11,11 +11,11 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from loraf import strict_json
@@ -26,10 +26,11 @@ from loraf.sparse import SparseB, examine
 from loraf.threads import in_threads
 
 RESTORE = "restore the checkpoint from a copy, or train it again"
-_PARTS = ("rows", "cols", "values")
-_BYTES_AT_ONCE = 1 << 22  # read, then hashed while they are in the cache
+PARTS = ("rows", "cols", "values")
+BYTES_AT_ONCE = 1 << 22  # read, then hashed while they are in the cache
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 _MOST_DIMENSIONS = 64
+_HEADER_UNIT = 8  # bytes; the tensors begin at a multiple of it
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _DTYPES = {
     "F64": torch.float64,
@@ -49,6 +50,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class _Refused(Exception):
@@ -56,9 +58,40 @@ class _Refused(Exception):
 
 
 def encode(masks: Mapping[str, SparseB]) -> bytes:
-    """The content of a task's file. `masks`: module → SparseB."""
-    tensors = {f"{module}.{part}": getattr(b, part).contiguous() for module, b in masks.items() for part in _PARTS}
-    return safetensors.torch.save(tensors)
+    """The content of a task's file: module after module, so that a reader needs only some of it at a time.
+
+    Every tensor begins at a multiple of its numbers' size, as safetensors' readers ask for: one that would bring the
+    next ones out of step waits, until those that wait come out even.
+
+    Args:
+        masks: module → SparseB.
+    """
+    tensors = {f"{module}.{part}": getattr(b, part).contiguous() for module, b in masks.items() for part in PARTS}
+    unit = max((tensor.itemsize for tensor in tensors.values()), default=1)
+    order: list[str] = []
+    waiting: list[str] = []
+    for name, tensor in tensors.items():
+        (waiting if tensor.nbytes % unit else order).append(name)
+        if sum(tensors[other].nbytes for other in waiting) % unit == 0:
+            order += sorted(waiting, key=lambda name: -tensors[name].itemsize)
+            waiting = []
+    order += sorted(waiting, key=lambda name: -tensors[name].itemsize)
+    entries, end = {}, 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        entries[name] = {
+            "dtype": _NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+    header = strict_json.dumps(entries)
+    header += b" " * (-len(header) % _HEADER_UNIT)
+    return b"".join([len(header).to_bytes(8, "little"), header, *(bytes_of(tensors[name]) for name in order)])
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    return memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 def read_all(path: Path, manifest: Manifest) -> tuple[dict[str, dict[str, SparseB]], list[Problem]]:
@@ -93,7 +126,7 @@ def verify(path: Path, manifest: Manifest, tasks: Mapping[str, Mapping[str, Spar
             odd = ", ".join(sorted(set(masks) ^ set(known.k))[:4])
             message, remedy = f"modules differ from the checkpoint's ({odd})", "give every target module"
             return [Problem(message, file=str(path / known.file.path), remedy=remedy)]
-    found = in_threads(lambda module: _examine_module(manifest, tasks, module), manifest.modules)
+    found = in_threads(lambda module: examine_module(manifest, tasks, module), manifest.modules)
     by_module = dict(zip(manifest.modules, found, strict=True))
     problems = [
         Problem(by_module[module][0][name], module, str(path / manifest.task(name).file.path), remedy)
@@ -107,7 +140,7 @@ def verify(path: Path, manifest: Manifest, tasks: Mapping[str, Mapping[str, Spar
     return problems
 
 
-def _examine_module(
+def examine_module(
     manifest: Manifest, tasks: Mapping[str, Mapping[str, SparseB]], module: str
 ) -> tuple[dict[str, str], bool]:
     """Task → what is wrong with it in one module; and whether two tasks share a position there, if nothing is wrong."""
@@ -149,7 +182,7 @@ def _read(path: Path, manifest: Manifest, task: Task) -> dict[str, SparseB] | Pr
     file = path / task.file.path
     try:
         tensors = parse(_content(file, task))
-        expected = {f"{module}.{part}" for module in task.k for part in _PARTS}
+        expected = tensor_names(task)
         if set(tensors) != expected:
             odd = ", ".join(sorted(set(tensors) ^ expected)[:4])
             raise _Refused(f"holds other tensors than the manifest names ({odd})")
@@ -161,10 +194,15 @@ def _read(path: Path, manifest: Manifest, task: Task) -> dict[str, SparseB] | Pr
         return Problem(str(error), file=str(file), remedy=RESTORE)
     return {
         module: SparseB(
-            *(tensors[f"{module}.{part}"] for part in _PARTS), (manifest.modules[module].d_out, manifest.rank)
+            *(tensors[f"{module}.{part}"] for part in PARTS), (manifest.modules[module].d_out, manifest.rank)
         )
         for module in task.k
     }
+
+
+def tensor_names(task: Task) -> set[str]:
+    """What a task's file holds."""
+    return {f"{module}.{part}" for module in task.k for part in PARTS}
 
 
 def _content(file: Path, task: Task) -> memoryview:
@@ -180,7 +218,7 @@ def _content(file: Path, task: Task) -> memoryview:
         size = os.fstat(stream.fileno()).st_size
         view = memoryview(pages(size if size == stated.bytes else 0).numpy())
         at = 0
-        while at < len(view) and (count := stream.readinto(view[at : at + _BYTES_AT_ONCE])):
+        while at < len(view) and (count := stream.readinto(view[at : at + BYTES_AT_ONCE])):
             sha.update(view[at : at + count])
             at += count
         if at < len(view) or (len(view) and stream.read(1)):  # it changes while it is read
@@ -196,36 +234,65 @@ def parse(data: memoryview) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file. They share the memory of `data` (writable) where it is aligned for them.
 
     Raises:
-        ValueError: it is none. The header must be strict JSON, every entry well-formed, and the tensors must fill the
-            rest of the file exactly, without a hole or an overlap.
+        ValueError: it is none.
     """
-    if len(data) < 8:
+    start = header_end(data[:8], len(data))
+    return {
+        e.name: tensor(data, start + e.first, start + e.last, e.dtype, e.shape)
+        for e in parse_header(data[8:start], len(data) - start)
+    }
+
+
+def header_end(beginning: bytes | memoryview, size: int) -> int:
+    """Where the tensors of a file of `size` bytes begin; `beginning`: its first eight bytes. Raises ValueError."""
+    if len(beginning) < 8:
         raise ValueError("it is shorter than a header's length")
-    length = int.from_bytes(data[:8], "little")
-    start = 8 + length
-    if length > _LONGEST_HEADER or start > len(data):
+    length = int.from_bytes(beginning, "little")
+    if length > _LONGEST_HEADER or 8 + length > size:
         raise ValueError(f"a header of {length} bytes does not fit")
-    header = strict_json.loads(bytes(data[8:start]))
+    return 8 + length
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file. `first`, `last`: its first byte, and one past the last, from where the tensors begin."""
+
+    name: str
+    first: int
+    last: int
+    dtype: torch.dtype
+    shape: list[int]
+
+
+def parse_header(text: bytes | memoryview, size: int) -> list[Entry]:
+    """The tensors that a header names, in the order in which they lie in the file.
+
+    Args:
+        size: bytes that follow the header.
+
+    Raises:
+        ValueError: it is none. It must be strict JSON, every entry well-formed, and the tensors must fill those bytes
+            exactly, without a hole or an overlap.
+    """
+    header = strict_json.loads(bytes(text))
     if not isinstance(header, dict):
         raise ValueError("the header is no object")
     notes = header.pop("__metadata__", None) or {}
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise ValueError("__metadata__ does not map names to text")
-    entries = [(*_entry(name, entry), name) for name, entry in header.items()]
+    entries = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda e: (e.first, e.last))
     end = 0
-    for first, last, *_, name in sorted(entries, key=lambda entry: entry[:2]):
-        if first != end:
-            raise ValueError(f"the bytes of {name!r} do not follow on those before")
-        end = last
-    if start + end != len(data):
-        raise ValueError(f"the tensors take {end} bytes of {len(data) - start}")
-    return {
-        name: _tensor(data, start + first, start + last, dtype, shape) for first, last, dtype, shape, name in entries
-    }
+    for entry in entries:
+        if entry.first != end:
+            raise ValueError(f"the bytes of {entry.name!r} do not follow on those before")
+        end = entry.last
+    if end != size:
+        raise ValueError(f"the tensors take {end} bytes of {size}")
+    return entries
 
 
-def _entry(name: str, entry: Any) -> tuple[int, int, torch.dtype, list[int]]:
-    """First byte and last + 1, dtype and shape of a tensor. Raises ValueError."""
+def _entry(name: str, entry: Any) -> Entry:
+    """Raises ValueError."""
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise ValueError(f"{name!r} does not have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -241,13 +308,14 @@ def _entry(name: str, entry: Any) -> tuple[int, int, torch.dtype, list[int]]:
     size = _DTYPES[dtype].itemsize * math.prod(shape)
     if size != offsets[1] - offsets[0]:
         raise ValueError(f"{name!r} takes {size} bytes, its offsets say {offsets[1] - offsets[0]}")
-    return *offsets, _DTYPES[dtype], shape
+    return Entry(name, *offsets, _DTYPES[dtype], shape)
 
 
-def _tensor(data: memoryview, first: int, last: int, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+def tensor(data: memoryview, first: int, last: int, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    """Of the bytes from `first` to `last`, which it shares where they are aligned for it."""
     if first == last:  # torch.frombuffer takes no empty one
         return torch.empty(shape, dtype=dtype)
     if first % dtype.itemsize:  # numbers must lie at multiples of their size
         data, first, last = bytearray(data[first:last]), 0, last - first
-    tensor = torch.frombuffer(data, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)
-    return tensor if len(shape) == 1 else tensor.view(shape)
+    flat = torch.frombuffer(data, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)
+    return flat if len(shape) == 1 else flat.view(shape)

@@ -1,7 +1,7 @@
 """Checkpoints that a vLLM worker keeps in memory, prepared for use, by adapter digest.
 
-A checkpoint is read once, in threads beside the engine's loop, and verified against the digest that the service
-verified; then it is prepared for the backend that serves it. Afterwards no file of it is opened again.
+A checkpoint is read once, in threads beside the engine's loop, verified against the digest that the service knows, and
+prepared for the backend that serves it. Afterwards no file of it is opened again.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
-from loraf.checkpoint import Checkpoint
+from loraf.described import Described
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, Problem, UnknownTask
 from loraf_serve.backends.base import SelfCheckFailed
 from loraf_serve.memory import give_back
 from loraf_serve.priority import step_back
 from loraf_serve.vllm.notice import give
 
+C = TypeVar("C", bound=Described)
 T = TypeVar("T")
 _ERRORS = (LorafError, ConfigError, UnknownTask, CheckpointError, CorruptCheckpoint, BaseMismatch, SelfCheckFailed)
 _KINDS = {kind.__name__: kind for kind in _ERRORS}
@@ -28,16 +30,23 @@ _SWITCH_SECONDS = 2e-4
 _THREADS = "loraf"  # how the names of threads that load begin; loraf.threads names its own so as well
 
 
-class CheckpointStore(Generic[T]):
+class CheckpointStore(Generic[C, T]):
     """The prepared checkpoints of one worker.
 
     Args:
-        prepare: makes of a checkpoint that has been read what the worker needs, in the loading thread; raises
-            LorafError if the engine cannot apply it. The pool is for its own use: threads like the loading one.
+        opened: the chosen tasks of the checkpoint in a folder, for the time of the context.
+        prepare: makes of such a checkpoint what the worker needs, in the loading thread. The pool is for its own use:
+            threads like the loading one. Both raise LorafError, if it is not sound or the engine cannot apply it.
         cores: processors that loading may use. vLLM binds its worker to some; a thread would inherit that.
     """
 
-    def __init__(self, prepare: Callable[[Checkpoint, ThreadPoolExecutor], T], cores: Sequence[int] = ()):
+    def __init__(
+        self,
+        opened: Callable[[str, Sequence[str]], AbstractContextManager[C]],
+        prepare: Callable[[C, ThreadPoolExecutor], T],
+        cores: Sequence[int] = (),
+    ):
+        self._opened = opened
         self._prepare = prepare
         self._loads: dict[str, Future[T]] = {}
         self._cores = cores
@@ -125,13 +134,14 @@ class CheckpointStore(Generic[T]):
         interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
         try:
-            checkpoint = Checkpoint.open(folder, tasks)
-            if checkpoint.manifest.adapter_digest != digest:
-                message = f"was changed while it was being loaded (adapter digest {checkpoint.manifest.adapter_digest})"
-                remedy = "load it again once nothing writes to it"
-                raise CorruptCheckpoint(Problem(message, file=folder, remedy=remedy))
-            with self._threads(len(self._cores) or os.cpu_count()) as pool:
-                return self._prepare(checkpoint, pool)
+            with self._opened(folder, tasks) as checkpoint:
+                found = checkpoint.manifest.adapter_digest
+                if found != digest:
+                    message = f"was changed while it was being loaded (adapter digest {found})"
+                    remedy = "load it again once nothing writes to it"
+                    raise CorruptCheckpoint(Problem(message, file=folder, remedy=remedy))
+                with self._threads(len(self._cores) or os.cpu_count()) as pool:
+                    return self._prepare(checkpoint, pool)
         finally:
             sys.setswitchinterval(interval)
 

@@ -5,8 +5,9 @@ LoRARequest(path "loraf:<digest>:<set>") ─▶ SlotsLoRAManager._load_adapter �
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from loraf.checkpoint import Checkpoint
 from loraf.delta import combined_b
+from loraf.described import Described
 from loraf.errors import CheckpointError, Problem
 from loraf.tasksets import TaskSet
 from loraf_serve.vllm import targets
@@ -72,9 +74,13 @@ class CheckpointLoRAManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, vllm_config: VllmConfig, *args, cores=(), **kwargs):
         super().__init__(vllm_config, *args, **kwargs)
-        self.store = CheckpointStore(self._prepare, cores)
+        self.store = CheckpointStore(self._opened, self._prepare, cores)
 
-    def _prepare(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> Any:
+    def _opened(self, folder: str, tasks: Sequence[str]) -> AbstractContextManager[Described]:
+        """See `CheckpointStore`."""
+        raise NotImplementedError
+
+    def _prepare(self, checkpoint: Described, pool: ThreadPoolExecutor) -> Any:
         """See `CheckpointStore`; what it makes has `nbytes`."""
         raise NotImplementedError
 
@@ -115,6 +121,9 @@ class SlotsLoRAManager(CheckpointLoRAManager):
             name = targets.vllm_name(self._adapter_manager.model, module)
             layers[name] = LoRALayerWeights(name, rank, lora_alpha=rank, lora_a=a, lora_b=b, scaling=1.0)
         return LoRAModel(lora_request.lora_int_id, rank, layers)
+
+    def _opened(self, folder: str, tasks: Sequence[str]) -> AbstractContextManager[Checkpoint]:
+        return nullcontext(Checkpoint.open(folder, tasks))
 
     def _prepare(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> Resident:
         """Raises CheckpointError or BaseMismatch: all reasons why the engine cannot apply a checkpoint."""

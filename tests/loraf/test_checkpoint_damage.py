@@ -16,6 +16,7 @@ from loraf import projection
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CheckpointError, CorruptCheckpoint
 from loraf.manifest import Module, StoredFile
+from loraf.stream import Stream
 from tests.loraf import small_checkpoints as small
 from tests.loraf.small_checkpoints import RANK, SHAPES, TASKS, UP, Q
 
@@ -35,9 +36,12 @@ def folder(pristine, tmp_path):
 
 
 def refusal(folder, *files: str, says: str = "") -> CorruptCheckpoint:
-    """Opening fails; exactly these tasks' files are named, and the message says what."""
+    """Opening fails; exactly these tasks' files are named, and the message says what. So does reading it by and by."""
     with pytest.raises(CorruptCheckpoint) as caught:
         Checkpoint.open(folder)
+    with pytest.raises(CorruptCheckpoint) as by_and_by, Stream.open(folder) as checkpoint:
+        checkpoint.finish()
+    assert by_and_by.value.problems == caught.value.problems
     named = {problem.file for problem in caught.value.problems}
     assert named == {str(small.task_file(folder, name)) for name in files}
     assert says in str(caught.value)

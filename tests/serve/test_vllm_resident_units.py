@@ -82,7 +82,7 @@ def layer(checkpoint: Checkpoint, kernel: str, dtype: torch.dtype):
     names = [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up")]
     pieces = [parts.Piece(name, (0, 192), (0, 128), 192 * i) for i, name in enumerate(names)]
     projections = {name: checkpoint.projection_of(name).to(dtype) for name in names}
-    operand = kernels.prepare([_part(p, projections[p.module], checkpoint) for p in pieces], kernel)
+    operand = kernels.prepare([_part(p, projections[p.module], checkpoint.tasks) for p in pieces], kernel)
     return operand, pieces, projections
 
 
@@ -91,7 +91,7 @@ def layer(checkpoint: Checkpoint, kernel: str, dtype: torch.dtype):
 def test_a_true_kernel_passes_its_check(checkpoint: Checkpoint, kernel: str, dtype: torch.dtype) -> None:
     operand, pieces, projections = layer(checkpoint, kernel, dtype)
     for seed in range(5):
-        assert selfcheck.difference(operand, pieces, projections, checkpoint, 384, seed) is None
+        assert selfcheck.difference(operand, pieces, projections, checkpoint.tasks, 384, seed) is None
 
 
 def off_in_one_part(y: torch.Tensor) -> None:
@@ -118,10 +118,10 @@ def not_a_number(y: torch.Tensor) -> None:
 @pytest.mark.parametrize("fault", [off_in_one_part, adds_to_base_rows, swaps_the_parts, does_nothing, not_a_number])
 def test_a_faulty_kernel_does_not(checkpoint: Checkpoint, dtype: torch.dtype, fault) -> None:
     operand, pieces, projections = layer(checkpoint, "torch", dtype)
-    assert selfcheck.difference(Faulty(operand, fault), pieces, projections, checkpoint, 384, 0)
+    assert selfcheck.difference(Faulty(operand, fault), pieces, projections, checkpoint.tasks, 384, 0)
 
 
 def test_an_adapter_that_touches_one_part_leaves_the_other(checkpoint: Checkpoint) -> None:
     operand, pieces, projections = layer(checkpoint, "torch", torch.float32)
-    words = selfcheck.difference(operand, pieces[:1], projections, checkpoint, 384, 0)
+    words = selfcheck.difference(operand, pieces[:1], projections, checkpoint.tasks, 384, 0)
     assert words == "adds to an output that the adapter does not touch"

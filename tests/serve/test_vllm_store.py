@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 
 from loraf import manifest
+from loraf.checkpoint import Checkpoint
 from loraf.errors import CorruptCheckpoint
 from loraf_serve.vllm.notice import Notice, give
 from loraf_serve.vllm.store import CheckpointStore, raise_error
@@ -25,9 +27,12 @@ class Stand:
         self.go_on = threading.Event()
         self.reached = threading.Event()
         self.niceness: list[tuple[int, int]] = []
-        self.store = CheckpointStore(self._prepare, sorted(os.sched_getaffinity(0)))
+        self.store = CheckpointStore(self._opened, self._prepare, sorted(os.sched_getaffinity(0)))
         self.folder = checkpoint_folder()
         self.digest = manifest.read(self.folder).adapter_digest
+
+    def _opened(self, folder: str, tasks):
+        return nullcontext(Checkpoint.open(folder, tasks))
 
     def _prepare(self, checkpoint, pool: ThreadPoolExecutor) -> str:
         pool.submit(lambda: None).result()

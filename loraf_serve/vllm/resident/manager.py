@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
 from vllm.lora import model_manager
-from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
-from loraf.checkpoint import Checkpoint
 from loraf.errors import Problem
 from loraf.manifest import Manifest
+from loraf.sparse import SparseB
+from loraf.stream import Stream
 from loraf.tasksets import TaskSet
 from loraf_serve import kernels
 from loraf_serve.backends.base import SelfCheckFailed
@@ -116,38 +117,45 @@ class ResidentLoRAManager(CheckpointLoRAManager):
     def _layers(self) -> dict[str, ResidentLayer]:
         return targets.linear_layers(self._adapter_manager)
 
-    def _prepare(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> Prepared:
+    def _opened(self, folder: str, tasks: Sequence[str]) -> AbstractContextManager[Stream]:
+        return Stream.open(folder, tasks)
+
+    def _prepare(self, checkpoint: Stream, pool: ThreadPoolExecutor) -> Prepared:
         """In the loading thread.
 
         Raises:
-            BaseMismatch: all reasons why the engine cannot apply the checkpoint.
+            CorruptCheckpoint: all that is wrong with the checkpoint.
+            BaseMismatch: all reasons why the engine cannot apply it.
             SelfCheckFailed: a layer's delta is not that of ΔW.
         """
-        manifest = checkpoint.manifest
-        manager = self._adapter_manager
-        targets.require_layers(manifest, self.layer_shapes(), manager.model, str(checkpoint.path))
+        manifest, where = checkpoint.manifest, str(checkpoint.path)
+        manager, layers = self._adapter_manager, self._layers()
+        targets.require_layers(manifest, self.layer_shapes(), manager.model, where)
         modules = {targets.vllm_name(manager.model, module): module for module in manifest.modules}
+        pieces = {name: parts.pieces(manager, name, layer, modules) for name, layer in layers.items()}
+        place = {module: i for i, module in enumerate(manifest.modules)}
+        in_order = sorted((place[some[0].module], name) for name, some in pieces.items() if some)
         dtype = self.lora_config.lora_dtype
 
-        def make(item: tuple[str, BaseLayerWithLoRA]) -> tuple[str, kernels.Operand | None, str | None]:
-            name, layer = item
-            pieces = parts.pieces(manager, name, layer, modules)
-            if not pieces:
-                return name, None, None
-            projections = {p.module: checkpoint.projection_of(p.module, dtype) for p in pieces}
-            operand = kernels.prepare([_part(piece, projections[piece.module], checkpoint) for piece in pieces])
-            size, seed = sum(layer.output_slices), zlib.crc32(name.encode())
-            return name, operand, selfcheck.difference(operand, pieces, projections, checkpoint, size, seed)
+        def make(name: str) -> tuple[kernels.Operand, str | None]:
+            some = pieces[name]
+            projections = {piece.module: checkpoint.projection_of(piece.module, dtype) for piece in some}
+            with checkpoint.masks(list(projections)) as masks:
+                operand = kernels.prepare([_part(piece, projections[piece.module], masks) for piece in some])
+                size, seed = sum(layers[name].output_slices), zlib.crc32(name.encode())
+                return operand, selfcheck.difference(operand, some, projections, masks, size, seed)
 
-        made = list(pool.map(make, self._layers().items()))
-        wrong = [Problem(fault, name, str(checkpoint.path)) for name, _, fault in made if fault]
+        names = [name for _, name in in_order]
+        made = dict(zip(names, pool.map(make, names), strict=True))
+        checkpoint.finish()
+        wrong = [Problem(fault, name, where) for name, (_, fault) in made.items() if fault]
         if wrong:
             raise SelfCheckFailed(wrong)
-        return Prepared(manifest, {name: operand for name, operand, _ in made if operand is not None})
+        return Prepared(manifest, {name: operand for name, (operand, _) in made.items()})
 
 
-def _part(piece: parts.Piece, a: torch.Tensor, checkpoint: Checkpoint) -> kernels.Part:
-    tasks = [modules[piece.module] for modules in checkpoint.tasks.values()]
+def _part(piece: parts.Piece, a: torch.Tensor, masks: Mapping[str, Mapping[str, SparseB]]) -> kernels.Part:
+    tasks = [modules[piece.module] for modules in masks.values()]
     return kernels.Part(a[:, slice(*piece.columns)].contiguous(), tasks, *piece.rows, piece.offset)
 
 

@@ -1,0 +1,97 @@
+"""What a checkpoint's manifest says, and the A that follows from it; nothing of the tasks' files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from loraf import manifest as manifests
+from loraf import projection
+from loraf.errors import CheckpointError, CorruptCheckpoint, Problem
+from loraf.manifest import Manifest
+from loraf.task_file import RESTORE
+from loraf.threads import in_threads
+
+
+def chosen(path: Path, tasks: Sequence[str] | None) -> tuple[Manifest, list[Problem], bool]:
+    """The manifest in the folder `path`, with the chosen tasks only (None: all).
+
+    Returns:
+        It, what is wrong with it, and whether tasks were left out.
+
+    Raises:
+        CheckpointError, CorruptCheckpoint: see `manifest.read`; or A is made in a way that is not known.
+        UnknownTask: a chosen task is not there.
+    """
+    manifest = manifests.read(path)
+    everything = manifest.task_names
+    if tasks is not None:
+        manifest = manifest.only(tuple(tasks))
+    where = str(path / manifests.FILE_NAME)
+    if manifest.projection.generator != projection.GENERATOR:
+        message = f"{manifest.projection.generator!r} is not known (this release has {projection.GENERATOR!r})"
+        remedy = "use a release of loraf that knows it"
+        raise CheckpointError(Problem(message, "projection.generator", where, remedy))
+    problems = []
+    module_digests = {name: module.projection_sha256 for name, module in manifest.modules.items()}
+    if projection.combined_digest(module_digests) != manifest.projection.sha256:
+        message = "is not the digest of the modules' own digests"
+        problems.append(Problem(message, "projection.sha256", where, RESTORE))
+    return manifest, problems, manifest.task_names != everything
+
+
+class Described:
+    """A checkpoint whose manifest has been read.
+
+    Attributes:
+        path: its folder.
+        manifest: what it holds (restricted to the chosen tasks).
+    """
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+
+    def projection_of(self, module: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A of one module, (rank, d_in), rebuilt from the seed in float32, checked against its digest, and rounded.
+
+        Raises:
+            CorruptCheckpoint: the seed, generator or shape is not the one that the digest was made with.
+        """
+        return self.projections([module], dtype)[module]
+
+    def projections(
+        self, modules: Iterable[str] | None = None, dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
+        """`projection_of` several modules (all by default), on all processors. Raises CorruptCheckpoint."""
+        names = list(self.manifest.modules if modules is None else modules)
+        made = in_threads(lambda name: projection.made(*self._projection_arguments(name), dtype), names)
+        self._require_digests({name: digest for name, (_, digest) in zip(names, made, strict=True)})
+        return {name: a for name, (a, _) in zip(names, made, strict=True)}
+
+    def verify_projection(self) -> None:
+        """Checks A of every module against its digest. Raises CorruptCheckpoint.
+
+        An A that this process has made before, for this or another checkpoint, is not made again.
+        """
+        names = list(self.manifest.modules)
+        digests = in_threads(lambda name: projection.digest_of(*self._projection_arguments(name)), names)
+        self._require_digests(dict(zip(names, digests, strict=True)))
+
+    def _projection_arguments(self, module: str) -> tuple[int, str, int, int, float | None]:
+        p = self.manifest.projection
+        return p.seed, module, self.manifest.rank, self.manifest.modules[module].d_in, p.init_std
+
+    def _require_digests(self, found: Mapping[str, str]) -> None:
+        stated = self.manifest.modules
+        message = "A rebuilt from the seed is not the A that the tasks were trained with"
+        remedy = f"seed, standard deviation, rank or shape was changed: {RESTORE}"
+        problems = [
+            Problem(message, f"modules.{module}.projection_sha256", str(self.path / manifests.FILE_NAME), remedy)
+            for module, digest in found.items()
+            if digest != stated[module].projection_sha256
+        ]
+        if problems:
+            raise CorruptCheckpoint(problems)

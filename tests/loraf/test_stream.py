@@ -1,0 +1,215 @@
+"""A checkpoint read some modules at a time is the one that is read whole, or refused with the same words.
+
+tests/loraf/test_checkpoint_damage.py reads every damaged checkpoint both ways.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraf import stream, task_file
+from loraf.checkpoint import Checkpoint
+from loraf.errors import CheckpointError, CorruptCheckpoint, UnknownTask
+from loraf.manifest import BaseModel
+from loraf.pages import pages
+from loraf.stream import Stream
+from tests.loraf import small_checkpoints as small
+from tests.loraf.small_checkpoints import TASKS, UP, Q
+from tests.standins import random_values
+
+LAYERS = 6
+SHAPES = {f"layers.{i}.{name}": (rows, 24) for i in range(LAYERS) for name, rows in [("q", 300), ("k", 33), ("up", 70)]}
+RANK, SPARSITY = 8, 0.8  # K: 480, 52, 112
+
+
+def make(folder, shapes=SHAPES, rank=RANK, dtype=torch.bfloat16, sparsity=SPARSITY) -> Checkpoint:
+    base = BaseModel("org/model", "LlamaForCausalLM", "f" * 64, None, {"hidden_size": 24})
+    checkpoint = Checkpoint.create(folder, base, rank, shapes, seed=0)
+    for task, values in random_values(shapes, rank, TASKS, sparsity, 0, dtype=dtype).items():
+        checkpoint.add_task(task, values, alpha=16.0, sparsity=sparsity)
+    return checkpoint
+
+
+def bits(b) -> tuple:
+    return b.shape, *((t.dtype, t.clone().view(torch.uint8).tolist()) for t in (b.rows, b.cols, b.values))
+
+
+def in_groups(folder, groups, tasks=None) -> dict:
+    """Task → module → all of its numbers."""
+    found: dict = {}
+    with Stream.open(folder, tasks) as checkpoint:
+        for group in groups:
+            with checkpoint.masks(group) as masks:
+                for task, modules in masks.items():
+                    found.setdefault(task, {}).update({module: bits(b) for module, b in modules.items()})
+        checkpoint.finish()
+    return found
+
+
+def whole(folder, tasks=None) -> dict:
+    return {
+        task: {module: bits(b) for module, b in modules.items()}
+        for task, modules in Checkpoint.open(folder, tasks).tasks.items()
+    }
+
+
+@st.composite
+def groups_of(draw, names):
+    names = draw(st.permutations(names))
+    cuts = sorted(draw(st.lists(st.integers(0, len(names)), max_size=5)))
+    bounds = [0, *cuts, len(names)]
+    return [names[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups_of(list(SHAPES)),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.sampled_from(["ours", "by dtype", "odd places"]),
+)
+def test_in_any_order_of_modules_and_tensors(tmp_path_factory, groups, dtype, layout):
+    folder = tmp_path_factory.mktemp("ckpt")
+    make(folder, dtype=dtype)
+    for task in TASKS if layout != "ours" else ():
+        data = small.task_file(folder, task).read_bytes()
+        if layout == "by dtype":
+            data = safetensors.torch.save(safetensors.torch.load(data))
+        else:  # numbers at odd places, which safetensors allows
+            length = int.from_bytes(data[:8], "little")
+            header = data[8 : 8 + length].rstrip()
+            header += b" " * (1 + len(header) % 2)
+            data = len(header).to_bytes(8, "little") + header + data[8 + length :]
+        small.rewrite_bytes(folder, task, data)
+    assert in_groups(folder, groups) == whole(folder)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+def test_a_task_file_is_one_for_safetensors(tmp_path_factory, data, dtype):
+    """Each tensor at a multiple of its numbers' size, or its readers could not map it; read alike by both of them."""
+    sizes = data.draw(st.lists(st.tuples(st.integers(1, 70), st.integers(1, 5)), min_size=1, max_size=8))
+    masks = {
+        f"m{i}": random_values({"m": (d_out, 1)}, rank, ["t"], 0.5, i, dtype=dtype)["t"]["m"]
+        for i, (d_out, rank) in enumerate(sizes)
+    }
+    file = tmp_path_factory.mktemp("file") / "task.safetensors"
+    written = task_file.encode(masks)
+    file.write_bytes(written)
+    expected = {f"{m}.{part}": getattr(b, part) for m, b in masks.items() for part in task_file.PARTS}
+
+    def same(found) -> bool:
+        return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+    assert same(safetensors.torch.load(written))
+    with safetensors.safe_open(file, "pt") as opened:
+        assert same({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 it is no mapping
+    entries = task_file.parse_header(written[8 : task_file.header_end(written[:8], len(written))], sum_bytes(expected))
+    assert all(entry.first % entry.dtype.itemsize == 0 for entry in entries)
+
+
+def sum_bytes(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_task_file_follows_the_modules(tmp_path, dtype):
+    """So that little is read ahead: no tensor lies beyond those of the third module after its own, though some have an
+    odd number of bytes."""
+    shapes = {f"m{i}": (77, 24) for i in range(40)}
+    checkpoint = make(tmp_path, shapes, rank=5, dtype=dtype, sparsity=0.8)
+    assert {k % 4 for k in checkpoint.manifest.task("math").k.values()} == {1}
+    data = small.task_file(tmp_path, "math").read_bytes()
+    end = task_file.header_end(data[:8], len(data))
+    furthest = -1
+    for entry in task_file.parse_header(data[8:end], len(data) - end):
+        module = int(entry.name.removeprefix("m").partition(".")[0])
+        assert module >= furthest - 3
+        furthest = max(furthest, module)
+
+
+def test_memory_is_used_again(tmp_path, monkeypatch):
+    make(tmp_path)
+    taken = []
+
+    def counted(size: int) -> torch.Tensor:
+        taken.append(size)
+        return pages(size)
+
+    monkeypatch.setattr(stream, "pages", counted)
+    in_groups(tmp_path, [[module] for module in SHAPES])
+    files = sum(file.stat().st_size for file in (tmp_path / "tasks").iterdir())
+    largest = sum(480 * 5 + 1024 for _ in TASKS)
+    assert 0 < sum(taken) <= largest < files / 3
+
+
+def test_many_threads(tmp_path):
+    make(tmp_path)
+    expected = whole(tmp_path)
+    gate = threading.Barrier(4)
+    with Stream.open(tmp_path) as checkpoint, ThreadPoolExecutor(4) as pool:
+
+        def read(i: int) -> bool:
+            gate.wait(10)
+            mine = list(SHAPES)[i::4]
+            right = True
+            for module in mine:
+                with checkpoint.masks([module]) as masks:
+                    right &= all(bits(masks[task][module]) == expected[task][module] for task in TASKS)
+            return right
+
+        assert all(pool.map(read, range(4)))
+        checkpoint.finish()
+
+
+def test_chosen_tasks_and_unknown_ones(tmp_path):
+    small.make(tmp_path)
+    small.task_file(tmp_path, "nlu").unlink()
+    assert in_groups(tmp_path, [[Q, UP]], ["code", "math"]) == whole(tmp_path, ["code", "math"])
+    with pytest.raises(UnknownTask), Stream.open(tmp_path, ["history"]):
+        pass
+    with pytest.raises(CheckpointError), Stream.open(tmp_path / "nothing"):
+        pass
+
+
+def test_what_nobody_asked_for_is_verified_too(tmp_path):
+    small.make(tmp_path)
+    small.rewrite(tmp_path, "nlu", lambda tensors: tensors[f"{UP}.values"].fill_(float("nan")))
+    with pytest.raises(CorruptCheckpoint, match="not finite"):
+        in_groups(tmp_path, [[Q]])
+
+
+def test_bytes_that_change_behind_the_reader_are_no_matter(tmp_path):
+    """Each is read once, so what was read has the digest that is stated."""
+    small.make(tmp_path)
+    expected = whole(tmp_path)
+    with Stream.open(tmp_path) as checkpoint, checkpoint.masks([Q, UP]) as masks:
+        for task in TASKS:
+            small.task_file(tmp_path, task).write_bytes(b"x")
+        checkpoint.finish()
+        assert {task: {m: bits(b) for m, b in modules.items()} for task, modules in masks.items()} == expected
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+def test_bytes_that_change_before_the_reader_comes(tmp_path, repaired):
+    small.make(tmp_path)
+    file = small.task_file(tmp_path, "math")
+    good = file.read_bytes()
+    with Stream.open(tmp_path) as checkpoint:
+        with checkpoint.masks([Q]):
+            pass
+        file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # a value's last bits: the mask stays sound
+        with checkpoint.masks([UP]):
+            pass
+        if repaired:
+            file.write_bytes(good)
+        says = "was changed while it was read" if repaired else "its SHA-256 differs"
+        with pytest.raises(CorruptCheckpoint, match=says):
+            checkpoint.finish()
