@@ -2,10 +2,12 @@
 #   make demo   trains two tasks on the embedded model, serves them on vLLM, asks over gRPC   (about 5 minutes, 2 cores)
 #   make test   all tests
 #   make lint   style
+# WORKERS says how many processes share the tests (2; see tests/conftest.py).
 # PYTHON chooses the interpreter (3.11 or newer); EXTRAS=cuda,dev the vLLM build for NVIDIA GPUs.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXTRAS ?= cpu,dev
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: setup demo test lint clean
@@ -20,7 +22,7 @@ demo: setup
 	$(BIN)/python examples/demo/run.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,9 +15,10 @@ from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, UnknownTask
 from loraf_serve.vllm.backend import SlotsBackend
 from tests.serve.references import Merged
-from tests.serve.vllm_engines import SLOTS, Engine, Pool, open_adapter, random_prompt
+from tests.serve.vllm_engines import SLOTS, Engine, Pool, open_adapter, random_prompt, shared
 from tests.standins import linear_shapes, make_model, random_checkpoint, random_values
 
+pytestmark = shared("mistral")
 PROMPT = [3 + 37 * i % 94 for i in range(12)]  # printable: else vLLM's text begins with the prompt's broken character
 
 

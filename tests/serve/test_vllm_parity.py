@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.serve.references import Formula, Merged
-from tests.serve.vllm_engines import BLOCK, KINDS, SLOTS, Engine, Pool, random_prompt
+from tests.serve.vllm_engines import BLOCK, KINDS, SLOTS, Engine, Pool, random_prompt, shared
 from tests.standins import ARCHITECTURES, linear_shapes
 
 # Each task, all, as trained (nlu stands on math), weights among them, base.
@@ -16,7 +16,10 @@ SETS = ("math", "nlu", "code", "all", "math+nlu", "math:0.5+nlu:-2", "nlu:0.25+c
 STEPS = 4
 
 
-@pytest.fixture(scope="session", params=[(a, k) for a in ARCHITECTURES for k in KINDS], ids="-".join)
+WAYS = [pytest.param((a, k), id=f"{a}-{k}", marks=shared(a)) for a in ARCHITECTURES for k in KINDS]
+
+
+@pytest.fixture(scope="session", params=WAYS)
 def engine(request: pytest.FixtureRequest, vllm_pool: Pool) -> Engine:
     return vllm_pool.get(*request.param)
 

@@ -57,7 +57,7 @@ def test_a_group_signal_leaves_the_engine_alone_and_no_process_outlives_the_serv
                 child.kill()
 
 
-@pytest.mark.parametrize("owner", [None, str(os.getpid()), "1"])
+@pytest.mark.parametrize("owner", [None, str(os.getpid()), "1"], ids=["none", "this process", "another"])
 def test_the_plugin_does_nothing_outside_an_engines_processes(monkeypatch: pytest.MonkeyPatch, owner) -> None:
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("a process that is no engine's was changed")

@@ -14,9 +14,10 @@ import pytest
 
 from loraf_serve.backends.base import ServedAdapter
 from tests.serve.references import Merged
-from tests.serve.vllm_engines import Engine, Pool, open_adapter, random_prompt
+from tests.serve.vllm_engines import Engine, Pool, open_adapter, random_prompt, shared
 from tests.standins import random_checkpoint
 
+pytestmark = shared("mistral")
 ROUNDS = 200
 PROMPT = random_prompt(12, seed=40)
 SETS = ("math", "all", "nlu:0.5+code", "math:-1+code:2")
@@ -94,16 +95,20 @@ def worker_bytes(engine: Engine) -> int:
 
 
 def test_a_large_adapter_gives_its_memory_back_each_time(engine: Engine, tmp_path: Path) -> None:
-    """The first loads also pay once for what stays: scratch memory of threads, and their arenas, which take turns."""
-    loaded = []
-    for i in range(8):
+    """The first loads also pay once for what stays: scratch memory of threads, and their arenas. These take turns, and
+    hold now more and now less, by a third of this adapter."""
+    several = []
+    for i in range(3):
         random_checkpoint(tmp_path / str(i), engine.folder, ("math", "nlu"), 2048, 0.5, seed=60 + i)
-        large = open_adapter("large", tmp_path / str(i))
-        before = worker_bytes(engine)
+        several.append(open_adapter("large", tmp_path / str(i)))
+    loaded = []
+    for i in range(24):
+        large, before = several[i % 3], worker_bytes(engine)
         engine.loop.run(engine.backend.add_adapter(large))
         (answer,) = engine.ask(engine.request("all", PROMPT, large))
         held = engine.backend.adapter_bytes(large)
-        assert held > 20e6 and answer.token_ids == Merged(engine.folder, large.checkpoint).greedy("all", PROMPT, 8)
+        assert held > 20e6
+        assert i > 2 or answer.token_ids == Merged(engine.folder, large.checkpoint).greedy("all", PROMPT, 8)
         loaded.append(worker_bytes(engine))
         assert i or loaded[0] - before > 0.8 * held
         engine.loop.run(engine.backend.remove_adapter(large))
@@ -112,8 +117,8 @@ def test_a_large_adapter_gives_its_memory_back_each_time(engine: Engine, tmp_pat
         while loaded[-1] - worker_bytes(engine) < 0.8 * held:
             assert time.monotonic() < deadline, (loaded[-1], worker_bytes(engine), held)
             time.sleep(0.05)
-    # Five loads; a tenth of an adapter left by each would be as much.
-    assert loaded[-1] - loaded[2] < 0.5 * held, loaded
+    # A tenth of an adapter left by each of these fourteen loads would be twice as much.
+    assert statistics.median(loaded[-8:]) - statistics.median(loaded[2:10]) < 0.7 * held, loaded
 
 
 def test_the_same_content_again_after_it_was_unloaded(engine: Engine, tmp_path: Path) -> None:

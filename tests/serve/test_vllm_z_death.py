@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from loraf_serve.backends.base import BackendUnavailable
-from tests.serve.vllm_engines import Engine, Pool, random_prompt
+from tests.serve.vllm_engines import Engine, Pool, random_prompt, shared
 
 PROMPT = random_prompt(10, seed=90)
 
@@ -18,6 +18,7 @@ def workers(engine: Engine) -> list[psutil.Process]:
     return [psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)]
 
 
+@shared("qwen2")
 def test_requests_of_a_dead_engine_end(vllm_pool: Pool) -> None:
     engine = vllm_pool.get("qwen2")
     texts = ["base", "math", "nlu", "code", "all"]  # "all" waits for a slot
@@ -48,6 +49,7 @@ def test_requests_of_a_dead_engine_end(vllm_pool: Pool) -> None:
     engine.loop.run(scenario())
 
 
+@shared("llama")
 def test_stopping_ends_requests_and_processes(vllm_pool: Pool) -> None:
     engine = vllm_pool.get("llama")
     texts = ["base", "math", "nlu", "code", "all"]

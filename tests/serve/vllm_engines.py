@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from loraf.checkpoint import Checkpoint
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.base import (
@@ -46,6 +48,11 @@ KINDS: dict[str, tuple[type[VllmBackend], tuple[str, ...]]] = {
     "compiled": (ResidentBackend, COMMON),
 }
 _ALIVE = 4  # engines at once: each takes more than a GiB
+
+
+def shared(architecture: str) -> pytest.MarkDecorator:
+    """For tests that ask the pool for this architecture: one process runs them all (see tests/conftest.py)."""
+    return pytest.mark.xdist_group(f"vllm-{architecture}")
 
 
 @dataclass

@@ -1,0 +1,47 @@
+"""How `make test` shares the tests out among several processes (pytest-xdist): a file goes to one of them, or what
+shares an engine of vLLM. The slow ones come first, so that none is left over at the end. Without `-n` all this is
+nothing."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# In this order; a name of a group, or the beginning of a file's.
+SLOW = (
+    "vllm-mistral",
+    "tests/integration",
+    "vllm-llama",
+    "tests/serve/test_vllm_resident_ways.py",
+    "vllm-qwen2",
+    "tests/serve/test_vllm",
+    "tests/serve/test_kernels",
+    "tests/train/test_processes.py",
+    "tests/train/test_compare_protocols.py",
+    "tests/train/test_resume",
+    "tests/train/test_examples",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not worker.startswith("gw") or not hasattr(os, "sched_getaffinity"):
+        return
+    # vLLM would bind the engines of all to one and the same processor.
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker[2:]) % len(cores)]))
+    # A thread of OpenMP that waits would take the processor from the others' tests.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        group = item.get_closest_marker("xdist_group").args[0]
+        return next((i for i, slow in enumerate(SLOW) if group.startswith(slow)), len(SLOW))
+
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=place)
