@@ -13,7 +13,7 @@ import functools
 import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
 from vllm.platforms import current_platform
 
-from loraf_serve.vllm import punica_cpu
+from loraf_serve.vllm import punica_cpu, waiting
 from loraf_serve.vllm.remote import CORES, RemoteCalls
 from loraf_serve.vllm.worker import SlotsLoRAManager
 
@@ -24,6 +24,7 @@ class WorkerExtension(RemoteCalls):
 
 def install() -> None:
     """Replaces names where vLLM looks them up when it loads a model with LoRA."""
+    waiting.watch()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = functools.partial(SlotsLoRAManager, cores=CORES)
     if current_platform.is_cpu():
         wrapper = punica_cpu.GroupedPunicaWrapperCPU

@@ -34,6 +34,7 @@ def facts() -> Iterator[tuple[str, Check]]:
     yield "the scheduler never runs more than max_loras adapters in one step", _max_loras
     yield "AsyncLLM generates, aborts by our request id, calls workers, says when its engine died", _async_llm
     yield "a request ends with CancelledError or a closed iterator by being aborted", _abort_on_close
+    yield "a worker that waits for a call loops until busy_loop_s after last_read, then sleeps until notified", _waiting
     yield "an adapter's rank is one of a fixed list, and the engine's arguments have the names we set", _arguments
 
 
@@ -207,6 +208,20 @@ def _abort_on_close() -> bool:
 
     source = inspect.getsource(AsyncLLM.generate)
     return "except (asyncio.CancelledError, GeneratorExit)" in source and "self.abort(" in source
+
+
+def _waiting() -> bool:
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+
+    wait = inspect.getsource(SpinCondition.wait)
+    begun = inspect.getsource(WorkerProc.__init__)
+    return (
+        "self.last_read + self.busy_loop_s" in wait
+        and "self.poller.poll(" in wait
+        and "SpinCondition(" in inspect.getsource(MessageQueue)
+        and begun.index(".init_worker(") < begun.index("_init_message_queues(")
+    )
 
 
 def _arguments() -> bool:

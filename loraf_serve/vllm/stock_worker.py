@@ -15,6 +15,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
+from loraf_serve.vllm import waiting
 from loraf_serve.vllm.naming import parse_lora_path
 from loraf_serve.vllm.punica_cpu import GroupedPunicaWrapperCPU
 from loraf_serve.vllm.remote import CORES, RemoteCalls
@@ -62,6 +63,7 @@ class WorkerExtension(RemoteCalls):
 
 def install() -> None:
     """Replaces names where vLLM looks them up when it loads a model with LoRA."""
+    waiting.watch()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = functools.partial(StockLoRAManager, cores=CORES)
     # Another platform's plugin may name products of its own.
     if current_platform.is_cpu() and current_platform.get_punica_wrapper().endswith(f".{PunicaWrapperCPU.__name__}"):

@@ -6,6 +6,7 @@ import functools
 
 import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
 
+from loraf_serve.vllm import waiting
 from loraf_serve.vllm.remote import CORES, RemoteCalls
 from loraf_serve.vllm.resident.manager import ResidentLoRAManager
 
@@ -14,4 +15,5 @@ class WorkerExtension(RemoteCalls):
     manager_class = ResidentLoRAManager
 
 
+waiting.watch()
 lora_model_runner_mixin.LRUCacheWorkerLoRAManager = functools.partial(ResidentLoRAManager, cores=CORES)
