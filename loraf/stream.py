@@ -35,12 +35,12 @@ class _Unsound(Exception):
 
 
 class Stream(Described):
-    """A checkpoint whose files are open. Several threads may ask for masks at once; modules that come in the order of
-    the manifest take least memory, for a file written by this release."""
+    """A checkpoint that is read. Several threads may ask for masks at once; modules that come in the order of the
+    manifest take least memory, for a file written by this release."""
 
-    def __init__(self, path: Path, manifest: Manifest, files: list[_File]):
+    def __init__(self, path: Path, manifest: Manifest):
         super().__init__(path, manifest)
-        self._files = files
+        self._files: list[_File] = []  # opened when masks are first asked for: until then A may be made
         self._reading = threading.Lock()
         self._rooms: list[torch.Tensor] = []  # memory that nobody uses now
         self._unread = dict.fromkeys(manifest.modules)
@@ -48,23 +48,21 @@ class Stream(Described):
     @classmethod
     @contextmanager
     def open(cls, path: str | Path, tasks: Sequence[str] | None = None) -> Iterator[Stream]:
-        """Opens the files of the chosen tasks (all by default), and closes them at the end.
+        """Of the chosen tasks (all by default). Files that were opened are closed at the end.
 
         Raises:
-            CheckpointError, CorruptCheckpoint, UnknownTask: as `Checkpoint.open`.
+            CheckpointError, CorruptCheckpoint, UnknownTask: the manifest is none, as `Checkpoint.open`.
         """
         path = Path(path)
         manifest, problems, _ = chosen(path, tasks)
-        files: list[_File] = []
+        stream = cls(path, manifest)
         try:
-            stream = cls(path, manifest, files)
             with stream._sound():
                 if problems:
                     raise _Unsound
-                files += (_File(path / task.file.path, task) for task in manifest.tasks)
             yield stream
         finally:
-            for file in files:
+            for file in stream._files:
                 file.close()
 
     @contextmanager
@@ -77,6 +75,7 @@ class Stream(Described):
         with self._sound(), self._reading:
             for module in modules:
                 del self._unread[module]
+            self._open()
             names = [f"{module}.{part}" for module in modules for part in PARTS]
             size = sum(file.size_of(names) for file in self._files)
             room = self._rooms.pop() if self._rooms else pages(0)
@@ -109,9 +108,14 @@ class Stream(Described):
         for module in list(self._unread):
             with self.masks([module]):
                 pass
-        with self._sound():
+        with self._sound(), self._reading:
+            self._open()
             for file in self._files:
                 file.finish()
+
+    def _open(self) -> None:
+        for task in self.manifest.tasks[len(self._files) :]:
+            self._files.append(_File(self.path / task.file.path, task))
 
     def _shape(self, module: str) -> tuple[int, int]:
         return self.manifest.modules[module].d_out, self.manifest.rank

@@ -132,21 +132,22 @@ class ResidentLoRAManager(CheckpointLoRAManager):
         manager, layers = self._adapter_manager, self._layers()
         targets.require_layers(manifest, self.layer_shapes(), manager.model, where)
         modules = {targets.vllm_name(manager.model, module): module for module in manifest.modules}
-        pieces = {name: parts.pieces(manager, name, layer, modules) for name, layer in layers.items()}
-        place = {module: i for i, module in enumerate(manifest.modules)}
-        in_order = sorted((place[some[0].module], name) for name, some in pieces.items() if some)
         dtype = self.lora_config.lora_dtype
 
-        def make(name: str) -> tuple[kernels.Operand, str | None]:
-            some = pieces[name]
-            projections = {piece.module: checkpoint.projection_of(piece.module, dtype) for piece in some}
+        def make(name: str) -> tuple[kernels.Operand, str | None] | None:
+            layer = layers[name]
+            pieces = parts.pieces(manager, name, layer, modules)
+            if not pieces:
+                return None
+            projections = {piece.module: checkpoint.projection_of(piece.module, dtype) for piece in pieces}
             with checkpoint.masks(list(projections)) as masks:
-                operand = kernels.prepare([_part(piece, projections[piece.module], masks) for piece in some])
-                size, seed = sum(layers[name].output_slices), zlib.crc32(name.encode())
-                return operand, selfcheck.difference(operand, some, projections, masks, size, seed)
+                operand = kernels.prepare([_part(piece, projections[piece.module], masks) for piece in pieces])
+                size, seed = sum(layer.output_slices), zlib.crc32(name.encode())
+                return operand, selfcheck.difference(operand, pieces, projections, masks, size, seed)
 
-        names = [name for _, name in in_order]
-        made = dict(zip(names, pool.map(make, names), strict=True))
+        # In the model's order, which is the manifest's: see `Stream`.
+        each = zip(layers, pool.map(make, layers), strict=True)
+        made = {name: found for name, found in each if found is not None}
         checkpoint.finish()
         wrong = [Problem(fault, name, where) for name, (_, fault) in made.items() if fault]
         if wrong:
