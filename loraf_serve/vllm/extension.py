@@ -24,7 +24,7 @@ class WorkerExtension(RemoteCalls):
 
 def install() -> None:
     """Replaces names where vLLM looks them up when it loads a model with LoRA."""
-    waiting.watch()
+    waiting.install()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = functools.partial(SlotsLoRAManager, cores=CORES)
     if current_platform.is_cpu():
         wrapper = punica_cpu.GroupedPunicaWrapperCPU

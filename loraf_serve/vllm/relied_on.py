@@ -34,7 +34,7 @@ def facts() -> Iterator[tuple[str, Check]]:
     yield "the scheduler never runs more than max_loras adapters in one step", _max_loras
     yield "AsyncLLM generates, aborts by our request id, calls workers, says when its engine died", _async_llm
     yield "a request ends with CancelledError or a closed iterator by being aborted", _abort_on_close
-    yield "a worker that waits for a call loops until busy_loop_s after last_read, then sleeps until notified", _waiting
+    yield "a worker that waits for a call looks again and again, with SpinCondition.wait(timeout_ms) between", _waiting
     yield "an adapter's rank is one of a fixed list, and the engine's arguments have the names we set", _arguments
 
 
@@ -212,16 +212,11 @@ def _abort_on_close() -> bool:
 
 def _waiting() -> bool:
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
-    from vllm.v1.executor.multiproc_executor import WorkerProc
 
     wait = inspect.getsource(SpinCondition.wait)
-    begun = inspect.getsource(WorkerProc.__init__)
-    return (
-        "self.last_read + self.busy_loop_s" in wait
-        and "self.poller.poll(" in wait
-        and "SpinCondition(" in inspect.getsource(MessageQueue)
-        and begun.index(".init_worker(") < begun.index("_init_message_queues(")
-    )
+    read = inspect.getsource(MessageQueue.acquire_read)
+    looped = "self.last_read + self.busy_loop_s" in wait and "while True:" in read
+    return looped and "self._spin_condition.wait(" in read and _parameters(SpinCondition.wait) == ["self", "timeout_ms"]
 
 
 def _arguments() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loraf_serve.vllm.notice import Notice
 from loraf_serve.vllm.plugin import ENGINE_OWNER
-from loraf_serve.vllm.waiting import sleep_at_once
+from loraf_serve.vllm.waiting import pause_until
 
 _ASK_SECONDS = 5.0  # a worker that cannot give notice, or has died, is found out by asking
 
@@ -42,8 +42,7 @@ class RemoteCalls:
 
     def loraf_begin_load(self, folder: str, tasks: list[str], digest: str, notice: str) -> None:
         """Starts to read and prepare a checkpoint in threads. `notice`: see `Notice`, given when it is over."""
-        self.model_runner.lora_manager.store.begin(folder, tasks, digest, notice)
-        sleep_at_once()
+        pause_until(self.model_runner.lora_manager.store.begin(folder, tasks, digest, notice))
 
     def loraf_load_state(self, digest: str) -> dict[str, Any] | None:
         """None: not yet. {"bytes": n}: from now on it can be served, and takes so much. Else as `CheckpointStore.state`

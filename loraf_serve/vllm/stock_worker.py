@@ -63,7 +63,7 @@ class WorkerExtension(RemoteCalls):
 
 def install() -> None:
     """Replaces names where vLLM looks them up when it loads a model with LoRA."""
-    waiting.watch()
+    waiting.install()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = functools.partial(StockLoRAManager, cores=CORES)
     # Another platform's plugin may name products of its own.
     if current_platform.is_cpu() and current_platform.get_punica_wrapper().endswith(f".{PunicaWrapperCPU.__name__}"):

@@ -54,11 +54,14 @@ class CheckpointStore(Generic[C, T]):
         self._in_front = False  # threads load with the priority of the engine's own
         self._freeing = self._threads(1, step_back)
 
-    def begin(self, folder: str, tasks: Sequence[str], digest: str, notice: str) -> None:
+    def begin(self, folder: str, tasks: Sequence[str], digest: str, notice: str) -> Future[T]:
         """Starts to read a checkpoint, unless it is there or being read. `state` tells the outcome.
 
         Args:
             notice: see `loraf_serve.vllm.notice`; given when there is an outcome.
+
+        Returns:
+            The load, done when there is an outcome.
         """
         load = self._loads.get(digest)
         if load is None or (load.done() and load.exception() is not None):
@@ -67,6 +70,7 @@ class CheckpointStore(Generic[C, T]):
             thread.shutdown(wait=False)
             self._in_front = True
         load.add_done_callback(lambda _: give(notice))
+        return load
 
     def step_back(self) -> None:
         """To be called at the beginning of a step: threads that load leave the processor to it from now on.

@@ -1,31 +1,39 @@
-"""How a worker waits for vLLM's next call.
+"""How a worker waits for vLLM's next call while it loads a checkpoint.
 
-For a second after each it looks for the next in a loop, and holds Python's lock while it does. A load that the call
-began would have less than a core of two for that second, and wait for the lock at each of its own steps. So it has the
-worker sleep at once; the call that wakes it is noticed no later than one after an idle second.
+For a second after each call vLLM looks for the next in a loop, and holds Python's lock while it does: on two cores a
+load beside it has little more than one of them, and waits for the lock at each step in Python. So the loop pauses
+between two looks until the load is over. A call is noticed half a millisecond later at most.
+
+Tried and taken out: to have it sleep at once until vLLM's notice, as it does after an idle second. A notice is lost if
+it comes right after one that nobody read, and vLLM looks again only after five seconds: streams beside loads stood
+still for as long (benchmarks/results/ready-beside-lost-notice.json).
 """
 
 from __future__ import annotations
 
-import weakref
+import time
+from concurrent.futures import Future
 
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
-_waiting: weakref.WeakSet[SpinCondition] = weakref.WeakSet()
+_PAUSE = 0.0005  # seconds
+_loads: set[Future] = set()
 
 
-def watch() -> None:
-    """In a worker, before it makes its queues: from now on they are known here."""
-    make = SpinCondition.__init__
+def install() -> None:
+    """In a worker, once."""
+    wait = SpinCondition.wait
 
-    def made(condition: SpinCondition, *args, **kwargs) -> None:
-        make(condition, *args, **kwargs)
-        _waiting.add(condition)
+    def gently(condition: SpinCondition, timeout_ms: int | None = None) -> None:
+        if _loads and time.monotonic() <= condition.last_read + condition.busy_loop_s:
+            time.sleep(_PAUSE)
+        else:
+            wait(condition, timeout_ms)
 
-    SpinCondition.__init__ = made
+    SpinCondition.wait = gently
 
 
-def sleep_at_once() -> None:
-    """The next wait of this worker is no loop, unless a call is there already."""
-    for condition in _waiting:
-        condition.last_read = float("-inf")
+def pause_until(load: Future) -> None:
+    """Until it is done."""
+    _loads.add(load)
+    load.add_done_callback(_loads.discard)

@@ -15,5 +15,5 @@ class WorkerExtension(RemoteCalls):
     manager_class = ResidentLoRAManager
 
 
-waiting.watch()
+waiting.install()
 lora_model_runner_mixin.LRUCacheWorkerLoRAManager = functools.partial(ResidentLoRAManager, cores=CORES)
