@@ -127,11 +127,11 @@ class Stream(Described):
             yield
         except (_Unsound, OSError, ValueError) as error:
             Checkpoint.open(self.path, self.manifest.task_names)
-            why = (
-                f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "was changed while it was read"
-            )
+            message = "was changed while it was read"
+            if isinstance(error, OSError):
+                message = f"cannot be read ({error.strerror})"
             remedy = "read it again once nothing writes to it"
-            raise CorruptCheckpoint(Problem(why, file=str(self.path), remedy=remedy)) from None
+            raise CorruptCheckpoint(Problem(message, file=str(self.path), remedy=remedy)) from None
 
 
 class _File:
@@ -159,7 +159,8 @@ class _File:
 
     def size_of(self, names: Sequence[str]) -> int:
         """Bytes that `take` needs at most."""
-        return sum(_UNIT + entry.last - entry.first for entry in map(self._entries.__getitem__, names)) + _UNIT
+        found = map(self._entries.__getitem__, names)
+        return sum(entry.last - entry.first + 2 * _UNIT for entry in found)  # it may be a run of its own
 
     def take(self, names: Sequence[str], memory: memoryview) -> tuple[dict[str, torch.Tensor], memoryview]:
         """Some tensors, in `memory` (aligned) unless they were passed before; and what is left of it."""
