@@ -117,8 +117,8 @@ def test_a_large_adapter_gives_its_memory_back_each_time(engine: Engine, tmp_pat
         while loaded[-1] - worker_bytes(engine) < 0.8 * held:
             assert time.monotonic() < deadline, (loaded[-1], worker_bytes(engine), held)
             time.sleep(0.05)
-    # A tenth of an adapter left by each of these fourteen loads would be twice as much.
-    assert statistics.median(loaded[-8:]) - statistics.median(loaded[2:10]) < 0.7 * held, loaded
+    # A tenth of an adapter left by each of these fourteen loads would be nearly three times as much.
+    assert statistics.median(loaded[-8:]) - statistics.median(loaded[2:10]) < 0.5 * held, loaded
 
 
 def test_the_same_content_again_after_it_was_unloaded(engine: Engine, tmp_path: Path) -> None:
