@@ -4,9 +4,17 @@ nothing."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
+import torch
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    # Triton reads it as it is imported, and vLLM's processes must not find it: so this comes first, and is undone.
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("loraf_serve.kernels.triton_ops")
+    del os.environ["TRITON_INTERPRET"]
 
 # In this order; a name of a group, or the beginning of a file's.
 SLOW = (

@@ -46,6 +46,17 @@ def random_b(generator: torch.Generator, d_out: int, rank: int, density: float, 
     return SparseB.from_flat(flat, torch.randn(count, generator=generator).to(dtype), (d_out, rank))
 
 
+def disjoint_bs(
+    generator: torch.Generator, tasks: int, d_out: int, rank: int, density: float, dtype: torch.dtype
+) -> list[SparseB]:
+    """B of each task; no position twice, as in a checkpoint."""
+    count = min(int(density * d_out * rank), d_out * rank // tasks)
+    flat = torch.randperm(d_out * rank, generator=generator)[: tasks * count].view(tasks, count)
+    return [
+        SparseB.from_flat(of_task, torch.randn(count, generator=generator).to(dtype), (d_out, rank)) for of_task in flat
+    ]
+
+
 def strided(generator: torch.Generator, height: int, width: int, before: int, after: int, dtype: torch.dtype):
     """A (height, width) view into a wider matrix, and that matrix."""
     whole = torch.randn(height, before + width + after, generator=generator).to(dtype)
@@ -64,13 +75,20 @@ def make_case(
     acting: int | None = None,  # rows
     margins: tuple[int, int] = (0, 0),  # columns, rows of B
     idle: float = 0.3,  # share of weights that are zero
+    disjoint: bool = False,
+    sets: int | None = None,  # distinct rows of weights; None: as many as rows
 ) -> Case:
     g = torch.Generator().manual_seed(seed)
     gap, hidden = margins
     parts, offset = [], gap
     for rank, d_out in shapes:
         a = (torch.randn(rank, d_in, generator=g) / d_in**0.5).to(dtype)
-        several = [random_b(g, d_out + 2 * hidden, rank, density, value_dtype) for _ in range(tasks)]
+        height = d_out + 2 * hidden
+        several = (
+            disjoint_bs(g, tasks, height, rank, density, value_dtype)
+            if disjoint
+            else [random_b(g, height, rank, density, value_dtype) for _ in range(tasks)]
+        )
         parts.append(Part(a, several, hidden, hidden + d_out, offset))
         offset += d_out + gap
     x, _ = strided(g, n, d_in, gap, gap // 2, dtype)
@@ -79,16 +97,20 @@ def make_case(
     indices = torch.randperm(n, generator=g)[:acting].sort().values.to(torch.int32)
     weights = torch.randn(acting, tasks, generator=g)
     weights[torch.rand(acting, tasks, generator=g) < idle] = 0
+    if sets is not None:
+        weights = weights[:sets][torch.arange(acting) * sets // max(acting, 1)].contiguous()
     return Case(parts, x, y, whole_y, Rows(indices, weights))
 
 
 @st.composite
-def cases(draw, most_rows: int = 40) -> Case:
+def cases(draw, most_rows: int = 40, dtypes: tuple[torch.dtype, ...] = DTYPES, disjoint: bool = False) -> Case:
+    """Disjoint ones have values in the dtype of A."""
     n = draw(st.integers(1, most_rows))
+    dtype = draw(st.sampled_from(dtypes))
     return make_case(
         seed=draw(st.integers(0, 2**32 - 1)),
-        dtype=draw(st.sampled_from(DTYPES)),
-        value_dtype=draw(st.sampled_from(DTYPES)),
+        dtype=dtype,
+        value_dtype=dtype if disjoint else draw(st.sampled_from(DTYPES)),
         shapes=tuple(
             draw(
                 st.lists(
@@ -105,6 +127,8 @@ def cases(draw, most_rows: int = 40) -> Case:
         acting=draw(st.integers(0, n)),
         margins=draw(st.tuples(st.integers(0, 5), st.integers(0, 300))),
         idle=draw(st.sampled_from((0.0, 0.3, 0.9))),
+        disjoint=disjoint,
+        sets=draw(st.sampled_from((None, 1, 3))) if disjoint else None,
     )
 
 
@@ -132,7 +156,7 @@ def exact(case: Case) -> tuple[np.ndarray, np.ndarray, int]:
     return result, size, terms
 
 
-def allowed(case: Case, given: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def allowed(case: Case, given: torch.Tensor, rounded: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """The right result, and how far from it a float32 sum, rounded once to the dtype of y, may be.
 
     A sum of n terms in float32, each term a product, in any order and fused or not, is wrong by at most
@@ -140,6 +164,9 @@ def allowed(case: Case, given: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     a term takes part in at most d_in + T·rank + 4 roundings (the products with x, B and w, and the sum with y make
     four), so n is that. Long sums are held to 1e-5 instead, which is less. The last rounding adds half a unit in the
     last place of the result, whose exponent is that of the larger of the right and the given one.
+
+    Args:
+        rounded: how far a kernel may round A x besides, relative to it.
     """
     right, size, terms = exact(case)
     roundings = terms + 4
@@ -147,11 +174,11 @@ def allowed(case: Case, given: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     bits, least = EXPONENT_BITS_OF_ULP[given.dtype]
     magnitude = np.maximum(np.maximum(np.abs(right), np.abs(numbers(given))), 2.0**-140)
     half_ulp = 0.5 * np.exp2(np.maximum(np.floor(np.log2(magnitude)) - bits, least))
-    return right, accumulated + half_ulp
+    return right, accumulated + rounded * size + half_ulp
 
 
-def assert_right(case: Case, y: torch.Tensor) -> None:
-    right, tolerance = allowed(case, y)
+def assert_right(case: Case, y: torch.Tensor, rounded: float = 0.0) -> None:
+    right, tolerance = allowed(case, y, rounded)
     worst = np.abs(numbers(y) - right) / tolerance
     assert worst.max(initial=0) <= 1, (
         f"{worst.max():.3g} times the allowed error at {np.unravel_index(worst.argmax(), worst.shape)}"
