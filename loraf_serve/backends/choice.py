@@ -45,7 +45,7 @@ def choose(
     why = "asked for by --backend"
     if wanted != "merged":
         from loraf_serve.vllm.backend import ResidentBackend, SlotsBackend
-        from loraf_serve.vllm.support import can_serve, can_serve_resident
+        from loraf_serve.vllm.support import can_serve, can_serve_resident, not_by_default
 
         def slots() -> SlotsBackend:
             return SlotsBackend(model_folder, engine_options, max_rank, adapter_memory)
@@ -56,14 +56,14 @@ def choose(
             if wanted == "auto":
                 why = "any number of task sets mix in a batch"
                 spoken = [o for o in _SLOT_OPTIONS if any(given.partition("=")[0] == o for given in engine_options)]
-                against = against or (f"{spoken[0]} speaks of slots" if spoken else None)
+                against = against or (f"{spoken[0]} speaks of slots" if spoken else not_by_default())
             if against is None:
                 first = ResidentBackend(model_folder, engine_options, max_rank, adapter_memory)
                 return Chosen(Fallback(first, slots, say), why)
             if wanted == "resident":
                 remedy = "serve with --backend slots"
                 raise ConfigError(Problem(f"resident cannot serve here: {against}", "--backend", remedy=remedy))
-            why = f"resident cannot: {against}"
+            why = f"not resident: {against}"
         if obstacle is None:
             return Chosen(slots(), why)
         if wanted != "auto":

@@ -93,9 +93,11 @@ class Operand(ABC):
 
     Attributes:
         nbytes: bytes of memory held.
+        device: where it computes.
     """
 
     nbytes: int
+    device = torch.device("cpu")
 
     @abstractmethod
     def add_delta(self, y: torch.Tensor, x: torch.Tensor, rows: Rows) -> None:

@@ -131,6 +131,9 @@ class Slots:
         """(slots, SLOT) int64: what the launches of a layer are given."""
         return self._table[self._number[layer]]
 
+    def holds(self, adapter: str) -> bool:
+        return adapter in self._used
+
     def slot(self, adapter: str) -> int:
         return self._used[adapter]
 

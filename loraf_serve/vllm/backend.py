@@ -75,6 +75,7 @@ class ResidentBackend(VllmBackend):
         # A row for every sequence of a batch, so that the scheduler never makes a set wait for another.
         lora = config.lora_config
         lora.max_loras = lora.max_cpu_loras = config.scheduler_config.max_num_seqs
+        lora.max_lora_rank = max(self._max_rank, 64)  # a GPU's kernels are made for it before a checkpoint is loaded
         self._lora_requests = LoraRequests(first_id=lora.max_loras + 1, idle=_REMEMBERED)
 
     @asynccontextmanager

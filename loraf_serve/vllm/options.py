@@ -23,6 +23,7 @@ RESIDENT_EXTENSION = "loraf_serve.vllm.resident.extension.WorkerExtension"
 _WHERE = "vLLM's options"
 _REMEDY = "see vLLM's documentation of its engine arguments"
 _GIB = 1 << 30
+_LEAST_SHARE = 0.1  # of a GPU's memory, for a model and its KV cache
 
 # Options that a backend sets itself, and why a user cannot.
 _OURS = {
@@ -62,7 +63,8 @@ def slots_args(model_folder: Path, options: Sequence[str], max_rank: int, reserv
         ours = {"worker_extension_cls": SLOTS_EXTENSION, "max_loras": slots, "max_cpu_loras": 2 * slots}
         return ours | {"max_lora_rank": rank}, problems
 
-    return _engine_args(model_folder, options, reserve, needed)
+    # Checkpoints stay in main memory; what a GPU holds of them are the slots, which vLLM counts.
+    return _engine_args(model_folder, options, reserve if current_platform.is_cpu() else 0, needed)
 
 
 def resident_args(model_folder: Path, options: Sequence[str], reserve: int = 0) -> AsyncEngineArgs:
@@ -97,7 +99,7 @@ def _engine_args(
 
     Args:
         options: vLLM's own command-line options, as typed.
-        reserve: bytes to leave free for adapters when a default size is chosen for the KV cache.
+        reserve: bytes to leave free for adapters (on every GPU) where the user gave no size of the KV cache.
         needed: given the options that the user gave among those that backends decide (by their names in EngineArgs),
             what the backend sets where the user said nothing, and what speaks against the user's choice.
 
@@ -126,9 +128,13 @@ def _engine_args(
         made = AsyncEngineArgs.from_cli_args(argparse.Namespace(**vars(args) | common | ours | given))
     except (ValueError, TypeError) as error:
         raise refused(error) from None
-    by_environment = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    if current_platform.is_cpu() and not by_environment and "gpu_memory_utilization" not in given:
-        made.kv_cache_memory_bytes = made.kv_cache_memory_bytes or _kv_cache_bytes(reserve)
+    if "gpu_memory_utilization" in given or made.kv_cache_memory_bytes:
+        return made
+    if not current_platform.is_cpu():
+        share = made.gpu_memory_utilization
+        made.gpu_memory_utilization = _without(reserve, share, current_platform.get_device_total_memory())
+    elif not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        made.kv_cache_memory_bytes = _kv_cache_bytes(reserve)
     return made
 
 
@@ -176,3 +182,16 @@ def _kv_cache_bytes(reserve: int) -> int:
     vLLM's own default on the CPU is a fixed share of all memory, and it fails where that is not free.
     """
     return min(4 * _GIB, max(_GIB, (psutil.virtual_memory().available - reserve) // 8))
+
+
+def _without(reserve: int, share: float, total: int) -> float:
+    """The share of a GPU's `total` bytes that vLLM may use, if `reserve` of them are to stay free besides.
+
+    Raises:
+        ConfigError: that leaves vLLM next to nothing.
+    """
+    left = share - reserve / total
+    if left < _LEAST_SHARE:
+        message = f"{reserve:,} bytes for adapters leave vLLM {max(left, 0):.0%} of a GPU of {total:,}"
+        raise ConfigError(Problem(message, "--adapter-memory", remedy="give less, or say --gpu-memory-utilization"))
+    return left

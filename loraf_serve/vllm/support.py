@@ -45,10 +45,21 @@ def can_serve_resident(model_folder: Path) -> str | None:
     broken = relied_on.broken(relied_on.resident_facts)
     if broken:
         return "this release of vLLM is not the one that it was made for: " + "; ".join(broken)
-    if not current_platform.is_cpu():
-        return f"its kernels have been tried on CPUs only, this is {current_platform.device_name}"
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        return f"its kernels are for CPUs and NVIDIA GPUs, this is {current_platform.device_name}"
+    if current_platform.is_cuda() and importlib.util.find_spec("triton") is None:
+        return "its kernel for GPUs needs Triton, which is not installed"
     architectures = json.loads((Path(model_folder) / "config.json").read_text()).get("architectures") or []
     (known, *_) = [name for name in architectures if name in ModelRegistry.models]
     if supports_multimodal(ModelRegistry.models[known].load_model_cls()):
         return f"{known} takes more than text"
     return None
+
+
+def not_by_default() -> str | None:
+    """Why `auto` leaves out the resident backend where it could serve; None if it does not."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return None
+    return "on a GPU it has been run too little to be taken unasked (--backend resident takes it)"

@@ -292,11 +292,20 @@ def test_auto_takes_resident_where_it_can_and_hands_it_the_engines_options(obsta
 
 def test_auto_takes_slots_where_resident_cannot_or_the_options_speak_of_slots(obstacle):
     obstacle(None, "no kernels")
-    assert (chosen("auto").backend.name, chosen("auto").why) == ("slots", "resident cannot: no kernels")
+    assert (chosen("auto").backend.name, chosen("auto").why) == ("slots", "not resident: no kernels")
     obstacle(None)
     found = chosen("auto", "--max-loras", "3")
-    assert (found.backend.name, found.why) == ("slots", "resident cannot: --max-loras speaks of slots")
+    assert (found.backend.name, found.why) == ("slots", "not resident: --max-loras speaks of slots")
     assert found.backend._engine_options == ("--max-loras", "3") and found.backend._max_rank == 8
+
+
+def test_auto_takes_slots_where_resident_has_to_be_asked_for(obstacle, monkeypatch):
+    from loraf_serve.vllm import support
+
+    obstacle(None)
+    monkeypatch.setattr(support, "not_by_default", lambda: "on a GPU")
+    assert (chosen("auto").backend.name, chosen("auto").why) == ("slots", "not resident: on a GPU")
+    assert chosen("resident").backend.name == "resident"
 
 
 def test_auto_takes_merged_where_vllm_cannot_and_says_why(obstacle):

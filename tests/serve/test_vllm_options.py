@@ -9,6 +9,7 @@ import pytest
 from vllm.platforms import current_platform
 
 from loraf.errors import ConfigError
+from loraf_serve.vllm import options
 from loraf_serve.vllm.options import (
     DEFAULT_SLOTS,
     RESIDENT_EXTENSION,
@@ -102,3 +103,16 @@ def test_memory_reserved_for_adapters_is_taken_from_the_default_kv_cache(monkeyp
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=24 << 30))
     assert resident_args(MODEL, []).kv_cache_memory_bytes == 3 << 30
     assert resident_args(MODEL, [], reserve=8 << 30).kv_cache_memory_bytes == 2 << 30
+
+
+def test_memory_reserved_for_adapters_is_taken_from_vllms_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(is_cpu=lambda: False, get_device_total_memory=lambda: 80 << 30)
+    monkeypatch.setattr(options, "current_platform", gpu)
+    default = resident_args(MODEL, []).gpu_memory_utilization
+    assert resident_args(MODEL, [], reserve=8 << 30).gpu_memory_utilization == pytest.approx(default - 0.1)
+    assert resident_args(MODEL, ["--gpu-memory-utilization", "0.5"], reserve=8 << 30).gpu_memory_utilization == 0.5
+    sized = resident_args(MODEL, ["--kv-cache-memory-bytes", "1000"], reserve=8 << 30)
+    assert (sized.gpu_memory_utilization, sized.kv_cache_memory_bytes) == (default, 1000)
+    assert slots_args(MODEL, [], 16, reserve=8 << 30).gpu_memory_utilization == default
+    with pytest.raises(ConfigError, match="--adapter-memory: 75,161,927,680 bytes for adapters leave vLLM 5% of a GPU"):
+        resident_args(MODEL, [], reserve=70 << 30)

@@ -70,7 +70,7 @@ class Faulty(kernels.Operand):
     """A true operand, and then a fault."""
 
     def __init__(self, operand: kernels.Operand, fault):
-        self._operand, self._fault, self.nbytes = operand, fault, operand.nbytes
+        self._operand, self._fault, self.nbytes, self.device = operand, fault, operand.nbytes, operand.device
 
     def add_delta(self, y, x, rows) -> None:
         self._operand.add_delta(y, x, rows)
@@ -92,6 +92,19 @@ def test_a_true_kernel_passes_its_check(checkpoint: Checkpoint, kernel: str, dty
     operand, pieces, projections = layer(checkpoint, kernel, dtype)
     for seed in range(5):
         assert selfcheck.difference(operand, pieces, projections, checkpoint.tasks, 384, seed) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernel_of_gpus_passes_it_too(
+    checkpoint: Checkpoint, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_kernel = pytest.importorskip("loraf_serve.kernels.triton_kernel", reason="Triton is not installed")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # see tests/conftest.py
+    _, pieces, projections = layer(checkpoint, "torch", dtype)
+    operand = triton_kernel.TritonOperand([_part(p, projections[p.module], checkpoint.tasks) for p in pieces])
+    assert selfcheck.difference(operand, pieces, projections, checkpoint.tasks, 384, 0) is None
+    assert selfcheck.difference(Faulty(operand, off_in_one_part), pieces, projections, checkpoint.tasks, 384, 0)
 
 
 def off_in_one_part(y: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ What vLLM takes for a LoRA adapter is a row: a checkpoint's digest and one weigh
     rows         which rows of a step's batch an adapter acts on
     layers       vLLM's LoRA layers, with a delta in the place of slots
     parts        which part of a module's A and B a worker's layer holds
+    gpu          what CUDA graphs may see of all this
     selfcheck    operands against ΔW
     compiling    keeps torch.compile on
 """

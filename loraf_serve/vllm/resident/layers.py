@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.config.lora import LoRAConfig
 
     from loraf_serve import kernels
+    from loraf_serve.vllm.resident.gpu import Gpu
 
 _NAMED: dict[str, ResidentLayer] = {}  # of this process's engine, for the operator
 
@@ -31,9 +32,11 @@ class ResidentLayer:
     Attributes:
         operands: adapter digest → what the adapter does in this layer; missing where it does nothing.
         name: vLLM's name of the layer.
+        gpu: what stands in the place of `operands` on a GPU.
     """
 
     operands: dict[str, kernels.Operand]
+    gpu: Gpu | None = None
 
     def create_lora_weights(
         self, max_loras: int, lora_config: LoRAConfig, model_config: PreTrainedConfig | None = None
@@ -67,10 +70,13 @@ class ResidentLayer:
     def add_deltas(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """y (n, d_out) += the delta of every adapter that acts in this step."""
         step = self.punica_wrapper
-        if not step.active:
+        if self.gpu is None and not step.active:
             return
         if x.shape[0] < step.tokens:  # rows would be written beyond the end of y
             raise RuntimeError(f"{self.name}: {x.shape[0]} rows in a step of {step.tokens} tokens")
+        if self.gpu is not None:
+            self.gpu.add_deltas(self.name, y, x)
+            return
         for digest, rows in step.active:
             operand = self.operands.get(digest)
             if operand is not None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import VllmConfig
@@ -29,6 +30,9 @@ from loraf_serve.vllm.resident.layers import ResidentLayer, from_layer
 from loraf_serve.vllm.resident.rows import Row, StepRows
 from loraf_serve.vllm.worker import CheckpointLoRAManager, LinearOnlyModelManager
 
+if TYPE_CHECKING:
+    from loraf_serve.vllm.resident.gpu import Gpu
+
 
 class RowModel(LoRAModel):
     """What vLLM takes for an adapter: a row, and no weights. vLLM's warm-up makes copies of one without a row."""
@@ -47,8 +51,20 @@ class ResidentModelManager(LinearOnlyModelManager):
     def _create_lora_modules(self) -> None:
         with _layers_from(from_layer):
             super()._create_lora_modules()
-        for name, layer in targets.linear_layers(self).items():
+        layers = targets.linear_layers(self)
+        for name, layer in layers.items():
             layer.name_it(name)
+        self.gpu = self._gpu(layers) if torch.device(self.device).type == "cuda" else None
+        self.rows.gpu = self.gpu
+        for layer in layers.values():
+            layer.gpu = self.gpu
+
+    def _gpu(self, layers: Mapping[str, ResidentLayer]) -> Gpu:
+        from loraf_serve.vllm.resident.gpu import Gpu  # needs Triton
+
+        bands = {name: parts.bands(self, name, layer) for name, layer in layers.items()}
+        rank = self.lora_config.max_lora_rank
+        return Gpu(bands, rank, self.max_num_batched_tokens, torch.device(self.device))
 
     def _row_of(self, lora_id: int) -> Row | None:
         return self._registered_adapters[lora_id].row
@@ -102,9 +118,13 @@ class ResidentLoRAManager(CheckpointLoRAManager):
 
     def loaded(self, digest: str) -> int:
         """Puts the operands into the layers, where the next step finds them."""
-        layers = self._layers()
-        for name, operand in self.store.get(digest).operands.items():
-            layers[name].operands[digest] = operand
+        operands = self.store.get(digest).operands
+        if self._adapter_manager.gpu is not None:
+            self._adapter_manager.gpu.put(digest, operands)
+        else:
+            layers = self._layers()
+            for name, operand in operands.items():
+                layers[name].operands[digest] = operand
         return super().loaded(digest)
 
     def drop(self, digest: str, lora_ids: list[int]) -> None:
@@ -112,6 +132,8 @@ class ResidentLoRAManager(CheckpointLoRAManager):
             layer.operands.pop(digest, None)
         self._adapter_manager.rows.active = []
         self._adapter_manager._last_mapping = None  # so that the next step's rows are made anew
+        if self._adapter_manager.gpu is not None:
+            self._adapter_manager.gpu.remove(digest)
         super().drop(digest, lora_ids)
 
     def _layers(self) -> dict[str, ResidentLayer]:
@@ -130,6 +152,9 @@ class ResidentLoRAManager(CheckpointLoRAManager):
         """
         manifest, where = checkpoint.manifest, str(checkpoint.path)
         manager, layers = self._adapter_manager, self._layers()
+        gpu = manager.gpu
+        if gpu is not None:
+            gpu.require(manifest, where)
         targets.require_layers(manifest, self.layer_shapes(), manager.model, where)
         modules = {targets.vllm_name(manager.model, module): module for module in manifest.modules}
         dtype = self.lora_config.lora_dtype
@@ -140,8 +165,10 @@ class ResidentLoRAManager(CheckpointLoRAManager):
             if not pieces:
                 return None
             projections = {piece.module: checkpoint.projection_of(piece.module, dtype) for piece in pieces}
-            with checkpoint.masks(list(projections)) as masks:
-                operand = kernels.prepare([_part(piece, projections[piece.module], masks) for piece in pieces])
+            beside = gpu.loading() if gpu is not None else contextlib.nullcontext()
+            with checkpoint.masks(list(projections)) as masks, beside:
+                several = [_part(piece, projections[piece.module], masks) for piece in pieces]
+                operand = kernels.prepare(several) if gpu is None else gpu.operand(name, several)
                 size, seed = sum(layer.output_slices), zlib.crc32(name.encode())
                 return operand, selfcheck.difference(operand, pieces, projections, masks, size, seed)
 

@@ -54,6 +54,15 @@ def pieces(
     return found
 
 
+def bands(manager: LoRAModelManager, name: str, layer: BaseLinearLayerWithLoRA) -> list[tuple[int, int]]:
+    """(first column, how many) of a layer's output for each piece that an adapter may have in it."""
+    members = targets.members(manager, name)
+    if not targets.output_sizes(layer.base_layer, len(members)):
+        return []
+    found = pieces(manager, name, layer, {member: member for member in members})
+    return [(piece.offset, piece.rows[1] - piece.rows[0]) for piece in found]
+
+
 def _kept_rows(layer: BaseLinearLayerWithLoRA, sizes: list[int]) -> list[torch.Tensor]:
     """The numbers of the rows of each member's B that this worker holds, in the order of its output."""
     numbers = [torch.arange(size).unsqueeze(1) for size in sizes]

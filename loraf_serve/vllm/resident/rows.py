@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from loraf.manifest import Manifest
     from loraf.tasksets import TaskSet
+    from loraf_serve.vllm.resident.gpu import Gpu
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class StepRows:
     Attributes:
         active: for each adapter that acts in this step, its digest and its rows.
         tokens: rows of the batch that the mapping speaks of.
+        gpu: is told of every step; None on a CPU.
     """
 
     def __init__(self, row_of: Callable[[int], Row | None]):
         self._row_of = row_of
         self.active: list[tuple[str, kernels.Rows]] = []
         self.tokens = 0
+        self.gpu: Gpu | None = None
 
     def update_metadata(self, mapping: LoRAMapping, *_args, **_kwargs) -> None:
         """Args: vLLM's mapping: a LoRA id for each token of the batch, 0 for none. Slots mean nothing here."""
@@ -72,3 +75,5 @@ class StepRows:
             indices = np.flatnonzero(np.array(acting)[which]).astype(np.int32)
             weights = table[which[indices]]
             self.active.append((digest, kernels.Rows(torch.from_numpy(indices), torch.from_numpy(weights))))
+        if self.gpu is not None:
+            self.gpu.step(bool((found > 0).any()), self.active)

@@ -45,9 +45,10 @@ def difference(
     width = pieces[0].columns[1] - pieces[0].columns[0]
     x = torch.randn(3, width, generator=generator).to(dtype)
     weights = torch.randn(2, len(masks), generator=generator)
-    y = torch.zeros(3, output_size, dtype=dtype)
+    y = torch.zeros(3, output_size, dtype=dtype, device=operand.device)
     # Row 1 is a base row.
-    operand.add_delta(y, x, kernels.Rows(torch.tensor([0, 2], dtype=torch.int32), weights))
+    operand.add_delta(y, x.to(operand.device), kernels.Rows(torch.tensor([0, 2], dtype=torch.int32), weights))
+    y = y.cpu()
     if y[1].any():
         return "adds to a row of the base model"
     asked, answered = x[[0, 2]], y[[0, 2]]
