@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from loraf.errors import ConfigError, Problem
 from loraf_serve.backends.base import BackendUnavailable
 from loraf_serve.vllm.admission import SlotAdmission
 from loraf_serve.vllm.engine import LoraRequests, VllmBackend
@@ -72,8 +73,11 @@ class ResidentBackend(VllmBackend):
         return resident_args(self._model_folder, self._engine_options, self._reserve)
 
     def _configured(self, config: VllmConfig) -> None:
-        # A row for every sequence of a batch, so that the scheduler never makes a set wait for another.
         lora = config.lora_config
+        if lora.lora_dtype is not config.model_config.dtype:
+            message = f"{lora.lora_dtype} is not the model's, {config.model_config.dtype}, in which the kernels work"
+            raise ConfigError(Problem(message, "--lora-dtype", remedy="leave it out, or serve with --backend slots"))
+        # A row for every sequence of a batch, so that the scheduler never makes a set wait for another.
         lora.max_loras = lora.max_cpu_loras = config.scheduler_config.max_num_seqs
         lora.max_lora_rank = max(self._max_rank, 64)  # a GPU's kernels are made for it before a checkpoint is loaded
         self._lora_requests = LoraRequests(first_id=lora.max_loras + 1, idle=_REMEMBERED)

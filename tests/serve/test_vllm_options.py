@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.platforms import current_platform
 
 from loraf.errors import ConfigError
 from loraf_serve.vllm import options
+from loraf_serve.vllm.backend import ResidentBackend
 from loraf_serve.vllm.options import (
     DEFAULT_SLOTS,
     RESIDENT_EXTENSION,
@@ -116,3 +118,17 @@ def test_memory_reserved_for_adapters_is_taken_from_vllms_share_of_a_gpu(monkeyp
     assert slots_args(MODEL, [], 16, reserve=8 << 30).gpu_memory_utilization == default
     with pytest.raises(ConfigError, match="--adapter-memory: 75,161,927,680 bytes for adapters leave vLLM 5% of a GPU"):
         resident_args(MODEL, [], reserve=70 << 30)
+
+
+def test_resident_wants_the_models_dtype_and_a_row_for_every_sequence() -> None:
+    def configured(dtype: torch.dtype) -> SimpleNamespace:
+        lora = SimpleNamespace(lora_dtype=dtype, max_loras=1, max_cpu_loras=1, max_lora_rank=16)
+        model, scheduler = SimpleNamespace(dtype=torch.bfloat16), SimpleNamespace(max_num_seqs=7)
+        config = SimpleNamespace(lora_config=lora, model_config=model, scheduler_config=scheduler)
+        ResidentBackend(MODEL, max_rank=100)._configured(config)
+        return lora
+
+    lora = configured(torch.bfloat16)
+    assert (lora.max_loras, lora.max_cpu_loras, lora.max_lora_rank) == (7, 7, 100)
+    with pytest.raises(ConfigError, match="--lora-dtype: torch.float16 is not the model's, torch.bfloat16"):
+        configured(torch.float16)

@@ -100,6 +100,16 @@ def test_a_step_that_names_no_adapter_launches_nothing_and_one_of_the_warm_up_do
     assert stand.gpu.acting and stand.step.active == []
 
 
+def test_a_graph_that_holds_the_kernels_adds_nothing_in_a_step_without_adapters(stand):
+    stand.update([1, 1])
+    stand.update([0, 0])
+    stand.gpu.acting = True  # as when such a graph is replayed, which asks nobody
+    y = torch.randn(2, 88)
+    found = y.to(DEVICE)
+    stand.gpu.add_deltas("qkv", found, torch.randn(2, D_IN).to(DEVICE))
+    assert torch.equal(found.cpu(), y)
+
+
 def test_an_adapter_that_comes_again_or_goes_leaves_the_other_alone(stand):
     stand.load("a")  # another request for what is there
     stand.gpu.remove("b")

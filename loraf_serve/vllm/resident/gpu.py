@@ -92,8 +92,8 @@ class Gpu:
     def step(self, acting: bool, active: Sequence[tuple[str, kernels.Rows]]) -> None:
         """Args: whether the step names an adapter, if only one of vLLM's warm-up; the rows of each that acts."""
         self.acting = acting
-        if acting:
-            self._rows.set([(self._slots.slot(digest), rows) for digest, rows in active])
+        # In any case: vLLM may replay a graph that holds the kernels for a step in which nobody acts.
+        self._rows.set([(self._slots.slot(digest), rows) for digest, rows in active])
 
     def add_deltas(self, layer: str, y: torch.Tensor, x: torch.Tensor) -> None:
         """y (n, d_out) += the delta of every adapter that acts in the step."""
