@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -192,7 +193,7 @@ class Launch:
 
 
 def launch_for(n: int, d_in: int, layer: Layer, step: DeviceRows, dtype: torch.dtype) -> Launch:
-    """Measured on an H200 (benchmarks/gpu.py)."""
+    """The launch for x (n, d_in) of a dtype, by what was measured on an H200 (benchmarks/gpu.py)."""
     few = n <= 64
     shrink_rows = 16 if n <= 16 else 32 if n < 1024 else 64
     ranks = min(16 if few else 32 if n < 1024 else 64, triton.next_power_of_2(layer.width))
@@ -301,5 +302,6 @@ def _rounded(rank: int) -> int:
     return -(-rank // _STEP) * _STEP
 
 
+@cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
