@@ -22,7 +22,7 @@ DEVICE = triton_kernel.default_device()
 DTYPES = (torch.float16, torch.float32, *([torch.bfloat16] if GPU else []))
 needs_gpu = pytest.mark.skipif(not GPU, reason="no GPU")
 few = settings(
-    max_examples=200 if GPU else 25,
+    max_examples=200 if GPU else 15,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
