@@ -20,7 +20,7 @@ from loraf_serve.kernels.base import Rows
 from loraf_serve.kernels.triton_ops import ENTRY, TASKS
 
 OWN_ENTRY = 64  # rows with the same weights
-MOST_SPLITS = 16  # of the sum of a `shrink`
+MOST_SPLITS = 8  # of the sum of a `shrink`
 _MANY = 8192  # rows that need no splits
 _WAITING = 4  # copies to the device that may be under way at once
 
@@ -40,7 +40,7 @@ class DeviceRows:
     """
 
     def __init__(self, device: torch.device, rows: int, tasks: int, width: int, adapters: int):
-        self.device, self.rows, self.width = device, rows, width
+        self.device, self.rows = device, rows
         self._entries = rows // OWN_ENTRY + adapters
         self._order_at = 1 + ENTRY * self._entries
         self._free_at = self._order_at + rows

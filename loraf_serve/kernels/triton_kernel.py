@@ -15,7 +15,7 @@ import triton
 
 from loraf_serve.kernels import triton_ops
 from loraf_serve.kernels.base import Extent, Operand, Part, Rows
-from loraf_serve.kernels.device_rows import DeviceRows
+from loraf_serve.kernels.device_rows import MOST_SPLITS, DeviceRows
 
 _OUTPUTS = 64  # of a tile
 _RANKS = 64  # of a piece
@@ -201,7 +201,7 @@ def launch_for(n: int, d_in: int, layer: Layer, step: DeviceRows, dtype: torch.d
     # A few rows leave most of the GPU idle unless the sum is split.
     programs = triton.cdiv(n, shrink_rows) * triton.cdiv(layer.width, ranks)
     room = len(step.z) // (n * layer.width)
-    splits = max(1, min(8, room, (128 if few else 400) // programs, d_in // (2 * columns)))
+    splits = max(1, min(MOST_SPLITS, room, (128 if few else 400) // programs, d_in // (2 * columns)))
     expand_rows = 16 if n <= 16 else 32 if n <= 32 else 64
     return Launch(
         shrink_rows=shrink_rows,
@@ -241,6 +241,8 @@ def add_deltas(
 def shrink(x: torch.Tensor, step: DeviceRows, slots: torch.Tensor, layer: Layer, launch: Launch) -> None:
     """The first part of `add_deltas`: z."""
     n, d_in = x.shape
+    if launch.splits * n * layer.width > len(step.z):
+        raise ValueError(f"z of {n} rows in {launch.splits} splits of {layer.width} is more than there is room for")
     span = triton.cdiv(triton.cdiv(d_in, launch.splits), launch.columns) * launch.columns
     triton_ops.shrink[(triton.cdiv(n, launch.shrink_rows), triton.cdiv(layer.width, launch.ranks), launch.splits)](
         x,
