@@ -130,11 +130,12 @@ def _engine_args(
         raise refused(error) from None
     if "gpu_memory_utilization" in given or made.kv_cache_memory_bytes:
         return made
-    if not current_platform.is_cpu():
+    if current_platform.is_cpu():
+        if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            made.kv_cache_memory_bytes = _kv_cache_bytes(reserve)
+    elif reserve:
         share = made.gpu_memory_utilization
         made.gpu_memory_utilization = _without(reserve, share, current_platform.get_device_total_memory())
-    elif not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        made.kv_cache_memory_bytes = _kv_cache_bytes(reserve)
     return made
 
 

@@ -70,7 +70,7 @@ class Stand:
         for digest, rows in self.step.active:
             if layer in self.parts[digest]:
                 kernels.prepare(self.parts[digest][layer], "torch").add_delta(expected, x, rows)
-        found = y.to(DEVICE)
+        found = y.to(DEVICE, copy=True)
         self.gpu.add_deltas(layer, found, x.to(DEVICE))
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
         acting = [lora_id for lora_id in ids if self.rows.get(lora_id) is not None]
@@ -105,7 +105,18 @@ def test_a_graph_that_holds_the_kernels_adds_nothing_in_a_step_without_adapters(
     stand.update([0, 0])
     stand.gpu.acting = True  # as when such a graph is replayed, which asks nobody
     y = torch.randn(2, 88)
-    found = y.to(DEVICE)
+    found = y.to(DEVICE, copy=True)
+    stand.gpu.add_deltas("qkv", found, torch.randn(2, D_IN).to(DEVICE))
+    assert torch.equal(found.cpu(), y)
+
+
+def test_a_slot_that_went_to_another_adapter_acts_on_no_row_of_the_last(stand):
+    stand.update([1, 2])
+    stand.gpu.remove("a")
+    stand.parts["c"] = stand.parts["b"]
+    stand.load("c")  # into the slot of «a»
+    y = torch.randn(2, 88)
+    found = y.to(DEVICE, copy=True)
     stand.gpu.add_deltas("qkv", found, torch.randn(2, D_IN).to(DEVICE))
     assert torch.equal(found.cpu(), y)
 

@@ -6,7 +6,6 @@ at all every layer launches the same kernels, and these read from the device's m
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -45,7 +44,8 @@ class Gpu:
         width = max((layer.width for layer in self._layers.values()), default=1)
         self._rows = DeviceRows(device, rows, _TASKS, width, _SLOTS)
         self.acting = False
-        self._per_thread = threading.local()
+        # One for all threads that load: what a checkpoint leaves free on a stream serves the next one there only.
+        self._loading = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def require(self, manifest: Manifest, where: str) -> None:
         """Raises BaseMismatch: a checkpoint beyond what the engine was started for."""
@@ -66,15 +66,12 @@ class Gpu:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Copies and checks of the thread run beside the engine's work, on a stream of the thread's own."""
-        if self._device.type != "cuda":
+        """Copies and checks of the calling thread run beside the engine's work, on a stream of their own."""
+        if self._loading is None:
             yield
             return
-        with torch.cuda.device(self._device):
-            if not hasattr(self._per_thread, "stream"):
-                self._per_thread.stream = torch.cuda.Stream()
-            with torch.cuda.stream(self._per_thread.stream):
-                yield
+        with torch.cuda.device(self._device), torch.cuda.stream(self._loading):
+            yield
 
     def put(self, digest: str, operands: Mapping[str, kernels.Operand]) -> None:
         """A digest that is there already is nothing."""
@@ -88,6 +85,7 @@ class Gpu:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a step that reads the operands may still be under way
         self._slots.remove(digest)
+        self._rows.set([])  # the slot may go to another before the next step's rows are written
 
     def step(self, acting: bool, active: Sequence[tuple[str, kernels.Rows]]) -> None:
         """Args: whether the step names an adapter, if only one of vLLM's warm-up; the rows of each that acts."""
