@@ -21,7 +21,7 @@ from loraf import manifest as manifests
 from loraf.checkpoint import Checkpoint
 from loraf.peft_export import export_peft
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.base import GenerationRequest, Sampling, ServedAdapter
+from loraf_serve.backends.backend import GenerationRequest, Sampling, ServedAdapter
 
 Prompt = Sequence[int]
 
@@ -158,7 +158,7 @@ class Ours(Engine):
         self.adapters: dict[str, ServedAdapter] = {}
 
     async def start(self, checkpoints: dict[str, Path]) -> None:
-        from loraf_serve.vllm.backend import ResidentBackend, SlotsBackend
+        from loraf_serve.vllm.engine.backends import ResidentBackend, SlotsBackend
 
         rank = max((manifests.read(folder).rank for folder in checkpoints.values()), default=64)
         self.backend = {"slots": SlotsBackend, "resident": ResidentBackend}[self.kind](self.model, self.options, rank)

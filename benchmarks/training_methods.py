@@ -1,6 +1,6 @@
 """The methods that `benchmarks/training.py` compares, each on the same model, and what one optimizer step of it is.
 
-loraf       K values of each B on a frozen A (loraf_train.layer)
+loraf       K values of each B on a frozen A (loraf_train.adapter.layer)
 lora        PEFT LoRA; its A and B in float32, as PEFT has them whatever the model's dtype
 lora-half   PEFT LoRA with A and B in the model's dtype
 frozen-a    PEFT LoRA whose A does not train
@@ -21,10 +21,10 @@ from loraf import task_file
 from loraf.manifest import positions
 from loraf.projection import projection
 from loraf.sparse import SparseB
-from loraf_train.attach import attached, find_targets
-from loraf_train.config import PROJECTIONS
-from loraf_train.layer import LorafLinear
-from loraf_train.loop import completion_loss
+from loraf_train.adapter.host import attached, find_targets
+from loraf_train.adapter.layer import LorafLinear
+from loraf_train.settings.config import PROJECTIONS
+from loraf_train.trainer.loop import completion_loss
 
 METHODS = ("loraf", "lora", "lora-half", "frozen-a", "full")
 SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, vocabulary

@@ -46,7 +46,7 @@ class BaseModel:
 
     Attributes:
         shapes: the numbers of its config that fix tensor shapes (hidden_size, num_hidden_layers, …).
-        fingerprint: digest of sampled weights, see `loraf.base.fingerprint`.
+        fingerprint: digest of sampled weights, see `loraf.base_model.fingerprint`.
     """
 
     name: str

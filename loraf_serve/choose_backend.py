@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraf.errors import ConfigError, Problem
-from loraf_serve.backends.base import Backend
+from loraf_serve.backends.backend import Backend
 from loraf_serve.backends.fallback import Fallback
 
 CHOICES = ("auto", "resident", "slots", "merged")
@@ -44,8 +44,8 @@ def choose(
     """
     why = "asked for by --backend"
     if wanted != "merged":
-        from loraf_serve.vllm.backend import ResidentBackend, SlotsBackend
-        from loraf_serve.vllm.support import can_serve, can_serve_resident, not_by_default
+        from loraf_serve.vllm.engine.backends import ResidentBackend, SlotsBackend
+        from loraf_serve.vllm.engine.support import can_serve, can_serve_resident, not_by_default
 
         def slots() -> SlotsBackend:
             return SlotsBackend(model_folder, engine_options, max_rank, adapter_memory)

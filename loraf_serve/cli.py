@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from loraf import __version__
 from loraf.errors import ConfigError, LorafError, Problem
-from loraf_serve.backends import choice
+from loraf_serve import choose_backend
 
 if TYPE_CHECKING:
-    from loraf_serve.adapter_root import AdapterRoot
-    from loraf_serve.options import ServerOptions
-    from loraf_serve.registry import Registry
+    from loraf_serve.adapters.registry import Registry
+    from loraf_serve.adapters.root import AdapterRoot
+    from loraf_serve.service.options import ServerOptions
 
 _EPILOG = """\
 Every other option goes to vLLM's engine (--tensor-parallel-size, --dtype, --max-model-len, …); the merged backend
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--backend",
-        choices=choice.CHOICES,
+        choices=choose_backend.CHOICES,
         default="auto",
         help="resident: vLLM, one adapter for every task set; slots: vLLM, one LoRA slot for each distinct task set; "
         "merged: transformers, the task set added to the weights; auto: the first of these that can serve the model "
@@ -133,11 +133,13 @@ def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
     import asyncio
     import logging
 
-    from loraf_serve import server
+    from loraf_serve.service import server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     max_rank = max((adapter.manifest.rank for adapter in registry), default=1)
-    chosen = choice.choose(arguments.backend, model_folder, engine_options, max_rank, _say, options.adapter_memory)
+    chosen = choose_backend.choose(
+        arguments.backend, model_folder, engine_options, max_rank, _say, options.adapter_memory
+    )
     _say(f"backend {chosen.backend.name}: {chosen.why}")
     if chosen.backend.reads_checkpoints:
         registry = registry.manifests_alone()
@@ -158,7 +160,7 @@ def _prepare(
     """
     import dataclasses
 
-    from loraf_serve.options import ServerOptions
+    from loraf_serve.service.options import ServerOptions
 
     options = ServerOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ServerOptions)})
     problems = options.problems()
@@ -166,13 +168,13 @@ def _prepare(
         remedy = "checkpoints come after --adapter; see loraf-serve --help"
         problems.append(Problem("is no option", engine_options[0], remedy=remedy))
 
-    from loraf import base
-    from loraf_serve.adapter_root import AdapterRoot
-    from loraf_serve.registry import Registry, open_all, parse_spec
+    from loraf import base_model
+    from loraf_serve.adapters.registry import Registry, open_all, parse_spec
+    from loraf_serve.adapters.root import AdapterRoot
 
     registry, vocab_size, root = Registry(), None, None
     try:
-        model_folder = base.resolve(arguments.model, field="--model")
+        model_folder = base_model.resolve(arguments.model, field="--model")
         vocab_size = _vocab_size(model_folder)
     except ConfigError as error:
         model_folder = Path()
@@ -212,7 +214,7 @@ def _vocab_size(model_folder: Path) -> int | None:
 
 
 def _size(text: str) -> int:
-    from loraf_serve.memory import parse_size
+    from loraf_serve.adapters.memory import parse_size
 
     try:
         return parse_size(text)

@@ -189,7 +189,7 @@ def _print_adapter(adapter: adapter_pb2.Adapter, arguments: argparse.Namespace) 
     if arguments.json:
         _print_json(adapter)
         return
-    from loraf_serve.memory import size_text
+    from loraf_serve.adapters.memory import size_text
 
     size = size_text(adapter.resident_bytes)
     print(f"{adapter.name}: rank {adapter.rank}, base {adapter.base_model}, digest {adapter.digest}, {size} in memory")

@@ -1,4 +1,4 @@
-"""Why the service refuses a request, drawn as a tree. `loraf_serve.status` says which gRPC status each becomes.
+"""Why the service refuses a request, drawn as a tree. `loraf_serve.service.status` says which gRPC status each becomes.
 
     LorafError (loraf.errors)
     ├── InvalidRequest       fields out of range or contradictory; each Problem's field is a path in the request
@@ -11,7 +11,7 @@
     ├── QueueFull            as many requests are in flight as the server takes
     └── DeadlineExceeded     the server's default deadline went by
 
-Beside these: loraf.errors (UnknownTask, CheckpointError, …) and what backends raise (loraf_serve.backends.base).
+Beside these: loraf.errors (UnknownTask, CheckpointError, …) and what backends raise (loraf_serve.backends.backend).
 """
 
 from __future__ import annotations

@@ -41,19 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from loraf_train.command_run import run
+    from loraf_train.commands.run import run
 
     return run(options.file, options.set, not options.no_eval, options.eval_limit)
 
 
 def _check(options: argparse.Namespace) -> int:
-    from loraf_train.command_check import check
+    from loraf_train.commands.check import check
 
     return check(options.file, options.set)
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from loraf_train.command_eval import evaluate
+    from loraf_train.commands.eval import evaluate
 
     return evaluate(
         options.file, options.set, options.tasks, options.as_trained, options.base, options.limit, options.json
@@ -61,7 +61,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from loraf_train.command_compare import compare
+    from loraf_train.commands.compare import compare
 
     return compare(
         options.file, options.set, options.methods, options.protocol, options.seeds, options.out, options.eval_limit
@@ -69,13 +69,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from loraf_train.command_inspect import inspect
+    from loraf_train.commands.inspect import inspect
 
     return inspect(_here(options.checkpoint), options.verify, options.json, options.layers)
 
 
 def _export(options: argparse.Namespace) -> int:
-    from loraf_train.command_export import export
+    from loraf_train.commands.export import export
 
     return export(
         _here(options.checkpoint),
@@ -90,7 +90,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from loraf_train.command_import import import_task
+    from loraf_train.commands.import_ import import_task
 
     return import_task(
         options.folder,
@@ -105,19 +105,19 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _remove(options: argparse.Namespace) -> int:
-    from loraf_train.command_remove import remove
+    from loraf_train.commands.remove import remove
 
     return remove(options.checkpoint, options.task, options.dry_run)
 
 
 def _card(options: argparse.Namespace) -> int:
-    from loraf_train.command_push import card
+    from loraf_train.commands.push import card
 
     return card(options.checkpoint, options.write, options.name)
 
 
 def _push(options: argparse.Namespace) -> int:
-    from loraf_train.command_push import push
+    from loraf_train.commands.push import push
 
     return push(options.checkpoint, options.repository, options.private, options.revision, options.message)
 

@@ -21,14 +21,14 @@ SLOW = (
     "vllm-mistral",
     "tests/integration",
     "vllm-llama",
-    "tests/serve/test_vllm_resident_ways.py",
+    "tests/loraf_serve/vllm/resident/test_ways.py",
     "vllm-qwen2",
-    "tests/serve/test_vllm",
-    "tests/serve/test_kernels",
-    "tests/train/test_processes.py",
-    "tests/train/test_compare_protocols.py",
-    "tests/train/test_resume",
-    "tests/train/test_examples",
+    "tests/loraf_serve/vllm",
+    "tests/loraf_serve/kernels",
+    "tests/loraf_train/processes/test_processes.py",
+    "tests/loraf_train/compare/test_protocols.py",
+    "tests/loraf_train/sequence/test_resume",
+    "tests/examples",
 )
 
 

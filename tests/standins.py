@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from loraf.base import describe
+from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import positions
 from loraf.sparse import SparseB

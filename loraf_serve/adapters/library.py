@@ -22,12 +22,12 @@ from typing import Any, TypeVar
 
 from loraf.errors import LorafError, Problem
 from loraf.tasksets import NAME_PATTERN, name_problem
-from loraf_serve.adapter_root import AdapterRoot, path_problem
-from loraf_serve.backends.base import Backend, BackendUnavailable, ServedAdapter
+from loraf_serve.adapters.memory import give_back, size_text
+from loraf_serve.adapters.priority import step_back
+from loraf_serve.adapters.registry import Registry
+from loraf_serve.adapters.root import AdapterRoot, path_problem
+from loraf_serve.backends.backend import Backend, BackendUnavailable, ServedAdapter
 from loraf_serve.errors import AdapterMemoryFull, InvalidRequest, LoadingOff, NameTaken
-from loraf_serve.memory import give_back, size_text
-from loraf_serve.priority import step_back
-from loraf_serve.registry import Registry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """The adapters that requests may name, and how `--adapter [NAME=]CKPT[@task+task]` becomes one.
 
-`loraf_serve.library` changes them while the server runs.
+`loraf_serve.adapters.library` changes them while the server runs.
 
 A checkpoint is read, hashed and checked whole, A and the base model included, before anything can name it.
 """
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loraf.base import require_same_base
+from loraf.base_model import require_same_base
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
 from loraf.hub import HUB_ID
 from loraf.manifest import FILE_NAME, BaseModel, Manifest
 from loraf.tasksets import NAME_PATTERN, name_problem
-from loraf_serve.backends.base import ServedAdapter
+from loraf_serve.backends.backend import ServedAdapter
 from loraf_serve.errors import InvalidRequest
 
 _REMEDY = "write [NAME=]CKPT[@task+task], for example mine=./ckpt@math+nlu"
@@ -152,7 +152,7 @@ def open_folder(
 
     Args:
         tasks: the tasks to read; None for all.
-        model: what `loraf.base.describe` says of the model, if that is known.
+        model: what `loraf.base_model.describe` says of the model, if that is known.
 
     Raises:
         CheckpointError, CorruptCheckpoint, BaseMismatch, UnknownTask: it cannot be served; nothing is kept of it.

@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 
 from loraf import manifest as manifests
-from loraf.base import describe
+from loraf.base_model import describe
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
 from loraf.manifest import BaseModel, Manifest
-from loraf_serve.backends.base import ServedAdapter
+from loraf_serve.adapters.registry import open_folder, require_servable
+from loraf_serve.backends.backend import ServedAdapter
 from loraf_serve.errors import InvalidRequest
-from loraf_serve.registry import open_folder, require_servable
 
 _REMEDY = "name a checkpoint's folder by its path below --adapter-root"
 
@@ -95,7 +95,7 @@ class AdapterRoot:
             manifest_alone: leave the values to whoever reads them.
 
         Raises:
-            LorafError: as `loraf_serve.registry.open_folder`.
+            LorafError: as `loraf_serve.adapters.registry.open_folder`.
         """
         model = None if self._allow_other_base else self._model
         where = (self._model_folder, self._allow_other_base, model)

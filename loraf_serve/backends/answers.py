@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loraf_serve.backends.base import ChoiceDelta, GenerationRequest, PositionLogprobs, TokenLogprob
+from loraf_serve.backends.backend import ChoiceDelta, GenerationRequest, PositionLogprobs, TokenLogprob
 from loraf_serve.backends.detokenize import StopTexts, TextStream, token_text
 from loraf_serve.backends.sampler import Sampler, rank_of
 

@@ -158,7 +158,7 @@ class Backend(ABC):
     Attributes:
         name: "slots", "resident" or "merged".
         reads_checkpoints: `add_adapter` has other processes read and verify the adapter's folder, as
-            `loraf_serve.registry.open_folder` would; this process then needs its manifest alone.
+            `loraf_serve.adapters.registry.open_folder` would; this process then needs its manifest alone.
         tokenizer, max_model_len: known after `start`.
     """
 

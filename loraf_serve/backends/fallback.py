@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
-from loraf_serve.backends.base import Backend, GenerationRequest, Output, SelfCheckFailed, ServedAdapter
+from loraf_serve.backends.backend import Backend, GenerationRequest, Output, SelfCheckFailed, ServedAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

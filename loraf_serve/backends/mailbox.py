@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
-from loraf_serve.backends.base import ChoiceDelta, Output
+from loraf_serve.backends.backend import ChoiceDelta, Output
 
 
 class Mailbox:

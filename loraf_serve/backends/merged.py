@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from loraf.errors import ConfigError, Problem
 from loraf_serve.backends.answers import ModelFacts
-from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
+from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
 from loraf_serve.backends.decoding import Forward, Prefill, lengths_interfere, unsupported_cache
 from loraf_serve.backends.mailbox import Mailbox
 from loraf_serve.backends.merged_weights import MergedWeights, key_of

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loraf_serve.backends.base import Sampling
+from loraf_serve.backends.backend import Sampling
 
 # vLLM takes a temperature below the first for greedy, and raises one below the second to it (_SAMPLING_EPS, _MAX_TEMP).
 GREEDY_BELOW = 1e-5

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 
 from loraf_serve.backends.answers import Answer, ModelFacts, longest_answer
-from loraf_serve.backends.base import BackendUnavailable, ChoiceDelta, GenerationRequest
+from loraf_serve.backends.backend import BackendUnavailable, ChoiceDelta, GenerationRequest
 from loraf_serve.backends.decoding import Batch, Forward, Prefill
 from loraf_serve.backends.merged_weights import BASE, MergedWeights, SetKey
 

@@ -5,8 +5,8 @@ needs nothing but torch, `native` is one compiled call a layer. `triton_kernel` 
 who needs it, as it takes Triton and wants to know its layers beforehand. No engine is known here.
 """
 
-from loraf_serve.kernels.base import Operand, Part, Rows
-from loraf_serve.kernels.choice import KERNELS, fastest, prepare
-from loraf_serve.kernels.library import why_not_native
+from loraf_serve.kernels.choose import KERNELS, fastest, prepare
+from loraf_serve.kernels.cpu_library import why_not_native
+from loraf_serve.kernels.operand import Operand, Part, Rows
 
 __all__ = ["KERNELS", "Operand", "Part", "Rows", "fastest", "prepare", "why_not_native"]

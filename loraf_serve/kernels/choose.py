@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from loraf_serve.kernels.base import Operand, Part
-from loraf_serve.kernels.library import why_not_native
-from loraf_serve.kernels.native import NativeOperand
+from loraf_serve.kernels.cpu_kernel import NativeOperand
+from loraf_serve.kernels.cpu_library import why_not_native
+from loraf_serve.kernels.operand import Operand, Part
 from loraf_serve.kernels.reference import ReferenceOperand
 from loraf_serve.kernels.torch_kernel import TorchOperand
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from loraf.pages import pages
-from loraf_serve.kernels import library
-from loraf_serve.kernels.base import Extent, Operand, Part, Rows
+from loraf_serve.kernels import cpu_library
+from loraf_serve.kernels.operand import Extent, Operand, Part, Rows
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/layer.h
 RANK_LIMIT = 1 << 16
@@ -51,11 +51,11 @@ class NativeOperand(Operand):
         ValueError: parts that do not fit together or are too large; a library or variant that cannot be used.
     """
 
-    def __init__(self, parts: Sequence[Part], built: library.Library | None = None, variant: str | None = None):
+    def __init__(self, parts: Sequence[Part], built: cpu_library.Library | None = None, variant: str | None = None):
         self._extent = Extent.of(parts)
         try:
-            built = library.load() if built is None else built
-        except library.NotUsable as error:
+            built = cpu_library.load() if built is None else built
+        except cpu_library.NotUsable as error:
             raise ValueError(f"the native kernel cannot be used: {error}") from error
         variant = next(reversed(built.variants)) if variant is None else variant
         if variant not in built.variants:
@@ -88,7 +88,7 @@ class NativeOperand(Operand):
             raise MemoryError("no memory for the kernel's scratch space")
 
 
-def _pack(parts: Sequence[Part], extent: Extent, built: library.Library) -> torch.Tensor:
+def _pack(parts: Sequence[Part], extent: Extent, built: cpu_library.Library) -> torch.Tensor:
     """(nbytes,) uint8: the packed layer."""
     kept: list[torch.Tensor] = []  # alive until the library has read them
 

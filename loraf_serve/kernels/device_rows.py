@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from loraf_serve.kernels.base import Rows
+from loraf_serve.kernels.operand import Rows
 from loraf_serve.kernels.triton_ops import ENTRY, TASKS
 
 OWN_ENTRY = 64  # rows with the same weights

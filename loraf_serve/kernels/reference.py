@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from loraf_serve.kernels.base import Extent, Operand, Part, Rows
+from loraf_serve.kernels.operand import Extent, Operand, Part, Rows
 
 
 class ReferenceOperand(Operand):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from loraf.sparse import SparseB
-from loraf_serve.kernels.base import Extent, Operand, Part, Rows
+from loraf_serve.kernels.operand import Extent, Operand, Part, Rows
 
 INDEX_LIMIT = 1 << 31
 

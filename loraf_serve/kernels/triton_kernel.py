@@ -14,8 +14,8 @@ import torch
 import triton
 
 from loraf_serve.kernels import triton_ops
-from loraf_serve.kernels.base import Extent, Operand, Part, Rows
 from loraf_serve.kernels.device_rows import MOST_SPLITS, DeviceRows
+from loraf_serve.kernels.operand import Extent, Operand, Part, Rows
 
 _OUTPUTS = 64  # of a tile
 _RANKS = 64  # of a piece

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from loraf.errors import Problem
-from loraf_serve.backends.base import Sampling
+from loraf_serve.backends.backend import Sampling
 from loraf_serve.errors import InvalidRequest
 from loraf_serve.v1 import generation_pb2 as pb
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from loraf.errors import LorafError, Problem, SelectionError, UnknownTask
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.base import ServedAdapter
+from loraf_serve.adapters.registry import Registry
+from loraf_serve.backends.backend import ServedAdapter
 from loraf_serve.errors import DigestMismatch, InvalidRequest
-from loraf_serve.registry import Registry
 from loraf_serve.v1 import generation_pb2 as pb
 
 _KINDS = "all, tasks, as_trained or base"

@@ -1,8 +1,8 @@
 """From a proto request to a GenerationRequest, or to every mistake in it at once.
 
-    selection  which adapter and task set       (loraf_serve.selection)
-    prompt     text or chat to token ids        (loraf_serve.prompts)
-    sampling   ranges and defaults              (loraf_serve.sampling)
+    selection  which adapter and task set       (loraf_serve.request.selection)
+    prompt     text or chat to token ids        (loraf_serve.request.prompts)
+    sampling   ranges and defaults              (loraf_serve.request.sampling)
 
 One answer names all violations, each by its path in the request (`sampling.top_p`). INVALID_ARGUMENT goes before
 NOT_FOUND, and that before FAILED_PRECONDITION, where a request has mistakes of several kinds.
@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from loraf.errors import LorafError, Problem, UnknownTask
-from loraf_serve import sampling, selection
-from loraf_serve.backends.base import Backend, GenerationRequest, Sampling, ServedAdapter
+from loraf_serve.adapters.registry import Registry
+from loraf_serve.backends.backend import Backend, GenerationRequest, Sampling, ServedAdapter
 from loraf_serve.errors import DigestMismatch, InvalidRequest
-from loraf_serve.prompts import PromptReader
-from loraf_serve.registry import Registry
+from loraf_serve.request import sampling, selection
+from loraf_serve.request.prompts import PromptReader
 from loraf_serve.v1 import generation_pb2 as pb
 
 AnyRequest = pb.GenerateRequest | pb.StreamGenerateRequest

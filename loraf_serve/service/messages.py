@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraf_serve.backends.base import ChoiceDelta, GenerationRequest, Output, PositionLogprobs, ServedAdapter
+from loraf_serve.backends.backend import ChoiceDelta, GenerationRequest, Output, PositionLogprobs, ServedAdapter
 from loraf_serve.v1 import adapter_pb2
 from loraf_serve.v1 import generation_pb2 as pb
 

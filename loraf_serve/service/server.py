@@ -16,16 +16,16 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from loraf.errors import ConfigError, Problem
-from loraf_serve.adapter_root import AdapterRoot
-from loraf_serve.admission import Admission
-from loraf_serve.backends.base import Backend, BackendUnavailable
-from loraf_serve.library import Library
-from loraf_serve.options import ServerOptions, is_loopback
-from loraf_serve.registry import Registry
-from loraf_serve.service import AdapterService, GenerationService
-from loraf_serve.status import ENGINE_GONE
+from loraf_serve.adapters.library import Library
+from loraf_serve.adapters.registry import Registry
+from loraf_serve.adapters.root import AdapterRoot
+from loraf_serve.backends.backend import Backend, BackendUnavailable
+from loraf_serve.request.validation import Validator
+from loraf_serve.service.admission import Admission
+from loraf_serve.service.options import ServerOptions, is_loopback
+from loraf_serve.service.services import AdapterService, GenerationService
+from loraf_serve.service.status import ENGINE_GONE
 from loraf_serve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
-from loraf_serve.validation import Validator
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The two gRPC services. A request passes admission and validation, runs in the backend, and ends in one status.
 
 request ──▶ Admission ──▶ Library.lease ──▶ Validator ──▶ Backend.generate ──▶ messages
-                               any exception ──▶ loraf_serve.status
+                               any exception ──▶ loraf_serve.service.status
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, TypeVar
 import grpc
 from grpc_status.rpc_status import GRPC_DETAILS_METADATA_KEY
 
-from loraf_serve import messages, status
-from loraf_serve.admission import Admission
-from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest, ServedAdapter
+from loraf_serve.adapters.library import Library
+from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, ServedAdapter
 from loraf_serve.errors import DeadlineExceeded
-from loraf_serve.library import Library
+from loraf_serve.request.validation import Validator, request_id_problem
+from loraf_serve.service import messages, status
+from loraf_serve.service.admission import Admission
 from loraf_serve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
-from loraf_serve.validation import Validator, request_id_problem
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

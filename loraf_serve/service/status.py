@@ -17,7 +17,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from loraf.errors import CheckpointError, CorruptCheckpoint, LorafError, Problem, UnknownTask
-from loraf_serve.backends.base import BackendUnavailable, SelfCheckFailed, UnsupportedField
+from loraf_serve.backends.backend import BackendUnavailable, SelfCheckFailed, UnsupportedField
 from loraf_serve.errors import (
     AdapterMemoryFull,
     DeadlineExceeded,

@@ -9,9 +9,9 @@ does:
 - torch.compile stays on in a resident engine.
 - The engine core stops when the service has died without stopping it.
 
-The LoRA manager itself comes with the worker extension, see `loraf_serve.vllm.extension`.
+The LoRA manager itself comes with the worker extension, see `loraf_serve.vllm.slots.extension`.
 
-In every other process it lets a stock `vllm serve --enable-lora` serve task sets, see `loraf_serve.vllm.stock`.
+In every other process it lets a stock `vllm serve --enable-lora` serve task sets, see `loraf_serve.vllm.stock.install`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import time
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
-from loraf_serve.vllm import stock
+from loraf_serve.vllm.naming import ENGINE_OWNER
 from loraf_serve.vllm.resident.compiling import KEEP, keep_compile
+from loraf_serve.vllm.stock import install
 
-ENGINE_OWNER = "LORAF_ENGINE_OWNER"  # process id of the service
 _GRACE_SECONDS = 20.0
 
 
@@ -35,7 +35,7 @@ def register() -> None:
     """Harmless in every process that neither belongs to an engine of ours nor names a LoRAF checkpoint."""
     owner = os.environ.get(ENGINE_OWNER)
     if owner is None:
-        stock.install()
+        install.install()
         return
     parent = multiprocessing.parent_process()
     if parent is None or owner == str(os.getpid()):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loraf.checkpoint import Checkpoint
 from loraf.delta import task_scale
 from loraf.errors import ConfigError, Problem
-from loraf_train.layer import Earlier, LorafLinear
+from loraf_train.adapter.layer import Earlier, LorafLinear
 
 
 @dataclass(frozen=True)

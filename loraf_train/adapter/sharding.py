@@ -20,16 +20,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from loraf.delta import combined_b, target_modules
-from loraf_train import processes
-from loraf_train.attach import attached
-from loraf_train.layer import Earlier, LorafLinear
+from loraf_train.adapter.host import attached
+from loraf_train.adapter.layer import Earlier, LorafLinear
+from loraf_train.processes import group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from loraf.checkpoint import Checkpoint
     from loraf.tasksets import TaskSet
-    from loraf_train.launcher import Sharding
+    from loraf_train.processes.launcher import Sharding
 
 
 def shard(model: PreTrainedModel, device: torch.device, how: Sharding) -> None:
@@ -38,7 +38,7 @@ def shard(model: PreTrainedModel, device: torch.device, how: Sharding) -> None:
     The units are the model's decoder layers, so that a device holds no more than one or two of them whole, and all
     the rest (embeddings, head) as one. `processes.join` was called.
     """
-    mesh = init_device_mesh(device.type, (processes.count(),))
+    mesh = init_device_mesh(device.type, (group.count(),))
     kinds = set(model._no_split_modules or ())
     for layer in [module for module in model.modules() if type(module).__name__ in kinds]:
         fully_shard(layer, mesh=mesh, reshard_after_forward=how.reshard_after_forward)

@@ -13,7 +13,7 @@ from loraf import manifest as manifests
 from loraf.errors import LorafError
 from loraf.hub import HUB_ID
 from loraf.manifest import Manifest, Task
-from loraf_train import report
+from loraf_train.terminal import tables
 
 FILE_NAME = "README.md"
 
@@ -81,7 +81,7 @@ def _summary(manifest: Manifest, base: str, local: bool) -> str:
     where = " (a local folder when it was trained)" if local else ""
     tasks = {0: "no task yet", 1: "one task"}.get(count, f"{count} tasks")
     parameters = sum(task.parameters for task in manifest.tasks)
-    size = report.size_text(sum(task.file.bytes for task in manifest.tasks))
+    size = tables.size_text(sum(task.file.bytes for task in manifest.tasks))
     return (
         f"A LoRAF adapter («LoRA without Forgetting») with {tasks} for {of}{where}: of LoRA's two matrices A is "
         "frozen and rebuilt from a seed, B is sparse, and the tasks own disjoint positions of it. Any weighted subset "
@@ -96,11 +96,11 @@ def _tasks(manifest: Manifest) -> str:
     rows = []
     for task in manifest.tasks:
         below = ", ".join(task.trained_with) or "the base model"
-        size = report.size_text(task.file.bytes)
+        size = tables.size_text(task.file.bytes)
         rows.append(
             [task.name, below, f"{task.alpha:g}", f"{task.sparsity:g}", f"{task.parameters:,}", task.dtype, size]
         )
-    table = report.markdown_table(
+    table = tables.markdown_table(
         ["task", "trained on top of", "alpha", "sparsity", "values (K)", "stored as", "size"], rows
     )
     free = sum(manifest.free_positions(name) for name in manifest.modules)
@@ -113,11 +113,11 @@ def _scores(manifest: Manifest) -> str:
     for task in manifest.tasks:
         for entry in task.scores:
             metric = str(entry["metric"])
-            score = report.score_text(float(entry["score"]), metric)
+            score = tables.score_text(float(entry["score"]), metric)
             rows.append([entry["set"], task.name, entry["evaluation"], metric, score, entry["count"]])
     if not rows:
         return "None were measured."
-    table = report.markdown_table(["task set", "task", "evaluation", "metric", "score", "examples"], rows)
+    table = tables.markdown_table(["task set", "task", "evaluation", "metric", "score", "examples"], rows)
     return f"Each score belongs to the task set that was on when it was measured.\n\n{table}"
 
 
@@ -184,7 +184,7 @@ def _identity(manifest: Manifest) -> str:
         ],
         ["format", f"{manifests.FORMAT} {manifests.FORMAT_VERSION}"],
     ]
-    return report.markdown_table(["", ""], rows)
+    return tables.markdown_table(["", ""], rows)
 
 
 def _code(text: str) -> str:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from loraf.errors import ConfigError
 from loraf.manifest import positions
-from loraf_train import report
-from loraf_train.config import RunConfig, TaskConfig
-from loraf_train.data import IGNORED, Example, TaskData
-from loraf_train.preflight import ModelFacts, Prepared, survey
+from loraf_train.data.examples import IGNORED, Example, TaskData
+from loraf_train.sequence.preflight import ModelFacts, Prepared, survey
+from loraf_train.settings.config import RunConfig, TaskConfig
+from loraf_train.terminal import tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,7 @@ def check(path: Path, overrides: Sequence[str]) -> int:
     prepared, mistakes, warnings = survey(path, overrides)
     if prepared is None:  # what is cut is told too: the next check would come with it as a surprise
         raise ConfigError([*mistakes, *(replace(w, message=f"warning: {w.message}") for w in warnings)])
-    config, out = prepared.config, report.console()
+    config, out = prepared.config, tables.console()
     out.print(f"{config.file}: {len(config.tasks)} tasks on {config.model} into {config.output}")
     if prepared.existing:
         done = ", ".join(prepared.existing.task_names) or "none"
@@ -71,7 +71,7 @@ def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskDat
         f"alpha {task.alpha:g}, start {task.start}"
     )
     if t.packing:
-        from loraf_train.packing import first_fit  # brings torch, which a mistake in the file need not wait for
+        from loraf_train.trainer.packing import first_fit  # brings torch, which a mistake in the file need not wait for
 
         rows = len(first_fit([len(example.input_ids) for example in data.train], t.max_length))
         out.print(f"  packing: {len(data.train)} examples would fill {rows} rows of {t.max_length} tokens")
@@ -112,7 +112,7 @@ def _print_capacity(out: Console, prepared: Prepared) -> None:
         rows.append([name, f"{sparsity:g}", f"{k:,}", f"{k / total:.2%}", f"{free:,}", f"{free / total:.2%}"])
     title = f"capacity: {len(model.modules)} modules, rank {rank}, {total:,} positions"
     out.print()
-    out.print(report.table(["task", "sparsity", "K", "share", "free after it", "share free"], rows, title))
+    out.print(tables.table(["task", "sparsity", "K", "share", "free after it", "share free"], rows, title))
 
 
 def k_of(task: TaskConfig, model: ModelFacts, rank: int) -> int:
@@ -173,10 +173,10 @@ def _print_memory(out: Console, prepared: Prepared) -> None:
         precision = "bfloat16" if torch.cuda.is_available() else "float32"
     found = memory(prepared, 2 if precision == "bfloat16" else 4)
     rows = [
-        [f"base model, {prepared.model.parameters:,} weights in {precision}", report.size_text(found.base)],
-        ["projections A", report.size_text(found.projections)],
-        ["calibration: B on its free positions, gradient and optimizer", report.size_text(found.calibration)],
-        ["adaptation: K values, gradient and AdamW, earlier tasks", report.size_text(found.adaptation)],
-        ["for comparison: LoRA's weights, gradients and AdamW", report.size_text(found.lora)],
+        [f"base model, {prepared.model.parameters:,} weights in {precision}", tables.size_text(found.base)],
+        ["projections A", tables.size_text(found.projections)],
+        ["calibration: B on its free positions, gradient and optimizer", tables.size_text(found.calibration)],
+        ["adaptation: K values, gradient and AdamW, earlier tasks", tables.size_text(found.adaptation)],
+        ["for comparison: LoRA's weights, gradients and AdamW", tables.size_text(found.lora)],
     ]
-    out.print(report.table(["memory without activations (estimate)", "bytes"], rows))
+    out.print(tables.table(["memory without activations (estimate)", "bytes"], rows))

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraf.errors import ConfigError, Problem
-from loraf_train import launcher, report
-from loraf_train.compare.settings import HIGHEST_SEED, METHODS
-from loraf_train.preflight import ModelFacts, Prepared, capacity, survey
-from loraf_train.progress import Progress
+from loraf_train.processes import launcher
+from loraf_train.sequence.preflight import ModelFacts, Prepared, capacity, survey
+from loraf_train.settings.comparison import HIGHEST_SEED, METHODS
+from loraf_train.terminal import tables as report
+from loraf_train.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from loraf_train.compare.general import General
     from loraf_train.compare.protocols import Comparison
     from loraf_train.compare.results import Results, Run
-    from loraf_train.config import RunConfig
+    from loraf_train.settings.config import RunConfig
 
 RESULTS, REPORT = "results.json", "report.md"
 MASKED = ("loraf", "random-mask")  # tasks of these take positions from one another
@@ -68,11 +69,11 @@ def compare(
 
     import torch
 
-    from loraf_train import processes
+    from loraf_train.processes import group
 
-    processes.join(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # before any looks what is there
+    group.join(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # before any looks what is there
     config, console = prepared.config, report.console()
-    console.quiet = not processes.is_first()
+    console.quiet = not group.is_first()
     seeds_used = numbers or config.compare.seeds
     out = out or config.output.with_name(f"{config.output.name}-compare") / protocol
     listed = ", ".join(map(str, seeds_used))
@@ -82,9 +83,9 @@ def compare(
     with Progress(console) as progress:
         comparison = _comparison(prepared, protocol, chosen, seeds_used, general, out, progress, console.print)
         results = _results(comparison, prepared.model, comparison.runs())
-    if processes.is_first():
+    if group.is_first():
         _show(results, out, console)
-    processes.wait()
+    group.wait()
     return 0
 
 
@@ -172,9 +173,9 @@ def _comparison(
     progress: Progress,
     say: Any,
 ) -> Comparison:
-    from loraf import base
-    from loraf_train import sequence
+    from loraf import base_model
     from loraf_train.compare.protocols import Comparison
+    from loraf_train.sequence import runner
 
     return Comparison(
         config=prepared.config,
@@ -183,8 +184,8 @@ def _comparison(
         seeds=seeds,
         data=prepared.data,
         general=general,
-        loaded=sequence.load_model(prepared.config),
-        base=base.fingerprint(prepared.model.folder),
+        loaded=runner.load_model(prepared.config),
+        base=base_model.fingerprint(prepared.model.folder),
         out=out,
         part=progress.part,
         say=say,
@@ -194,7 +195,7 @@ def _comparison(
 def _results(comparison: Comparison, model: ModelFacts, runs: list[Run]) -> Results:
     from loraf_train.compare.methods import ALL
     from loraf_train.compare.results import Results, ScoredTask
-    from loraf_train.evaluate import higher_is_better
+    from loraf_train.scoring.evaluate import higher_is_better
 
     config = comparison.config
     tasks = tuple(
@@ -224,7 +225,7 @@ def _results(comparison: Comparison, model: ModelFacts, runs: list[Run]) -> Resu
 def _surroundings(model: PreTrainedModel, methods: Sequence[str]) -> dict[str, Any]:
     import torch
 
-    from loraf_train.sequence import surroundings
+    from loraf_train.sequence.runner import surroundings
 
     found = surroundings(model)
     if "lora" in methods:

@@ -9,9 +9,11 @@ from pathlib import Path
 from loraf import manifest as manifests
 from loraf.errors import ConfigError, Problem
 from loraf.tasksets import TaskSet
-from loraf_train import launcher, report, selection
-from loraf_train.preflight import prepare
-from loraf_train.progress import Progress
+from loraf_train import task_sets
+from loraf_train.processes import launcher
+from loraf_train.sequence.preflight import prepare
+from loraf_train.terminal import tables
+from loraf_train.terminal.progress import Progress
 
 
 def evaluate(
@@ -46,16 +48,17 @@ def evaluate(
         sets = [TaskSet()]
     else:
         manifest = prepared.existing or manifests.read(config.output)  # which says that there is none
-        sets = selection.task_sets(manifest, tasks, as_trained, base)
+        sets = task_sets.task_sets(manifest, tasks, as_trained, base)
 
-    from loraf_train import evaluate, sequence
+    from loraf_train.scoring import evaluate
+    from loraf_train.sequence import runner
 
-    out = report.console()
+    out = tables.console()
     for task in config.tasks:
         if task not in scored:
             out.print(f"{task.name}: has no evaluation records (data.eval), so it has no score")
     merger = None
-    model, tokenizer, _ = sequence.load_model(config)
+    model, tokenizer, _ = runner.load_model(config)
     if prepared.existing is not None:
         from loraf.checkpoint import Checkpoint
         from loraf.delta import Merger
@@ -72,7 +75,7 @@ def evaluate(
                 data = prepared.data[task.name]
                 scores += evaluate.score(model, tokenizer, task, data.evaluation, task_set, step)
     digest = checkpoint.manifest.adapter_digest if checkpoint else None
-    out.print(report.score_table(scores, f"{config.output}" if checkpoint else config.model))
+    out.print(tables.score_table(scores, f"{config.output}" if checkpoint else config.model))
     if json_file is not None:
         content = {
             "file": str(path),

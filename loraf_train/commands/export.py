@@ -9,7 +9,8 @@ from pathlib import Path
 from loraf import manifest
 from loraf.errors import ConfigError, Problem
 from loraf.tasksets import TaskSet
-from loraf_train import report, selection
+from loraf_train import task_sets
+from loraf_train.terminal import tables
 
 
 def export(
@@ -35,22 +36,22 @@ def export(
     """
     problems = _refusals(out)
     described = manifest.read(folder)
-    chosen = described.as_trained(as_trained) if as_trained else selection.task_set(tasks or "all", described)
+    chosen = described.as_trained(as_trained) if as_trained else task_sets.task_set(tasks or "all", described)
     if problems:
         raise ConfigError(problems)
 
-    from loraf import base
+    from loraf import base_model
     from loraf.checkpoint import Checkpoint
 
-    report.quiet_libraries()
+    tables.quiet_libraries()
     checkpoint = Checkpoint.open(folder, chosen.names)
     source = None
     if form == "merged" or model is not None:
         name = model or described.base_model.name
         revision = described.base_model.revision if model is None else None
-        source = base.resolve(name, revision, field="--model")
+        source = base_model.resolve(name, revision, field="--model")
         if not allow_other_base:
-            base.require_same_base(described.base_model, source, folder)
+            base_model.require_same_base(described.base_model, source, folder)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -62,8 +63,8 @@ def export(
         os.rename(partial, out)  # over an empty folder, or to where nothing is
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    size = report.size_text(sum(file.stat().st_size for file in out.iterdir()))
-    report.console().print(f"{out}: task set {chosen} as {form}, {size}")
+    size = tables.size_text(sum(file.stat().st_size for file in out.iterdir()))
+    tables.console().print(f"{out}: task set {chosen} as {form}, {size}")
     return 0
 
 
@@ -92,7 +93,7 @@ def _merged(checkpoint, chosen: TaskSet, source: Path, out: Path, dtype: str | N
     from transformers import AutoModelForCausalLM
 
     from loraf.delta import Merger
-    from loraf_train.preflight import load_tokenizer
+    from loraf_train.sequence.preflight import load_tokenizer
 
     tokenizer = load_tokenizer(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")

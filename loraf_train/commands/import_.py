@@ -1,8 +1,8 @@
 """`loraf-train import`: a foreign adapter becomes a task of a checkpoint.
 
 An adapter on the checkpoint's own A (a LoRAF checkpoint with the same seed, or a PEFT export of one) is taken over
-value by value. Any other is fitted: B is the nearest that has values at K free positions only (loraf_train.fitting),
-and what that loses is measured, shown, and refused where it is more than LARGEST_ERROR.
+value by value. Any other is fitted: B is the nearest that has values at K free positions only (importing.fitting), and
+what that loses is measured, shown, and refused where it is more than LARGEST_ERROR.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraf.errors import ConfigError, LorafError, Problem
 from loraf.tasksets import name_problem
-from loraf_train import report
-from loraf_train.command_inspect import capacity_text
+from loraf_train.commands.inspect import capacity_text
+from loraf_train.terminal import tables
 
 if TYPE_CHECKING:
     from loraf.checkpoint import Checkpoint
-    from loraf_train.fitting import Lengths
-    from loraf_train.foreign import Foreign
+    from loraf_train.importing.fitting import Lengths
+    from loraf_train.importing.sources import Foreign
 
 LARGEST_ERROR = 0.01  # ‖ΔW − ΔŴ‖/‖ΔW‖ of a projection; rounding to bfloat16 costs about 0.002
 
@@ -48,10 +48,10 @@ def import_task(
         LorafError: all that speaks against it; nothing is written then.
     """
     from loraf.checkpoint import Checkpoint
-    from loraf_train import placing
-    from loraf_train.fitting import Lengths
-    from loraf_train.foreign import open_foreign
-    from loraf_train.progress import Progress
+    from loraf_train.importing import placing
+    from loraf_train.importing.fitting import Lengths
+    from loraf_train.importing.sources import open_foreign
+    from loraf_train.terminal.progress import Progress
 
     problems: list[Problem] = []
     source = _tried(lambda: open_foreign(folder, tasks), problems)
@@ -69,7 +69,7 @@ def import_task(
     if problems:
         raise ConfigError(problems)
 
-    out = report.console()
+    out = tables.console()
     for remark in source.remarks(checkpoint.manifest):
         print(f"loraf-train: warning: {remark}", file=sys.stderr)
     with Progress(out) as progress:
@@ -99,7 +99,7 @@ def import_task(
     how = "taken over value by value" if origin["taken_over"] else f"fitted, relative error {whole.error:.3g}"
     out.print(
         f"{into}: task {name} is added ({how}): {task.parameters:,} positions, alpha {task.alpha:g}, "
-        f"sparsity {task.sparsity:g}, {task.dtype}, {report.size_text(task.file.bytes)}"
+        f"sparsity {task.sparsity:g}, {task.dtype}, {tables.size_text(task.file.bytes)}"
     )
     absent = list(dict.fromkeys(m.rsplit(".", 1)[-1] for m in checkpoint.manifest.modules if m not in source.shapes))
     if absent:
@@ -157,7 +157,7 @@ def _print_errors(out: Any, kinds: dict[str, Lengths], whole: Lengths, title: st
         for kind, of in [*kinds.items(), ("all", whole)]
     ]
     columns = ["projection", "‖ΔW‖", "relative error", "with a dense B"]
-    out.print(report.table(columns, rows, f"{title}; ‖ΔW − ΔŴ‖/‖ΔW‖ of what is stored"))
+    out.print(tables.table(columns, rows, f"{title}; ‖ΔW − ΔŴ‖/‖ΔW‖ of what is stored"))
 
 
 def _too_far(folder: Path, kind: str, of_kind: Lengths, whole: Lengths, sparsity: float) -> Problem:

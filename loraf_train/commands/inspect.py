@@ -13,7 +13,7 @@ from typing import Any
 from loraf import manifest as manifests
 from loraf.errors import CorruptCheckpoint, LorafError, Problem
 from loraf.manifest import Manifest
-from loraf_train import report
+from loraf_train.terminal import tables
 
 SHOWN = 8  # modules with a wrong projection that are named one by one
 
@@ -30,7 +30,7 @@ def inspect(folder: Path, verify: bool, as_json: bool, layers: bool) -> int:
     if as_json:
         print(json.dumps(facts(manifest) | {"verified": verify}, indent=1, ensure_ascii=False))
         return 0
-    out = report.console()
+    out = tables.console()
     base = manifest.base_model
     revision = f" at {base.revision}" if base.revision else ""
     out.print(f"{folder}: {len(manifest.tasks)} tasks for {base.name}{revision} ({base.architecture})")
@@ -159,16 +159,16 @@ def _print_tasks(out: Any, manifest: Manifest) -> None:
             [
                 order,
                 task.name,
-                _as_trained(manifest, task.name) or report.NONE,
+                _as_trained(manifest, task.name) or tables.NONE,
                 f"{task.alpha:g}",
                 f"{task.sparsity:g}",
                 f"{task.parameters:,}",
                 task.dtype,
-                report.size_text(task.file.bytes),
+                tables.size_text(task.file.bytes),
                 f"{free / total:.1%}",
             ]
         )
-    out.print(report.table(columns, rows, left=3))
+    out.print(tables.table(columns, rows, left=3))
     out.print(capacity_text(manifest))
 
 
@@ -194,7 +194,7 @@ def _print_sparsity(out: Any, manifest: Manifest, layers: bool) -> None:
         shares = [1 - sum(task.k.get(name, 0) for name in names) / size for task in manifest.tasks]
         rows.append([group, shape, len(names), *(f"{share:.4f}" for share in shares), f"{free / size:.1%}"])
     columns = ["module" if layers else "projection", "shape", "modules", *manifest.task_names, "free"]
-    out.print(report.table(columns, rows, "sparsity"))
+    out.print(tables.table(columns, rows, "sparsity"))
 
 
 def _print_scores(out: Any, manifest: Manifest) -> None:
@@ -205,6 +205,6 @@ def _print_scores(out: Any, manifest: Manifest) -> None:
     columns = ["task set", "task", "evaluation", "metric", "score", "examples"]
     rows = []
     for name, entry in scored:
-        score = report.score_text(entry["score"], entry["metric"])
+        score = tables.score_text(entry["score"], entry["metric"])
         rows.append([entry["set"], name, entry["evaluation"], entry["metric"], score, entry["count"]])
-    out.print(report.table(columns, rows, "scores", left=4))
+    out.print(tables.table(columns, rows, "scores", left=4))

@@ -8,7 +8,7 @@ from pathlib import Path
 from loraf import manifest as manifests
 from loraf.errors import ConfigError, Problem
 from loraf.hub import HUB_ID, checkpoint_folder, reason
-from loraf_train import model_card
+from loraf_train.commands import card as model_card
 
 
 def card(source: str, write: bool, name: str | None) -> int:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from loraf import manifest as manifests
 from loraf.manifest import Manifest
-from loraf_train import report
-from loraf_train.command_inspect import capacity_text
+from loraf_train.commands.inspect import capacity_text
+from loraf_train.terminal import tables
 
 
 def remove(folder: Path, name: str, dry_run: bool) -> int:
@@ -26,7 +26,7 @@ def remove(folder: Path, name: str, dry_run: bool) -> int:
     """
     from loraf.checkpoint import Checkpoint
 
-    out = report.console()
+    out = tables.console()
     before = manifests.read(folder)
     if name not in before.task_names and not dry_run:
         Checkpoint.remove_task(folder, name)  # raises, unless a removal was interrupted

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraf_train import launcher, report, scores
-from loraf_train.preflight import prepare
-from loraf_train.progress import Progress
+from loraf_train.processes import launcher
+from loraf_train.scoring import table
+from loraf_train.sequence.preflight import prepare
+from loraf_train.terminal import tables
+from loraf_train.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +29,7 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
         LorafError: mistakes of the file, the model, the records or the output folder, before anything is trained.
     """
     prepared = prepare(path, overrides, eval_limit)
-    config, out = prepared.config, report.console(quiet=not launcher.is_first())
+    config, out = prepared.config, tables.console(quiet=not launcher.is_first())
     out.print(f"{config.file}: {len(config.tasks)} tasks on {config.model} into {config.output}")
     have = prepared.existing.task_names if prepared.existing else ()
     done = [task.name for task in config.tasks if task.name in have]
@@ -40,52 +42,54 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
         if evaluate and not prepared.data[task.name].evaluation:
             out.print(f"{task.name} has no evaluation records (data.eval), so it gets no score")
     if prepared.existing and not prepared.waiting:
-        lacking = scores.missing(prepared.existing, prepared.data, config.tasks) if evaluate else []
+        lacking = table.missing(prepared.existing, prepared.data, config.tasks) if evaluate else []
         if not lacking:  # nothing to do that needs the model
-            from loraf_train.resume import tidy
+            from loraf_train.sequence.resume import tidy
 
             if launcher.is_first():
                 tidy(config.output, prepared.existing.task_names)
             print_summary(out, prepared.existing)
             return 0
 
-    from loraf_train import processes, sequence, sharding
-    from loraf_train.watcher import Watcher
+    from loraf_train.adapter import sharding
+    from loraf_train.commands.run_observer import Watcher
+    from loraf_train.processes import group
+    from loraf_train.sequence import runner
 
-    loaded = sequence.load_model(config)
+    loaded = runner.load_model(config)
     with Progress(out) as progress:
         watcher = Watcher(prepared, out, progress, evaluate)
-        checkpoint = sequence.run(config, prepared.data, watcher, loaded)
+        checkpoint = runner.run(config, prepared.data, watcher, loaded)
         # what a run before this one did not come to measure
-        if evaluate and (processes.is_first() or sharding.is_sharded(loaded[0])):
+        if evaluate and (group.is_first() or sharding.is_sharded(loaded[0])):
             watcher.score(checkpoint, loaded[0])
     print_summary(out, checkpoint.manifest)
-    processes.leave()
+    group.leave()
     return 0
 
 
 def print_summary(out: Console, manifest: Manifest) -> None:
     """The table R[i, j], what each task scored as trained, and the sequence in three numbers."""
-    stored = scores.stored(manifest)
+    stored = table.stored(manifest)
     if not stored:
         out.print("no scores are stored")
         return
-    found = scores.headlines(stored)
+    found = table.headlines(stored)
     names = [name for name in manifest.task_names if any(task == name for _, task in found)]
     metrics = {score.task: score.metric for score in stored}
     rows = []
-    for finished, task_set in scores.rows(manifest):
+    for finished, task_set in table.rows(manifest):
         cells = [found.get((str(task_set), name)) for name in names]
         rows.append([f"after {finished}", str(task_set), *map(_cell, cells)])
     for name in names:
-        task_set = scores.as_trained_or_none(manifest, name)
-        as_trained = report.NONE if task_set is None else str(task_set)
+        task_set = table.as_trained_or_none(manifest, name)
+        as_trained = tables.NONE if task_set is None else str(task_set)
         rows.append(
             [f"{name} as trained", as_trained, *("" if n != name else _cell(found.get((as_trained, n))) for n in names)]
         )
     columns = ["", "task set", *(f"{name} ({metrics[name]})" for name in names)]
-    out.print(report.table(columns, rows, "score of each task under each task set (in brackets: examples)", left=2))
-    summary = scores.summary(manifest, stored)
+    out.print(tables.table(columns, rows, "score of each task under each task set (in brackets: examples)", left=2))
+    summary = table.summary(manifest, stored)
     if summary:
         rest = len(manifest.tasks) - 1
         over = f"mean over the first {rest} of {rest + 1} tasks" if rest > 1 else f"of {manifest.task_names[0]}"
@@ -95,5 +99,5 @@ def print_summary(out: Console, manifest: Manifest) -> None:
         )
 
 
-def _cell(score: scores.Score | None) -> str:
-    return report.NONE if score is None else f"{report.score_text(score.score, score.metric)} ({score.count})"
+def _cell(score: table.Score | None) -> str:
+    return tables.NONE if score is None else f"{tables.score_text(score.score, score.metric)} ({score.count})"

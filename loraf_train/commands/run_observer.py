@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraf_train import report, scores
-from loraf_train.preflight import Prepared
-from loraf_train.progress import Progress
-from loraf_train.sequence import Observer
+from loraf_train.scoring import table
+from loraf_train.sequence.preflight import Prepared
+from loraf_train.sequence.runner import Observer
+from loraf_train.terminal import tables
+from loraf_train.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
     from loraf.checkpoint import Checkpoint
-    from loraf_train.config import TaskConfig
+    from loraf_train.settings.config import TaskConfig
 
 
 class Watcher(Observer):
@@ -51,7 +52,7 @@ class Watcher(Observer):
 
     def task_finished(self, checkpoint: Checkpoint, task: TaskConfig, model: PreTrainedModel) -> None:
         finished = checkpoint.manifest.task(task.name)
-        size = report.size_text(finished.file.bytes)
+        size = tables.size_text(finished.file.bytes)
         self._out.print(
             f"{task.name}: {finished.parameters:,} values in {checkpoint.path / finished.file.path} ({size})"
         )
@@ -62,13 +63,13 @@ class Watcher(Observer):
         """Measures what the table lacks so far, and shows it."""
         parts = {}
 
-        def advance(cell: scores.Cell, done: int, total: int) -> None:
+        def advance(cell: table.Cell, done: int, total: int) -> None:
             if cell not in parts:
                 parts[cell] = self._progress.part(f"scoring {cell.task} with {cell.task_set}")
             parts[cell](done, total)
 
         prepared = self._prepared
-        found = scores.complete(checkpoint, model, prepared.tokenizer, prepared.config.tasks, prepared.data, advance)
+        found = table.complete(checkpoint, model, prepared.tokenizer, prepared.config.tasks, prepared.data, advance)
         if found:
             names = checkpoint.manifest.task_names
-            self._out.print(report.score_table(found, f"scores after {names[-1]}"))
+            self._out.print(tables.score_table(found, f"scores after {names[-1]}"))

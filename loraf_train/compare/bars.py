@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraf_train import report
 from loraf_train.compare import canvas
 from loraf_train.compare.cells import BASE_ROW, counted, examples, model_name, runs, task_set
 from loraf_train.compare.results import BASE, ScoredTask
 from loraf_train.compare.statistics import Estimate, Statistics
-from loraf_train.metrics import LOWER_IS_BETTER
+from loraf_train.grading.builtin import LOWER_IS_BETTER
+from loraf_train.terminal import tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,7 @@ def kept(found: Statistics) -> Figure | None:
     ]
     base = found.of_task(None, first)
     if base is not None and math.isfinite(base.mean):
-        label = f"{BASE_ROW}: {report.score_text(base.mean, first.metric)}"
+        label = f"{BASE_ROW}: {tables.score_text(base.mean, first.metric)}"
         axes.axhline(base.mean, color=canvas.INK, linestyle="--", linewidth=1, zorder=0.5, label=label, gid="base")
     _bars(axes, groups, series, first)
     axes.set_xlabel("method, and what share of its score just trained the task keeps at the end")

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from loraf_train import report
 from loraf_train.compare.results import BASE, Results, ScoredTask
 from loraf_train.compare.statistics import Estimate, Statistics
-from loraf_train.metrics import LOWER_IS_BETTER
+from loraf_train.grading.builtin import LOWER_IS_BETTER
+from loraf_train.terminal import tables
 
 BASE_ROW = "base model"
 
@@ -61,7 +61,7 @@ class Rows:
         means = {m: round(e.mean, _digits(metric)) for m, e in found.items() if e and math.isfinite(e.mean)}
         best = (max if higher_is_better else min)(means.values()) if len(means) > 1 else None
         return [
-            Cell(report.NONE)
+            Cell(tables.NONE)
             if e is None
             else Cell(number(e, metric, self._seeds[m], count, sign), m in means and means[m] == best)
             for m, e in found.items()
@@ -69,7 +69,7 @@ class Rows:
 
     def joined(self, *columns: Sequence[Cell | str]) -> list[list[Cell | str]]:
         """The rows: method, seeds, then the columns."""
-        seeds = [report.NONE if m is None else str(self._seeds[m]) for m in self.methods]
+        seeds = [tables.NONE if m is None else str(self._seeds[m]) for m in self.methods]
         return [list(row) for row in zip([m or BASE_ROW for m in self.methods], seeds, *columns, strict=True)]
 
 
@@ -130,10 +130,10 @@ def trainable(found: Statistics, method: str | None, task: str | None = None) ->
     """Count, and share of the bare model's parameters; from the least to the most where tasks differ."""
     spent = None if method is None else found.spent(method, task)
     if spent is None:
-        return [report.NONE] * 2
+        return [tables.NONE] * 2
     counts = dict.fromkeys(spent.trainable)
     total = found.results.parameters
-    shares = dict.fromkeys(f"{100 * count / total:.3g} %" if total else report.NONE for count in counts)
+    shares = dict.fromkeys(f"{100 * count / total:.3g} %" if total else tables.NONE for count in counts)
     return ["–".join(f"{count:,}" for count in counts), "–".join(shares)]
 
 

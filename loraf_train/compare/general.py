@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from loraf.errors import ConfigError
 from loraf.prompt_ids import prompt_ids
-from loraf_train.config import DataConfig, TaskConfig
-from loraf_train.config_parts import Source, TrainingConfig
-from loraf_train.data import EvaluationExample, Example, load_task
-from loraf_train.records import Faults, read
+from loraf_train.data.examples import EvaluationExample, Example, load_task
+from loraf_train.data.records import Faults, read
+from loraf_train.settings.config import DataConfig, TaskConfig
+from loraf_train.settings.parts import Source, TrainingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ class General:
 
     def loss(self, model: PreTrainedModel, on_progress: Callable[[int, int], None] = lambda done, total: None) -> float:
         """Nats a token."""
-        from loraf_train.evaluate import completion_loss
+        from loraf_train.scoring.evaluate import completion_loss
 
         return completion_loss(model, self.examples, lambda done: on_progress(done, len(self.examples)))
 

@@ -10,7 +10,7 @@ from loraf_train.compare import canvas
 from loraf_train.compare.cells import BASE_ROW, counted, examples, model_name, runs
 from loraf_train.compare.results import BASE, Run
 from loraf_train.compare.statistics import Statistics
-from loraf_train.metrics import LOWER_IS_BETTER
+from loraf_train.grading.builtin import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

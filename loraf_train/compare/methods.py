@@ -1,6 +1,6 @@
-"""The methods of a comparison. All train through `loraf_train.loop.fit`, with the same examples in the same order.
+"""The methods of a comparison. All train through `trainer.loop.fit`, with the same examples in the same order.
 
-    loraf         this project: calibrated positions, K values each (loraf_train.sequence)
+    loraf         this project: calibrated positions, K values each (loraf_train.sequence.runner)
     random-mask   the same with positions drawn at random among the free ones: does magnitude choose well?
     frozen-a      the same A, but one dense B that all tasks share
     lora          PEFT's LoRA; an earlier task's adapter is merged into the weights, and a fresh one put on top
@@ -28,17 +28,19 @@ from loraf.checkpoint import Checkpoint
 from loraf.delta import Merger, OriginalWeights, task_scale
 from loraf.manifest import positions
 from loraf.tasksets import TaskSet
-from loraf_train import adapt, loop, processes, recorded, sequence
-from loraf_train.attach import Host, find_targets
+from loraf_train.adapter.host import Host, find_targets
+from loraf_train.adapter.layer import Earlier
+from loraf_train.adapter.masks import feasible
 from loraf_train.compare.results import MaskShare
-from loraf_train.layer import Earlier
-from loraf_train.masks import feasible
+from loraf_train.processes import group
+from loraf_train.sequence import provenance, runner, train_task
+from loraf_train.trainer import loop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from loraf_train.config import RunConfig, TaskConfig
-    from loraf_train.data import TaskData
+    from loraf_train.data.examples import TaskData
+    from loraf_train.settings.config import RunConfig, TaskConfig
 
 CALIBRATION, TRAINING = "calibration", "training"
 
@@ -52,7 +54,7 @@ class Bench:
         scratch: a folder for whatever this run writes, not there yet; the same in all processes.
     """
 
-    loaded: sequence.Loaded
+    loaded: runner.Loaded
     data: Mapping[str, TaskData]
     scratch: Path
 
@@ -118,18 +120,18 @@ class Loraf(Method):
 
     name = "loraf"
     keeps_copies = False
-    choose: sequence.Choose = staticmethod(sequence.calibrate)
+    choose: runner.Choose = staticmethod(runner.calibrate)
 
     def train(self, bench: Bench, config: RunConfig, listener: Listener) -> None:
         config = config.model_copy(update={"output": bench.scratch})
-        checkpoint = sequence.run(config, bench.data, _Watch(listener), bench.loaded, self.choose)
-        if processes.is_first():
+        checkpoint = runner.run(config, bench.data, _Watch(listener), bench.loaded, self.choose)
+        if group.is_first():
             merger = Merger(bench.model, checkpoint)
             for task in config.tasks:
                 merger.merge(checkpoint.manifest.as_trained(task.name))
                 listener.as_trained(task)
             merger.merge(TaskSet())
-        processes.wait()
+        group.wait()
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
         return _adapter_settings(config, task, but=())
@@ -156,7 +158,7 @@ class RandomMask(Loraf):
         return _adapter_settings(config, task, but=("calibration",))
 
 
-class _Watch(sequence.Observer):
+class _Watch(runner.Observer):
     """From what a sequence tells to what a Listener hears."""
 
     def __init__(self, listener: Listener):
@@ -203,14 +205,14 @@ class FrozenA(Method):
         model, rank = bench.model, config.adapter.rank
         targets = find_targets(model, config.adapter.target_modules, str(config.file))
         a = {name: _a(config, name, base).to(base.weight.dtype) for name, base in targets.items()}
-        host = Host(model, targets, a, sequence.pad_id(bench.loaded[1]))
+        host = Host(model, targets, a, runner.pad_id(bench.loaded[1]))
         everywhere = {name: torch.arange(base.out_features * rank) for name, base in targets.items()}
         nothing = dict.fromkeys(targets, Earlier.of(()))
         scaled: dict[str, torch.Tensor] = {}  # α/r · B, flat
         for task in config.tasks:
             scale = task_scale(task.alpha, rank)
             listener.started(task)
-            values, outcome = adapt.adapt(
+            values, outcome = train_task.adapt(
                 host,
                 task,
                 bench.data[task.name].train,
@@ -225,10 +227,10 @@ class FrozenA(Method):
             dense = {name: b.values.view(b.shape) for name, b in values.items()}  # positions are all of them, in order
             size = _written(bench, lambda folder, dense=dense: _save_tensors(dense, folder))
             scaled = {name: b.float().view(-1) * scale for name, b in dense.items()}
-            if processes.is_first():
+            if group.is_first():
                 with _merged(config, targets, scaled):
                     listener.trained(task, Made(sum(map(len, everywhere.values())), outcome.steps, size))
-            processes.wait()
+            group.wait()
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
         return _adapter_settings(config, task, but=("calibration", "sparsity", "start"))
@@ -286,9 +288,9 @@ class Lora(Method):
             listener.ended(task)
             size = _written(bench, lambda folder, a=adapted: a.save_pretrained(folder, save_embedding_layers=False))
             adapted.merge_and_unload()
-            if processes.is_first():
+            if group.is_first():
                 listener.trained(task, Made(trainable, outcome.steps, size))
-            processes.wait()
+            group.wait()
         _put_back(bench, config)
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
@@ -310,13 +312,13 @@ class Full(Method):
             model.requires_grad_(False)
             listener.ended(task)
             size = _written(bench, model.save_pretrained)
-            if processes.is_first():
+            if group.is_first():
                 listener.trained(task, Made(trainable, outcome.steps, size))
-            processes.wait()
+            group.wait()
         _put_back(bench, config)
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
-        training = dict(recorded.settings(config, task)["training"])
+        training = dict(provenance.settings(config, task)["training"])
         training.pop("dropout")
         return {"training": training}
 
@@ -326,7 +328,7 @@ ALL: Mapping[str, Method] = {made.name: made for made in (Loraf(), RandomMask(),
 
 def _adapter_settings(config: RunConfig, task: TaskConfig, but: tuple[str, ...]) -> dict[str, Any]:
     adapter = config.adapter.model_dump(mode="json", include={"rank", "target_modules", "init_std"})
-    found = {**recorded.settings(config, task), **adapter}
+    found = {**provenance.settings(config, task), **adapter}
     return {key: value for key, value in found.items() if key not in ("data", *but)}
 
 
@@ -345,8 +347,8 @@ def _fit(bench: Bench, config: RunConfig, task: TaskConfig, listener: Listener) 
     outcome = loop.fit(
         bench.model,
         bench.data[task.name].train,
-        adapt.phase_of(task, _seed(config, task)),
-        sequence.pad_id(bench.loaded[1]),
+        train_task.phase_of(task, _seed(config, task)),
+        runner.pad_id(bench.loaded[1]),
         _on_step(listener, task),
     )
     return outcome, trainable
@@ -361,7 +363,7 @@ def _written(bench: Bench, save: Callable[[Path], Any]) -> int:
             save(Path(folder))
             return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
 
-    return processes.first_writes(measure, lambda: 0)
+    return group.first_writes(measure, lambda: 0)
 
 
 def _save_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -373,7 +375,7 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
 @torch.no_grad()
 def _put_back(bench: Bench, config: RunConfig) -> None:
     """The base's own weights, read again: a copy kept in memory meanwhile would count as the method's."""
-    fresh = dict(sequence.load_model(config)[0].named_parameters())
+    fresh = dict(runner.load_model(config)[0].named_parameters())
     mine = dict(bench.model.named_parameters())
     if mine.keys() != fresh.keys():
         raise RuntimeError(f"a method left other parameters in the model: {sorted(mine.keys() ^ fresh.keys())[:3]}")

@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from loraf.errors import ConfigError, Problem
 from loraf.tasksets import TaskSet
-from loraf_train import processes, resume
 from loraf_train.compare import methods, stored
 from loraf_train.compare.general import General
 from loraf_train.compare.meter import Meter
 from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Cost, Drift, MaskShare, Run, RunScore
-from loraf_train.evaluate import score
-from loraf_train.metrics import MEAN
-from loraf_train.sequence import surroundings
+from loraf_train.grading.builtin import MEAN
+from loraf_train.processes import group
+from loraf_train.scoring.evaluate import score
+from loraf_train.sequence import resume
+from loraf_train.sequence.runner import surroundings
 
 if TYPE_CHECKING:
-    from loraf_train.config import RunConfig, TaskConfig
-    from loraf_train.data import TaskData
+    from loraf_train.data.examples import TaskData
+    from loraf_train.settings.config import RunConfig, TaskConfig
 
 SINGLE, SEQUENCE = "single", "sequence"
 SCRATCH = "scratch"
@@ -96,13 +97,13 @@ class Comparison:
         file = stored.path_of(self.out, name if name == OF_BASE else f"{name}-seed{seed}")
         making = self._making(name, seed)
         run, reason = stored.find(file, making)
-        processes.wait()  # none may write before all have looked
+        group.wait()  # none may write before all have looked
         if run is not None:
             self.say(f"{label}: measured before")
             return run
         self.say(f"{label}: measured anew, since {reason}" if reason else f"{label}:")
         run = measure()
-        return processes.first_writes(lambda: (stored.keep(file, making, run), run)[1], lambda: run)
+        return group.first_writes(lambda: (stored.keep(file, making, run), run)[1], lambda: run)
 
     def _making(self, name: str, seed: int) -> dict[str, Any]:
         """All that a run depends on."""
@@ -132,7 +133,7 @@ class Comparison:
     def _base(self) -> Run:
         """The bare model's scores on every task, as a run without costs."""
         recorder = self._recorder(OF_BASE, self.config)
-        if processes.is_first():
+        if group.is_first():
             recorder.score(self.config.tasks, BASE, SO_FAR)
             recorder.measure_drift(BASE)
         return recorder.run(OF_BASE, 0, keeps_copies=False)
@@ -140,7 +141,7 @@ class Comparison:
     def _measure(self, name: str, seed: int) -> Run:
         method, config = methods.ALL[name], self.config_of(name, seed)
         recorder = self._recorder(f"{name}, seed {seed}", config, method.keeps_copies)
-        listener = recorder if processes.is_first() else methods.Listener()
+        listener = recorder if group.is_first() else methods.Listener()
         scratch = self.out / SCRATCH
         self._clear(scratch)
         alone = [config.model_copy(update={"tasks": (task,)}) for task in config.tasks]
@@ -157,7 +158,7 @@ class Comparison:
         return _Recorder(self, label, config.tasks, keeps_copies)
 
     def _clear(self, scratch: Path) -> None:
-        processes.first_writes(lambda: shutil.rmtree(scratch, ignore_errors=True), lambda: None)
+        group.first_writes(lambda: shutil.rmtree(scratch, ignore_errors=True), lambda: None)
 
 
 def _how(task: TaskConfig) -> dict[str, Any]:

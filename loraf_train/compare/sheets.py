@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from loraf_train import report
 from loraf_train.compare import sheets_sequence
 from loraf_train.compare.cells import (
     BASE_ROW,
@@ -28,6 +27,7 @@ from loraf_train.compare.cells import (
 )
 from loraf_train.compare.results import BASE, Results
 from loraf_train.compare.statistics import Statistics
+from loraf_train.terminal import tables
 
 
 def sheets(results: Results) -> list[Sheet]:
@@ -96,7 +96,7 @@ def _drift(found: Statistics) -> Iterator[Sheet]:
     yield Sheet(
         "Drift of the base: by how much the loss on held-out general text is higher, nats a token",
         ["method", "seeds", BASE_ROW, *(f"{name if single else task_set(found, name)} on" for name in names)],
-        rows.joined([report.score_text(base.mean, "loss")] * len(rows.methods), *columns),
+        rows.joined([tables.score_text(base.mean, "loss")] * len(rows.methods), *columns),
         [f"{base.count:,} tokens; the column of the {BASE_ROW} is its loss, the others are differences to it"],
         left=2,
     )
@@ -110,19 +110,19 @@ def _cost(found: Statistics) -> Iterator[Sheet]:
             spent = found.spent(method, task)
             if spent is None:
                 continue
-            time = report.seconds_text(spent.seconds.mean)
+            time = tables.seconds_text(spent.seconds.mean)
             if spent.seconds.interval:
-                time += f" [{', '.join(map(report.seconds_text, spent.seconds.interval))}]"
+                time += f" [{', '.join(map(tables.seconds_text, spent.seconds.interval))}]"
             rows.append(
                 [
                     method,
                     task or "all tasks",
                     str(spent.seconds.seeds),
-                    *([report.NONE] * 2 if task is None else trainable(found, method, task)),
+                    *([tables.NONE] * 2 if task is None else trainable(found, method, task)),
                     f"{spent.steps:,}",
                     time,
-                    report.NONE if spent.peak_bytes is None else report.size_text(spent.peak_bytes),
-                    report.size_text(spent.file_bytes),
+                    tables.NONE if spent.peak_bytes is None else tables.size_text(spent.peak_bytes),
+                    tables.size_text(spent.file_bytes),
                 ]
             )
     if rows:

@@ -1,14 +1,14 @@
 """The tables of tasks trained one after the other: what each keeps (Figure 2 of the paper), the matrix R, as-trained
-scores, and the four numbers of `loraf_train.continual`."""
+scores, and the four numbers of `loraf_train.scoring.continual`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loraf_train import report
 from loraf_train.compare.cells import BASE_ROW, Cell, Rows, Sheet, counted, examples, head, number, runs, task_set
 from loraf_train.compare.results import BASE
 from loraf_train.compare.statistics import ON_ITS_DAY, Statistics
+from loraf_train.terminal import tables
 
 
 def _kept(found: Statistics) -> Iterator[Sheet]:
@@ -25,7 +25,7 @@ def _kept(found: Statistics) -> Iterator[Sheet]:
             rows.column(lambda m, t=task: found.retained(m, t), "%", examples(task)),
         ]
         if task is last:  # it has just been trained: there is nothing to compare
-            columns[1:] = [[Cell(report.NONE)] * len(rows.methods)] * 3
+            columns[1:] = [[Cell(tables.NONE)] * len(rows.methods)] * 3
         lines += [[head(task), *line] for line in rows.joined(*columns)]
     at_the_end = task_set(found, last.name)
     yield Sheet(
@@ -46,7 +46,7 @@ def _matrices(found: Statistics) -> Iterator[Sheet]:
         for after in (BASE, *(task.name for task in found.results.tasks)):
             seeds = 1 if after == BASE else runs(found, method)
             estimates = [(task, found.of_task(method, task, after)) for task in found.scored]
-            cells = [report.NONE if e is None else number(e, t.metric, seeds, examples(t)) for t, e in estimates]
+            cells = [tables.NONE if e is None else number(e, t.metric, seeds, examples(t)) for t, e in estimates]
             lines.append([f"after {after}" if after else BASE_ROW, task_set(found, after), *cells])
         yield Sheet(
             f"R of {method}: score on each task (column) after each task (row), all tasks so far on",

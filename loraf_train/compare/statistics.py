@@ -5,7 +5,7 @@ seeds: the mean with Student's t interval of 95 %, which says how far another se
 interval of 95 % of a share of right answers, which says how far other examples may fall; a loss, a mean of several sets
 and a difference have none then.
 
-The four numbers of a sequence and their signs are defined in `loraf_train.continual`. Shares and losses are never
+The four numbers of a sequence and their signs are defined in `scoring.continual`. Shares and losses are never
 averaged with each other.
 """
 
@@ -15,9 +15,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from loraf_train import continual
 from loraf_train.compare.results import BASE, SO_FAR, Cost, Results, Run, RunScore, ScoredTask
-from loraf_train.metrics import LOWER_IS_BETTER, wilson_interval
+from loraf_train.grading.builtin import LOWER_IS_BETTER, wilson_interval
+from loraf_train.scoring import continual
 
 CONFIDENCE = 0.95
 ON_ITS_DAY = "on its day"  # in the place of a task's name, which has no spaces: an as-trained score

@@ -15,8 +15,8 @@ from typing import Any
 from loraf import strict_json
 from loraf.checkpoint import unwritable, write_durably
 from loraf_train.compare.results import Run
-from loraf_train.recorded import differences, said
 from loraf_train.sealed import seal, unseal
+from loraf_train.sequence.provenance import differences, said
 
 FOLDER = "runs"
 _SEAL = "loraf-compare-run", 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraf_train import report
 from loraf_train.compare.cells import Cell, model_name
 from loraf_train.compare.results import Results
 from loraf_train.compare.sheets import preface, sheets
+from loraf_train.terminal import tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ def show(results: Results, console: Console) -> None:
         console.print(line)
     for sheet in sheets(results):
         rows = [[shown(cell) for cell in row] for row in sheet.rows]
-        console.print(report.table(sheet.columns, rows, sheet.title, sheet.left))
+        console.print(tables.table(sheet.columns, rows, sheet.title, sheet.left))
         for note in sheet.notes:
             console.print(note)
 
@@ -37,7 +37,7 @@ def markdown(results: Results) -> str:
 
     parts = [f"# Comparison on {model_name(results)}", _listed(preface(results))]
     for sheet in sheets(results):
-        table = report.markdown_table(sheet.columns, [[written(cell) for cell in row] for row in sheet.rows])
+        table = tables.markdown_table(sheet.columns, [[written(cell) for cell in row] for row in sheet.rows])
         parts += [f"## {sheet.title}", table, _listed(sheet.notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,6 +1,6 @@
 """A task's records as token ids, with the tokens that the loss is taken on.
 
-    sources → records (loraf_train.records) → prompts and completions (loraf_train.forms) → token ids
+    sources → records (loraf_train.data.records) → prompts and completions (loraf_train.data.forms) → token ids
 
 A prompt is tokenized alone, by the same function as a server's (loraf.prompt_ids), so what is trained is what will be
 served, token by token. The completion is tokenized as text that goes on: no token reaches across the border, even
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import Templates
 from loraf.prompt_ids import prompt_ids
-from loraf_train import lori
-from loraf_train.config import RunConfig, Source, TaskConfig
-from loraf_train.forms import Form, RecordFault, form_of, plain_text
-from loraf_train.metrics import expected_answer
-from loraf_train.own_metric import MetricFault, graded
-from loraf_train.records import Faults, Record, read
+from loraf_train.data import lori
+from loraf_train.data.forms import Form, RecordFault, form_of, plain_text
+from loraf_train.data.records import Faults, Record, read
+from loraf_train.grading.builtin import expected_answer
+from loraf_train.grading.custom import MetricFault, graded
+from loraf_train.settings.config import RunConfig, Source, TaskConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraf.manifest import Templates
-from loraf_train.config import DataConfig
-from loraf_train.records import Record
+from loraf_train.data.records import Record
+from loraf_train.settings.config import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,15 +17,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraf.errors import ConfigError
-from loraf_train import forms
-from loraf_train.config_parts import Source
-from loraf_train.forms import Form, InstructionForm, RecordFault, TemplateForm, plain_text
+from loraf_train.data import forms
+from loraf_train.data.forms import Form, InstructionForm, RecordFault, TemplateForm, plain_text
+from loraf_train.settings.parts import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from loraf_train.config import DataConfig
-    from loraf_train.records import Record
+    from loraf_train.data.records import Record
+    from loraf_train.settings.config import DataConfig
 
 MATHS_PROMPT = "{question}\nReason step by step, and end with the final answer as a number.\n"
 WRITTEN, MARKER = "####", "The final answer is:"  # in GSM8K's records, and in the texts that are learned
@@ -74,7 +74,7 @@ def choices_of(record: Record) -> tuple[str, ...]:
 
 def metric_of(source: Source) -> str | None:
     """The metric of records like the source's first; None: they are of another kind, or cannot be read."""
-    from loraf_train.records import read
+    from loraf_train.data.records import read
 
     try:
         first = read(source)[0]

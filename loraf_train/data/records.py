@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraf.errors import ConfigError, Problem
-from loraf_train.config import Source
+from loraf_train.settings.config import Source
 
 Record = dict[str, Any]
 SHOWN = 3  # different mistakes of a source that are named

@@ -3,9 +3,9 @@
 exact_match   the whole answer, white space at its ends aside
 gsm8k         the number that the answer states
 choice        the first of the given choices that the answer names
-loss          no text: mean loss of a completion token (loraf_train.evaluate), lower is better
+loss          no text: mean loss of a completion token (loraf_train.scoring.evaluate), lower is better
 
-Any other name with a dot or a colon is a function of the user's own, see `loraf_train.own_metric`.
+Any other name with a dot or a colon is a function of the user's own, see `loraf_train.grading.custom`.
 """
 
 from __future__ import annotations

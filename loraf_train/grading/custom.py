@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from loraf.errors import ConfigError
 
 if TYPE_CHECKING:
-    from loraf_train.data import EvaluationExample
+    from loraf_train.data.examples import EvaluationExample
 
 Grade = Callable[[str, Mapping[str, Any]], Any]
 SIGNATURE = "def grade(answer: str, record: Mapping) -> bool | float"
@@ -143,7 +143,7 @@ def mean_grade(grade: Grade, answers: Sequence[str], examples: Iterable[Evaluati
     Raises:
         ConfigError: the first records on which the function fails, with their numbers.
     """
-    from loraf_train.records import Faults
+    from loraf_train.data.records import Faults
 
     total, by_source = 0.0, {}
     for answer, example in zip(answers, examples, strict=True):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from loraf.peft_import import Factors
-from loraf_train.masks import top_k
+from loraf_train.adapter.masks import top_k
 
 _PURSUIT_STEPS = 20
 _SINGULAR = 1e-6  # a pivot of a normalised Gram matrix, square root

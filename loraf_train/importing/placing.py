@@ -13,9 +13,10 @@ from loraf.delta import task_scale
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import positions
 from loraf.sparse import SparseB
-from loraf_train import fitting, masks
-from loraf_train.fitting import Geometry, Lengths
-from loraf_train.foreign import Foreign, Own
+from loraf_train.adapter import masks
+from loraf_train.importing import fitting
+from loraf_train.importing.fitting import Geometry, Lengths
+from loraf_train.importing.sources import Foreign, Own
 
 USUAL_SPARSITY, USUAL_DTYPE = 0.9, "bfloat16"
 _DECIMALS = 4  # of a sparsity that is found here

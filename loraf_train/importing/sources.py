@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch
 
-from loraf import base, manifest
+from loraf import base_model, manifest
 from loraf.checkpoint import Checkpoint
 from loraf.delta import combined_b, task_scale
 from loraf.errors import BaseMismatch, ConfigError, LorafError, Problem
 from loraf.manifest import Manifest, Templates
 from loraf.peft_import import CONFIG, Factors, read_peft
-from loraf_train import selection
+from loraf_train import task_sets
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,12 @@ class PeftSource:
 
     def base_problems(self, checkpoint: Checkpoint) -> list[Problem]:
         expected, name = checkpoint.manifest.base_model, self._lora.base_model
-        if name is None or base.SHORT_NAMES.get(name, name) == expected.name:
+        if name is None or base_model.SHORT_NAMES.get(name, name) == expected.name:
             return []
         file = str(self._folder / CONFIG)
         if (Path(name) / "config.json").is_file():
             try:
-                base.require_same_base(expected, Path(name), checkpoint.path)
+                base_model.require_same_base(expected, Path(name), checkpoint.path)
             except (BaseMismatch, ConfigError) as error:
                 return list(error.problems)
             return []
@@ -164,7 +164,7 @@ class LorafSource:
         if tasks is None and len(there.tasks) != 1:
             message = f"the checkpoint holds {', '.join(there.task_names) or 'no tasks'}"
             raise ConfigError(Problem(message, "--tasks", str(folder), "name those that are to become the task"))
-        self._set = selection.task_set(tasks or "all", there)
+        self._set = task_sets.task_set(tasks or "all", there)
         if self._set.is_base:
             raise ConfigError(Problem(f"{tasks!r} is no task", "--tasks", str(folder), "name one or more"))
         self._there = there
@@ -212,7 +212,7 @@ class LorafSource:
     def base_problems(self, checkpoint: Checkpoint) -> list[Problem]:
         found = self._there.base_model
         try:
-            base.require_same_base(checkpoint.manifest.base_model, Path(found.name), checkpoint.path, found)
+            base_model.require_same_base(checkpoint.manifest.base_model, Path(found.name), checkpoint.path, found)
         except BaseMismatch as mismatch:
             return list(mismatch.problems)
         return []

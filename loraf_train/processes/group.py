@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-from loraf_train import launcher
+from loraf_train.processes import launcher
 
 Result = TypeVar("Result")
 _PATIENCE = timedelta(hours=2)  # how long others wait, for example while the first process scores a task

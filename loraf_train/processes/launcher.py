@@ -1,6 +1,6 @@
 """What `accelerate launch` asks for through the environment: taken, or refused before anything is trained.
 
-Taken: the processes, and FSDP version 2 (loraf_train.sharding). Everything else that would change what is computed or
+Taken: the processes, and FSDP version 2 (adapter.sharding). Everything else that would change what is computed or
 where it is kept is refused, since accelerate would do it behind the back of what the checkpoint records.
 """
 

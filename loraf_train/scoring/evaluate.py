@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loraf.tasksets import TaskSet
-from loraf_train.config import TaskConfig
-from loraf_train.data import EvaluationExample, EvaluationSet
-from loraf_train.metrics import DEFAULT_NEW_TOKENS, LOWER_IS_BETTER, MEAN, OWN_METRIC_NEW_TOKENS, is_right
-from loraf_train.own_metric import mean_grade
+from loraf_train.data.examples import EvaluationExample, EvaluationSet
+from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS, LOWER_IS_BETTER, MEAN, OWN_METRIC_NEW_TOKENS, is_right
+from loraf_train.grading.custom import mean_grade
+from loraf_train.settings.config import TaskConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

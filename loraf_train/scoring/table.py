@@ -14,17 +14,17 @@ from loraf.errors import CorruptCheckpoint, Problem, UnknownTask
 from loraf.manifest import FILE_NAME, Manifest
 from loraf.manifest import read as read_manifest
 from loraf.tasksets import TaskSet
-from loraf_train import continual
-from loraf_train.config import TaskConfig
-from loraf_train.continual import Continual
-from loraf_train.data import TaskData
-from loraf_train.metrics import MEAN
+from loraf_train.data.examples import TaskData
+from loraf_train.grading.builtin import MEAN
+from loraf_train.scoring import continual
+from loraf_train.scoring.continual import Continual
+from loraf_train.settings.config import TaskConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from loraf.checkpoint import Checkpoint
-    from loraf_train.evaluate import Score
+    from loraf_train.scoring.evaluate import Score
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,13 @@ def complete(
         the new scores.
     """
     from loraf.delta import Merger
-    from loraf_train import processes, sharding
-    from loraf_train.evaluate import score
+    from loraf_train.adapter import sharding
+    from loraf_train.processes import group
+    from loraf_train.scoring.evaluate import score
 
     divided = sharding.is_sharded(model)
     if divided:
-        processes.wait()  # the first may be storing scores still
+        group.wait()  # the first may be storing scores still
     cells = missing(read_manifest(checkpoint.path) if divided else checkpoint.manifest, data, tasks)
     if not cells:
         return []
@@ -116,7 +117,7 @@ def complete(
                     found += score(model, tokenizer, settings[cell.task], evaluation, task_set, advance)
     finally:
         merger.merge(TaskSet())
-    if not processes.is_first():
+    if not group.is_first():
         return found
     for name in dict.fromkeys(s.task for s in found):
         new = [s.entry() for s in found if s.task == name]
@@ -148,7 +149,7 @@ def stored(manifest: Manifest) -> list[Score]:
     Raises:
         CorruptCheckpoint: an entry is not of the form that `Score.entry` writes.
     """
-    from loraf_train.evaluate import Score
+    from loraf_train.scoring.evaluate import Score
 
     found = []
     for task in manifest.tasks:
@@ -178,7 +179,7 @@ def summary(manifest: Manifest, scores: Iterable[Score]) -> Continual | None:
 
     None: fewer than two tasks, a cell that was not measured, or a metric that is better when lower.
     """
-    from loraf_train.evaluate import higher_is_better
+    from loraf_train.scoring.evaluate import higher_is_better
 
     found = headlines(scores)
     names = manifest.task_names

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from loraf import manifest
 from loraf.errors import ConfigError, LorafError, Problem
 from loraf.manifest import Manifest
-from loraf_train import config as configs
-from loraf_train import launcher, trackers
-from loraf_train.config import RunConfig
-from loraf_train.data import TaskData, load_all
-from loraf_train.report import quiet_libraries
+from loraf_train.data.examples import TaskData, load_all
+from loraf_train.processes import launcher
+from loraf_train.settings import config as configs
+from loraf_train.settings.config import RunConfig
+from loraf_train.terminal.tables import quiet_libraries
+from loraf_train.trainer import trackers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -117,11 +118,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _model(config: RunConfig, problems: list[Problem]) -> tuple[ModelFacts | None, PreTrainedTokenizerBase | None]:
-    from loraf import base
+    from loraf import base_model
 
     file = str(config.file)
     try:
-        folder = base.resolve(config.model, config.revision, file)
+        folder = base_model.resolve(config.model, config.revision, file)
     except ConfigError as error:
         problems += error.problems
         return None, None
@@ -150,7 +151,7 @@ def model_facts(folder: Path, target_modules: Sequence[str], file: str = "") -> 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loraf_train.attach import find_targets, shapes_of
+    from loraf_train.adapter.host import find_targets, shapes_of
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder)
@@ -189,7 +190,7 @@ def _existing(config: RunConfig, model: ModelFacts | None, problems: list[Proble
         problems += error.problems
         return None
     if model is not None:
-        from loraf_train.recorded import conflicts
+        from loraf_train.sequence.provenance import conflicts
 
         problems += conflicts(config, found, model.folder, model.modules)
     return found
@@ -197,7 +198,7 @@ def _existing(config: RunConfig, model: ModelFacts | None, problems: list[Proble
 
 def capacity(config: RunConfig, model: ModelFacts, existing: Manifest | None) -> list[Problem]:
     """Tasks that find too few free positions in some module, or none at all."""
-    from loraf_train.masks import Wish, shortage
+    from loraf_train.adapter.masks import Wish, shortage
 
     if existing is not None and existing.modules.keys() != model.modules.keys():
         return []  # reported already

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loraf import base
+from loraf import base_model
 from loraf.errors import BaseMismatch, ConfigError, Problem
 from loraf.manifest import Manifest, Task
-from loraf_train.config import CalibrationConfig, RunConfig, TaskConfig, TrainingConfig
+from loraf_train.settings.config import CalibrationConfig, RunConfig, TaskConfig, TrainingConfig
 
 _HOW_ONLY = {"micro_batch_size", "gradient_checkpointing", "packing", "report_to", "save_seconds"}
 _FIRST_RECIPE = "paper"  # of tasks that say none
@@ -64,7 +64,7 @@ def conflicts(
 
 def _base_differences(config: RunConfig, manifest: Manifest, folder: Path) -> list[Problem]:
     try:
-        base.require_same_base(manifest.base_model, folder, config.output)
+        base_model.require_same_base(manifest.base_model, folder, config.output)
     except BaseMismatch as mismatch:
         remedy = f"set model to {manifest.base_model.name}, or {_ANOTHER_OUTPUT}"
         return [dataclasses.replace(problem, remedy=remedy) for problem in mismatch.problems]

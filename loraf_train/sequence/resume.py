@@ -30,12 +30,13 @@ from loraf import strict_json, task_file
 from loraf.checkpoint import unwritable, write_durably
 from loraf.errors import CheckpointError, Problem
 from loraf.manifest import StoredFile
-from loraf_train import loop, processes
-from loraf_train.recorded import differences, said
+from loraf_train.processes import group
 from loraf_train.sealed import seal, unseal
+from loraf_train.sequence.provenance import differences, said
+from loraf_train.trainer import loop
 
 if TYPE_CHECKING:
-    from loraf_train.data import Example
+    from loraf_train.data.examples import Example
 
 FOLDER = ".resume"
 CALIBRATION, TRAINING = "calibration", "training"
@@ -124,7 +125,7 @@ class Keeper:
         self.notes: list[str] = []
         digest = self._find()
         self._masks = self.state.masks if self.state else None
-        if not processes.agree(int(digest[:15], 16), device):
+        if not group.agree(int(digest[:15], 16), device):
             message = "the processes of this run do not find the same state of the task"
             remedy = "give all of them the same folder; or delete it, and the task starts anew"
             raise CheckpointError(Problem(message, file=str(self._folder), remedy=remedy))
@@ -168,11 +169,11 @@ class Keeper:
         self.keep(None)
 
     def is_due(self) -> bool:
-        return processes.is_first() and time.monotonic() - self._saved >= self._seconds
+        return group.is_first() and time.monotonic() - self._saved >= self._seconds
 
     def keep(self, snapshot: loop.Snapshot | None) -> None:
         """Writes a state; the ones before the last go. Raises CheckpointError where the disk refuses."""
-        if not processes.is_first():
+        if not group.is_first():
             return
         try:
             number = max(_numbers(self._folder, any_file=True), default=0) + 1
@@ -215,7 +216,7 @@ class _Journal(loop.Journal):
 
     def after_step(self, step: int, steps: int, snapshot: Callable[[], loop.Snapshot]) -> None:
         # Calibration's end is kept as the positions it has chosen.
-        over = step == steps and self._phase == TRAINING and processes.is_first()
+        over = step == steps and self._phase == TRAINING and group.is_first()
         if over or self._keeper.is_due():
             self._keeper.keep(snapshot())
 

@@ -6,7 +6,7 @@
         commit      its file, then the manifest
 
 It may be killed at any moment and run again: what is finished stays, and the task that was being trained goes on where
-it was (loraf_train.resume).
+it was (loraf_train.sequence.resume).
 
 A task trains on top of what earlier tasks stored (`start: previous`, Algorithm 1) or on the bare model (`start: base`);
 either way it never takes a position that another task owns.
@@ -25,19 +25,22 @@ import transformers
 from torch import nn
 
 import loraf
-from loraf import base, manifest
+from loraf import base_model, manifest
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError, Problem
-from loraf_train import launcher, loop, masks, processes, recorded, resume, sharding
-from loraf_train.adapt import adapt
-from loraf_train.attach import Host, earlier, find_targets, projections, shapes_of
-from loraf_train.calibrate import calibrate
+from loraf_train.adapter import masks, sharding
+from loraf_train.adapter.host import Host, earlier, find_targets, projections, shapes_of
+from loraf_train.processes import group, launcher
+from loraf_train.sequence import provenance, resume
+from loraf_train.sequence.calibrate import calibrate
+from loraf_train.sequence.train_task import adapt
+from loraf_train.trainer import loop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from loraf_train.config import RunConfig, TaskConfig
-    from loraf_train.data import TaskData
+    from loraf_train.data.examples import TaskData
+    from loraf_train.settings.config import RunConfig, TaskConfig
 
 Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]
 Choose = Callable[..., dict[str, torch.Tensor]]  # as `calibrate`
@@ -46,7 +49,7 @@ Choose = Callable[..., dict[str, torch.Tensor]]  # as `calibrate`
 class Observer:
     """What a run tells while it goes on. Every method does nothing; override those that matter.
 
-    Of several processes the first is told. Where the base is divided over them (loraf_train.sharding), all are told
+    Of several processes the first is told. Where the base is divided over them (adapter.sharding), all are told
     everything but steps, since any use of the model takes all of them.
     """
 
@@ -91,7 +94,7 @@ def load_model(config: RunConfig) -> Loaded:
     if refused:
         raise ConfigError(refused)
     file = str(config.file)
-    folder = base.resolve(config.model, config.revision, file)
+    folder = base_model.resolve(config.model, config.revision, file)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     half = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
@@ -118,7 +121,7 @@ def load_model(config: RunConfig) -> Loaded:
     how = launcher.sharding()
     if how is None:
         return model.to(device), tokenizer, folder
-    processes.join(device)  # only now: transformers would load nothing in all processes but the first
+    group.join(device)  # only now: transformers would load nothing in all processes but the first
     sharding.shard(model, device, how)
     return model, tokenizer, folder
 
@@ -144,18 +147,18 @@ def run(
     """
     model, tokenizer, folder = loaded or load_model(config)
     targets = find_targets(model, config.adapter.target_modules, str(config.file))
-    processes.join(model.device)
-    if observer is None or not (processes.is_first() or sharding.is_sharded(model)):
+    group.join(model.device)
+    if observer is None or not (group.is_first() or sharding.is_sharded(model)):
         observer = Observer()
     checkpoint = Checkpoint.open(config.output) if (config.output / manifest.FILE_NAME).exists() else None
-    processes.wait()  # none may write before all have looked
+    group.wait()  # none may write before all have looked
     _require_possible(config, checkpoint, folder, shapes_of(targets))
     if checkpoint is None:
-        checkpoint = processes.first_writes(
+        checkpoint = group.first_writes(
             lambda: _create(config, folder, shapes_of(targets)), lambda: Checkpoint.open(config.output)
         )
     finished = checkpoint.manifest.task_names
-    processes.first_writes(lambda: resume.tidy(config.output, finished), lambda: None)
+    group.first_writes(lambda: resume.tidy(config.output, finished), lambda: None)
     host: Host | None = None
     for task in config.tasks:
         if task.name in checkpoint.manifest.task_names:
@@ -177,7 +180,7 @@ def run(
 def _create(config: RunConfig, folder: Path, shapes: Mapping[str, tuple[int, int]]) -> Checkpoint:
     return Checkpoint.create(
         config.output,
-        base.describe(config.model, folder, config.revision),
+        base_model.describe(config.model, folder, config.revision),
         config.adapter.rank,
         shapes,
         config.seed,
@@ -190,7 +193,7 @@ def _require_possible(
 ) -> None:
     file = str(config.file)
     found = checkpoint.manifest if checkpoint else None
-    problems = recorded.conflicts(config, found, folder, shapes) if found else []
+    problems = provenance.conflicts(config, found, folder, shapes) if found else []
     if not problems:
         finished = found.task_names if found else ()
         wishes = [
@@ -250,7 +253,7 @@ def _train(
         keeper.journal(resume.TRAINING),
     )
     making = {
-        "settings": recorded.settings(config, task),
+        "settings": provenance.settings(config, task),
         "examples": len(data.train),
         "steps": outcome.steps,
         "loss": {"first": outcome.first_loss, "last": outcome.last_loss},
@@ -271,7 +274,7 @@ def _train(
         keeper.clear()
         return checkpoint
 
-    return processes.first_writes(commit, lambda: Checkpoint.open(config.output))
+    return group.first_writes(commit, lambda: Checkpoint.open(config.output))
 
 
 def _require_agreement(task: TaskConfig, chosen: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -279,14 +282,14 @@ def _require_agreement(task: TaskConfig, chosen: Mapping[str, torch.Tensor], dev
     digest = hashlib.sha256()
     for flat in chosen.values():
         digest.update(flat.numpy().tobytes())
-    if not processes.agree(int(digest.hexdigest()[:15], 16), device):
+    if not group.agree(int(digest.hexdigest()[:15], 16), device):
         message = f"task {task.name!r}: the processes of this run chose different positions"
         raise ConfigError(Problem(message, remedy="run it on processors of one kind, or in one process"))
 
 
 def _keeper(host: Host, config: RunConfig, task: TaskConfig, data: TaskData, checkpoint: Checkpoint) -> resume.Keeper:
     """What keeps the task's state, with all that its values depend on. Of the data only what is trained on counts."""
-    settings = {name: part for name, part in recorded.settings(config, task).items() if name != "data"}
+    settings = {name: part for name, part in provenance.settings(config, task).items() if name != "data"}
     around = surroundings(host.model)
     making = {
         "settings": settings,
@@ -311,7 +314,7 @@ def surroundings(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "precision": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-        "processes": processes.count(),
+        "processes": group.count(),
         "versions": {
             "loraf": loraf.__version__,
             "torch": torch.__version__,

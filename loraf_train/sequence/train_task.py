@@ -11,13 +11,13 @@ import torch
 from loraf.delta import task_scale
 from loraf.errors import ConfigError, Problem
 from loraf.sparse import SparseB
-from loraf_train import loop, trackers
-from loraf_train.attach import Host, attached
-from loraf_train.layer import Earlier, LorafLinear
+from loraf_train.adapter.host import Host, attached
+from loraf_train.adapter.layer import Earlier, LorafLinear
+from loraf_train.trainer import loop, trackers
 
 if TYPE_CHECKING:
-    from loraf_train.config import TaskConfig
-    from loraf_train.data import Example
+    from loraf_train.data.examples import Example
+    from loraf_train.settings.config import TaskConfig
 
 
 def adapt(

@@ -7,7 +7,7 @@
         lora: {rank: 64, training: {learning_rate: 1e-4}, tasks: {math: {training: {learning_rate: 5e-4}}}}
         full: {training: {learning_rate: 1e-5}}
 
-`loraf_train.config` reads it with the rest of the file, and resolves each method's settings (`RunConfig.of_method`).
+`settings.config` reads it with the rest of the file, and resolves each method's settings (`RunConfig.of_method`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from loraf_train.config_parts import CalibrationConfig, Model, Number, Source, TrainingConfig, Whole, mistake
+from loraf_train.settings.parts import CalibrationConfig, Model, Number, Source, TrainingConfig, Whole, mistake
 
 MethodName = Literal["loraf", "random-mask", "frozen-a", "lora", "full"]
 METHODS: tuple[str, ...] = ("loraf", "random-mask", "frozen-a", "lora", "full")

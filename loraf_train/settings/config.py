@@ -16,10 +16,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateA
 
 from loraf.errors import ConfigError, Problem
 from loraf.tasksets import name_problem
-from loraf_train import config_errors, own_metric, yaml_file
-from loraf_train.compare.settings import CompareConfig, MethodSettings, TaskSettings, contradictions
-from loraf_train.config_parts import CalibrationConfig, Model, Number, Source, TrainingConfig, Whole, mistake
-from loraf_train.metrics import DEFAULT_NEW_TOKENS, MEAN
+from loraf_train.grading import custom
+from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS, MEAN
+from loraf_train.settings import problems as config_errors
+from loraf_train.settings import yaml_file
+from loraf_train.settings.comparison import CompareConfig, MethodSettings, TaskSettings, contradictions
+from loraf_train.settings.parts import CalibrationConfig, Model, Number, Source, TrainingConfig, Whole, mistake
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GENERIC_NAMES = frozenset({"train", "test", "dev", "eval", "valid", "validation", "evaluation", "data"})
@@ -49,7 +51,7 @@ def _template(text: str) -> str:
 
 
 def _metric(name: str) -> str:
-    if name not in DEFAULT_NEW_TOKENS and not own_metric.is_name(name):
+    if name not in DEFAULT_NEW_TOKENS and not custom.is_name(name):
         raise mistake(f"{name!r} is not known", "")
     return name
 
@@ -107,7 +109,7 @@ class DataConfig(Model):
     """A task's records and how they become text.
 
     Attributes:
-        prompt, completion: templates over a record's fields; None: by the records' form (see `loraf_train.data`).
+        prompt, completion: templates over a record's fields; None: by the records' form (see `data.examples`).
         limit, eval_limit: take only so many records of all training files, of each evaluation set, after a shuffle
             seeded by the run's seed.
     """
@@ -151,7 +153,7 @@ class TaskConfig(Model):
     metric: Metric = "exact_match"
     start: Start = "previous"
     max_new_tokens: int | None = None
-    grade: own_metric.Grade | None = None
+    grade: custom.Grade | None = None
     recipe: Recipe = "paper"
 
 
@@ -192,7 +194,7 @@ class _TaskEntry(Model):
     metric: Metric = Field("exact_match", description="exact_match, gsm8k, choice, loss, or your own module:function")
     start: Start | None = Field(None, description="previous or base")
     max_new_tokens: Whole | None = Field(None, ge=1, description="a whole number from 1")
-    _grade: own_metric.Grade | None = PrivateAttr(None)
+    _grade: custom.Grade | None = PrivateAttr(None)
 
 
 class _RunEntry(Model):
@@ -221,7 +223,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: every mistake that the file alone shows; what needs the model or the records is
-            `loraf_train.preflight`'s.
+            `loraf_train.sequence.preflight`'s.
     """
     config, problems = draft(path, overrides)
     if problems or config is None:
@@ -309,7 +311,7 @@ def _with_metric(entry: _TaskEntry | None, recipe: Recipe) -> _TaskEntry | None:
     """The entry with the recipe's metric, where it names none."""
     if entry is None or recipe == "paper" or "metric" in entry.model_fields_set:
         return entry
-    from loraf_train import lori
+    from loraf_train.data import lori
 
     metric = lori.metric_of(entry.data.train[0])
     return entry if metric is None else entry.model_copy(update={"metric": metric})
@@ -339,6 +341,6 @@ def _import_metrics(reader: config_errors.Reader, tasks: list[tuple[int, _TaskEn
     for i, entry in tasks:
         if entry is not None and entry.metric not in DEFAULT_NEW_TOKENS:
             try:
-                entry._grade = own_metric.find(entry.metric, folder)
-            except own_metric.MetricFault as fault:
+                entry._grade = custom.find(entry.metric, folder)
+            except custom.MetricFault as fault:
                 reader.add(("tasks", i, "metric"), fault.message, fault.remedy)

@@ -64,8 +64,8 @@ class TrainingConfig(Model):
         max_length: tokens of an example, prompt, completion and end of sequence together.
         micro_batch_size: examples a process takes at once; gradient accumulation makes up the rest.
         max_steps: optimizer steps, instead of `epochs`.
-        packing: several examples in a row of up to max_length tokens, see `loraf_train.packing`.
-        report_to: trackers that are told of every step, see `loraf_train.trackers`.
+        packing: several examples in a row of up to max_length tokens, see `loraf_train.trainer.packing`.
+        report_to: trackers that are told of every step, see `loraf_train.trainer.trackers`.
         save_seconds: most time between two saves of an unfinished task, so that a killed run loses no more than that.
     """
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from loraf.errors import Problem
-from loraf_train.yaml_file import OVERRIDE, Document, Location, location_text
+from loraf_train.settings.yaml_file import OVERRIDE, Document, Location, location_text
 
 Model = TypeVar("Model", bound=BaseModel)
 

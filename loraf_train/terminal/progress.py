@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from loraf_train.report import seconds_text
+from loraf_train.terminal.tables import seconds_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
-from loraf_train.metrics import MEAN
+from loraf_train.grading.builtin import MEAN
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from loraf_train.evaluate import Score
+    from loraf_train.scoring.evaluate import Score
 
 PLAIN_WIDTH = 400  # columns of a table that goes into a file or a pipe
 NONE = "–"
@@ -61,7 +61,7 @@ def score_text(score: float, metric: str) -> str:
 
 def interval_text(score: Score) -> str:
     """The 95 % interval of a share; a mean of sets and a loss have none here."""
-    from loraf_train.metrics import wilson_interval
+    from loraf_train.grading.builtin import wilson_interval
 
     if score.metric == "loss" or score.evaluation == MEAN:
         return NONE

@@ -25,13 +25,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from loraf.errors import ConfigError, Problem
-from loraf_train import launcher, sharding, trackers
-from loraf_train.data import IGNORED
-from loraf_train.order import Filled, Order, derived_seed, split_batch
-from loraf_train.packing import PackingCollator, require_separate
+from loraf_train.adapter import sharding
+from loraf_train.data.examples import IGNORED
+from loraf_train.processes import launcher
+from loraf_train.trainer import trackers
+from loraf_train.trainer.order import Filled, Order, derived_seed, split_batch
+from loraf_train.trainer.packing import PackingCollator, require_separate
 
 if TYPE_CHECKING:
-    from loraf_train.data import Example
+    from loraf_train.data.examples import Example
 
 OnStep = Callable[[float, float, int, int], None]  # loss, learning rate, step from 1, number of steps
 
@@ -47,7 +49,7 @@ class Phase:
         micro_batch_size: most examples that a process takes at once; None: no limit.
         max_grad_norm: global norm that gradients are clipped to; 0: not clipped.
         seed: below 2³².
-        packed_length: tokens of a row that several examples share (loraf_train.packing); None: a row for each.
+        packed_length: tokens of a row that several examples share (loraf_train.trainer.packing); None: a row for each.
         tracking: trackers that are told of each step.
     """
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from loraf.errors import ConfigError, Problem
-from loraf_train.data import Example
+from loraf_train.data.examples import Example
 
 
 def derived_seed(*parts: object) -> int:

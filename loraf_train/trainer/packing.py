@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraf.errors import ConfigError, Problem
-from loraf_train.data import IGNORED
+from loraf_train.data.examples import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from loraf_train.data import Example
+    from loraf_train.data.examples import Example
 
 _TRIAL_LENGTH = 8  # tokens of each of the trial's sequences
 _LEAK = 0.1  # share of the effect of a full leak that counts as one

@@ -21,7 +21,7 @@ from loraf.errors import Problem
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from loraf_train.config import RunConfig, TaskConfig
+    from loraf_train.settings.config import RunConfig, TaskConfig
 
 RUNS = "runs"
 PROJECT = "loraf"
@@ -69,9 +69,9 @@ def tracking(task: TaskConfig, output: Path | None, phase: str) -> Tracking | No
 @contextmanager
 def opened(tracking: Tracking | None) -> Iterator[Sequence[TrainerCallback]]:
     """The callbacks of a phase's trackers; their runs are closed at the end, as failed where an exception passes."""
-    from loraf_train import processes
+    from loraf_train.processes import group
 
-    if tracking is None or not processes.is_first():
+    if tracking is None or not group.is_first():
         yield ()
         return
     makers = {"tensorboard": _tensorboard, "wandb": _wandb}

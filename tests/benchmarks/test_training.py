@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import training
 from benchmarks.training_methods import METHODS, Cell, Method, Setting
-from loraf_train.layer import LorafLinear
+from loraf_train.adapter.layer import LorafLinear
 
 SETTING = Setting("toy", torch.float32, "cpu", rank=8, sparsity=0.9, sequence=32)
 CELLS = [Cell(2, 0.0, False), Cell(2, 0.05, True)]

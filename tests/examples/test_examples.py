@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from loraf_train.config import load
+from loraf_train.settings.config import load
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,10 +14,10 @@ from accelerate.commands.config import config_args
 
 from loraf import manifest as manifests
 from loraf.manifest import positions
-from loraf_train.config import RunConfig, load
-from loraf_train.loop import split_batch
+from loraf_train.settings.config import RunConfig, load
+from loraf_train.trainer.loop import split_batch
+from tests.loraf_train.command_line import run
 from tests.records import HANDFUL, PAPER_SETS, ROOT, data_folder, lay_out, made_up
-from tests.train.commands import run
 
 EXAMPLE = ROOT / "examples" / "mistral-7b"
 # Mistral-7B: d_out of each projection, 32 layers (its config.json: hidden 4096, 8 key/value heads of 128, MLP 14336).

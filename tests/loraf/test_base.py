@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraf.base import SHORT_NAMES, describe, fingerprint, require_same_base, resolve
+from loraf.base_model import SHORT_NAMES, describe, fingerprint, require_same_base, resolve
 from loraf.errors import BaseMismatch, ConfigError
 from tests import standins
 
@@ -89,7 +89,7 @@ def test_a_name_that_leads_nowhere_names_what_there_is(name):
 
 ASK = """
 import json, sys, time
-from loraf.base import resolve
+from loraf.base_model import resolve
 from loraf.errors import ConfigError
 answers = []
 for name in json.loads(sys.argv[1]):

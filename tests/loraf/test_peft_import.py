@@ -13,7 +13,7 @@ import torch
 from loraf.errors import ConfigError
 from loraf.peft_import import CONFIG, WEIGHTS, read_peft
 from tests import standins
-from tests.train import foreign_loras
+from tests.loraf_train import foreign_loras
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.serve.vllm_engines import Pool
+    from tests.loraf_serve.vllm_engines import Pool
 
 
 @pytest.fixture(scope="session")
 def vllm_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     """vLLM engines, each started once."""
-    from tests.serve.vllm_engines import Pool
+    from tests.loraf_serve.vllm_engines import Pool
 
     pool = Pool(tmp_path_factory.mktemp("vllm"))
     yield pool

@@ -1,4 +1,4 @@
-"""A program for test_vllm_processes.py: a service in miniature. Usage: python -m tests.serve.engine_process MODEL
+"""A program for test_vllm_processes.py: a service in miniature. Usage: python -m tests.loraf_serve.engine_process MODEL
 
 It starts the slots backend, ignores SIGTERM and SIGINT as a service does that drains, answers one long base request,
 and says on standard output how far it is, one word a line. Then it waits to be killed.
@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.base import GenerationRequest, Sampling
-from loraf_serve.vllm.backend import SlotsBackend
-from tests.serve.vllm_engines import OPTIONS
+from loraf_serve.backends.backend import GenerationRequest, Sampling
+from loraf_serve.vllm.engine.backends import SlotsBackend
+from tests.loraf_serve.vllm_engines import OPTIONS
 
 
 async def main(model: Path) -> None:

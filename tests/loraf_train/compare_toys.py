@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from loraf import base
-from loraf_train import sequence
+from loraf import base_model
 from loraf_train.compare.general import general_text
 from loraf_train.compare.protocols import Comparison
-from loraf_train.preflight import survey
+from loraf_train.sequence import runner
+from loraf_train.sequence.preflight import survey
 
 FILE = """
 model: base
@@ -74,8 +74,8 @@ def comparison(
         seeds=seeds,
         data=prepared.data,
         general=general_text(config.compare.general, prepared.tokenizer, prepared.model.context),
-        loaded=loaded or sequence.load_model(config),
-        base=base.fingerprint(prepared.model.folder),
+        loaded=loaded or runner.load_model(config),
+        base=base_model.fingerprint(prepared.model.folder),
         out=folder / "out",
         part=lambda name: lambda done, total, note="": None,
         say=(said if said is not None else []).append,

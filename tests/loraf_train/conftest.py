@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from loraf_train.cli import main
+from tests.loraf_train.command_line import TASKS, write_data
 from tests.standins import make_model
-from tests.train.commands import TASKS, write_data
 
 # A shared machine may be slow at any moment; the same examples every time.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraf_train import sequence
-from loraf_train.config import RunConfig
-from tests.train import toys
+from loraf_train.sequence import runner
+from loraf_train.settings.config import RunConfig
+from tests.loraf_train import toys
 
 NAMES = ("one", "two")
 STEPS = 6
@@ -16,7 +16,7 @@ class Stopped(Exception):
     """The end of a process, as far as one test can have it without one."""
 
 
-class Stopper(sequence.Observer):
+class Stopper(runner.Observer):
     """Notes what it hears, and stops the run at an event, for example `("two", "step 4")`.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Kills `loraf-train run` with SIGKILL at seeded random moments, starts it again, and compares every byte at the end.
 
-    python -m tests.train.kill_runs --kills 50 --seed 0
+    python -m tests.loraf_train.kill_runs --kills 50 --seed 0
 
 A third of the moments are drawn from the time that an undisturbed run takes, a third from the system calls with which
 it writes (before, in the middle of and after each of them), a third from those of its commits, of which each takes a
@@ -26,9 +26,9 @@ import time
 from pathlib import Path
 
 from tests.loraf.crash_steps import stopped_at
+from tests.loraf_train.command_line import write_data
+from tests.loraf_train.interruptions import contents
 from tests.standins import make_model
-from tests.train.commands import write_data
-from tests.train.interruptions import contents
 
 TASKS = """
 model: base

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from loraf import manifest as manifests
 from loraf.checkpoint import Checkpoint
-from loraf_train import command_eval
 from loraf_train.cli import main
-from loraf_train.progress import Progress
+from loraf_train.commands import eval
+from loraf_train.terminal.progress import Progress
+from tests.loraf_train.command_line import TASKS, THIRD, digests, run, words
 from tests.standins import make_model
-from tests.train.commands import TASKS, THIRD, digests, run, words
 
 # --- the shell -------------------------------------------------------------------------------------------------------
 
@@ -77,10 +77,10 @@ def test_interrupts_exit_130_and_faults_are_not_hidden(capsys, monkeypatch, tmp_
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(command_eval, "prepare", interrupted)
+    monkeypatch.setattr(eval, "prepare", interrupted)
     status, _, err = run(capsys, "eval", "tasks.yaml")
     assert status == 130 and "interrupted" in err
-    monkeypatch.setattr(command_eval, "prepare", broken)
+    monkeypatch.setattr(eval, "prepare", broken)
     with pytest.raises(ZeroDivisionError):  # Python prints the traceback and exits with 1
         main(["eval", "tasks.yaml"])
 

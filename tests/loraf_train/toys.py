@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import Templates
 from loraf.sparse import SparseB
-from loraf_train import loop
-from loraf_train.attach import Host, find_targets, projections, shapes_of
-from loraf_train.config import (
+from loraf_train.adapter.host import Host, find_targets, projections, shapes_of
+from loraf_train.data.examples import Example, TaskData
+from loraf_train.settings.config import (
     AdapterConfig,
     CalibrationConfig,
     DataConfig,
@@ -24,7 +24,7 @@ from loraf_train.config import (
     TaskConfig,
     TrainingConfig,
 )
-from loraf_train.data import Example, TaskData
+from loraf_train.trainer import loop
 from tests import standins
 
 PAD = 0

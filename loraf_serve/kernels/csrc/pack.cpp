@@ -13,7 +13,7 @@
 
 using namespace loraf;
 
-// The same structures are written in loraf_serve/kernels/native.py.
+// The same structures are written in loraf_serve/kernels/cpu_kernel.py.
 struct TaskSource {
     const void* rows;
     const void* cols;

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from loraf.errors import ConfigError, Problem
-from loraf_serve.backends.base import BackendUnavailable
-from loraf_serve.vllm.admission import SlotAdmission
-from loraf_serve.vllm.engine import LoraRequests, VllmBackend
+from loraf_serve.backends.backend import BackendUnavailable
+from loraf_serve.vllm.engine.slot_queue import SlotAdmission
+from loraf_serve.vllm.engine.support import can_serve
+from loraf_serve.vllm.engine.vllm_backend import LoraRequests, VllmBackend
 from loraf_serve.vllm.resident.compiling import KEEP, keep_compile
-from loraf_serve.vllm.support import can_serve
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,7 +35,7 @@ class SlotsBackend(VllmBackend):
         self._admission = SlotAdmission(0)  # the engine says how many slots there are
 
     def _engine_args(self) -> AsyncEngineArgs:
-        from loraf_serve.vllm.options import slots_args
+        from loraf_serve.vllm.engine.options import slots_args
 
         return slots_args(self._model_folder, self._engine_options, self._max_rank, self._reserve)
 
@@ -67,7 +67,7 @@ class ResidentBackend(VllmBackend):
         return {KEEP: "1"}
 
     def _engine_args(self) -> AsyncEngineArgs:
-        from loraf_serve.vllm.options import resident_args
+        from loraf_serve.vllm.engine.options import resident_args
 
         keep_compile()
         return resident_args(self._model_folder, self._engine_options, self._reserve)

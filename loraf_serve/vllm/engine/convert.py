@@ -10,7 +10,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from loraf.errors import LorafError, Problem
-from loraf_serve.backends.base import ChoiceDelta, Output, PositionLogprobs, Sampling, TokenLogprob
+from loraf_serve.backends.backend import ChoiceDelta, Output, PositionLogprobs, Sampling, TokenLogprob
 
 
 def sampling_params(sampling: Sampling) -> SamplingParams:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 
-from loraf_serve.vllm.plugin import ENGINE_OWNER
+from loraf_serve.vllm.naming import ENGINE_OWNER
 
 
 def quiet() -> None:

@@ -16,10 +16,9 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from loraf.errors import ConfigError, Problem
+from loraf_serve.vllm.naming import RESIDENT_EXTENSION, SLOTS_EXTENSION
 
 DEFAULT_SLOTS = 4
-SLOTS_EXTENSION = "loraf_serve.vllm.extension.WorkerExtension"
-RESIDENT_EXTENSION = "loraf_serve.vllm.resident.extension.WorkerExtension"
 _WHERE = "vLLM's options"
 _REMEDY = "see vLLM's documentation of its engine arguments"
 _GIB = 1 << 30

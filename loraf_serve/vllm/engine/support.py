@@ -6,7 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from loraf_serve.vllm.environment import quiet
+from loraf_serve.vllm.engine.environment import quiet
 
 
 def can_serve(model_folder: Path) -> str | None:

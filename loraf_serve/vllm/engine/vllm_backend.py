@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from loraf.errors import ConfigError, Problem, UnknownTask
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.base import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
-from loraf_serve.vllm import remote
-from loraf_serve.vllm.environment import engine_environment
+from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
+from loraf_serve.vllm.engine.environment import engine_environment
+from loraf_serve.vllm.engine.support import can_serve
 from loraf_serve.vllm.naming import lora_path, parse_lora_path
-from loraf_serve.vllm.store import raise_error
-from loraf_serve.vllm.support import can_serve
+from loraf_serve.vllm.worker import remote
+from loraf_serve.vllm.worker.store import raise_error
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -96,7 +96,7 @@ class VllmBackend(Backend):
             from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            from loraf_serve.vllm.options import refused
+            from loraf_serve.vllm.engine.options import refused
 
             args = self._engine_args()
             try:
@@ -179,7 +179,7 @@ class VllmBackend(Backend):
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        from loraf_serve.vllm import convert
+        from loraf_serve.vllm.engine import convert
 
         engine = self._running()
         request_id = _new_request_id()  # the caller's may come twice

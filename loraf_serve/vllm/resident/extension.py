@@ -1,4 +1,4 @@
-"""What an engine of the resident backend adds to vLLM's worker class; see `loraf_serve.vllm.extension`."""
+"""What an engine of the resident backend adds to vLLM's worker class; see `loraf_serve.vllm.slots.extension`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import functools
 
 import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
 
-from loraf_serve.vllm import waiting
-from loraf_serve.vllm.remote import CORES, RemoteCalls
 from loraf_serve.vllm.resident.manager import ResidentLoRAManager
+from loraf_serve.vllm.worker import waiting
+from loraf_serve.vllm.worker.remote import CORES, RemoteCalls
 
 
 class WorkerExtension(RemoteCalls):

@@ -22,13 +22,13 @@ from loraf.sparse import SparseB
 from loraf.stream import Stream
 from loraf.tasksets import TaskSet
 from loraf_serve import kernels
-from loraf_serve.backends.base import SelfCheckFailed
-from loraf_serve.vllm import targets
+from loraf_serve.backends.backend import SelfCheckFailed
 from loraf_serve.vllm.naming import parse_lora_path
 from loraf_serve.vllm.resident import parts, selfcheck
 from loraf_serve.vllm.resident.layers import ResidentLayer, from_layer
 from loraf_serve.vllm.resident.rows import Row, StepRows
-from loraf_serve.vllm.worker import CheckpointLoRAManager, LinearOnlyModelManager
+from loraf_serve.vllm.worker import targets
+from loraf_serve.vllm.worker.manager import CheckpointLoRAManager, LinearOnlyModelManager
 
 if TYPE_CHECKING:
     from loraf_serve.vllm.resident.gpu import Gpu

@@ -13,7 +13,7 @@ import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
 
-from loraf_serve.vllm import targets
+from loraf_serve.vllm.worker import targets
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import functools
 import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
 from vllm.platforms import current_platform
 
-from loraf_serve.vllm import punica_cpu, waiting
-from loraf_serve.vllm.remote import CORES, RemoteCalls
-from loraf_serve.vllm.worker import SlotsLoRAManager
+from loraf_serve.vllm.slots import punica_cpu
+from loraf_serve.vllm.slots.manager import SlotsLoRAManager
+from loraf_serve.vllm.worker import waiting
+from loraf_serve.vllm.worker.remote import CORES, RemoteCalls
 
 
 class WorkerExtension(RemoteCalls):

@@ -17,11 +17,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraf import base, manifest
+from loraf import base_model, manifest
 from loraf.errors import CheckpointError, ConfigError, LorafError, Problem
 from loraf.manifest import FILE_NAME, Manifest
 from loraf.tasksets import TaskSet
-from loraf_serve.registry import AdapterSpec, open_adapter
+from loraf_serve.adapters.registry import AdapterSpec, open_adapter
 from loraf_serve.vllm.naming import SCHEME
 
 ALLOW_OTHER_BASE = "LORAF_ALLOW_OTHER_BASE"  # the variable that stands for loraf-serve's --allow-other-base
@@ -126,7 +126,7 @@ class StockCheckpoints:
             known.require_unchanged()
             return known
         try:
-            folder = base.resolve(self._model, self._revision, field="the served model")
+            folder = base_model.resolve(self._model, self._revision, field="the served model")
             opened = open_adapter(AdapterSpec(name, "", name), folder, os.environ.get(ALLOW_OTHER_BASE) == "1")
         except LorafError as error:
             raise in_these_words(error, name) from None

@@ -15,11 +15,12 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
+from loraf_serve.vllm.naming import STOCK_EXTENSION
+
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-EXTENSION = "loraf_serve.vllm.stock_worker.WorkerExtension"
 _logger = logging.getLogger(f"vllm.{__name__}")
 
 
@@ -57,8 +58,8 @@ def prepare(engine_args: EngineArgs, usage_context: UsageContext | None) -> None
         return
     from vllm.entrypoints.launchers.api_server import app_state
 
-    from loraf_serve.vllm.stock_models import TaskSetModels
+    from loraf_serve.vllm.stock.models import TaskSetModels
 
     app_state.OpenAIServingModels = TaskSetModels
     if not engine_args.worker_extension_cls:
-        engine_args.worker_extension_cls = EXTENSION
+        engine_args.worker_extension_cls = STOCK_EXTENSION

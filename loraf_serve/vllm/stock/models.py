@@ -22,10 +22,9 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
-from loraf_serve.vllm import relied_on, remote
-from loraf_serve.vllm.naming import lora_path
-from loraf_serve.vllm.stock import EXTENSION
-from loraf_serve.vllm.stock_checkpoints import (
+from loraf_serve.vllm import relied_on
+from loraf_serve.vllm.naming import STOCK_EXTENSION, lora_path
+from loraf_serve.vllm.stock.checkpoints import (
     EVERY_TASK,
     Source,
     StockCheckpoints,
@@ -33,7 +32,8 @@ from loraf_serve.vllm.stock_checkpoints import (
     read_set,
     split_path,
 )
-from loraf_serve.vllm.store import raise_error
+from loraf_serve.vllm.worker import remote
+from loraf_serve.vllm.worker.store import raise_error
 
 logger = init_logger(f"vllm.{__name__}")  # below `vllm`, whose handlers print
 
@@ -174,7 +174,7 @@ class TaskSetModels(OpenAIServingModels):
         problems = []
         if config.lora_config is None:
             problems.append(Problem("LoRA is off", "--enable-lora", remedy="start the server with it"))
-        elif parallel.worker_extension_cls != EXTENSION:
+        elif parallel.worker_extension_cls != STOCK_EXTENSION:
             message = "LoRAF brings its own worker extension"
             problems.append(Problem(message, "--worker-extension-cls", remedy=_ALONE))
         for name in ("pipeline_parallel_size", "data_parallel_size"):

@@ -1,7 +1,7 @@
 """What the workers of a stock `vllm serve --enable-lora` get: LoRAF checkpoints in memory, beside vLLM's own adapters.
 
-vLLM imports this module in every worker of such a server (see `loraf_serve.vllm.stock`). As long as no LoRAF checkpoint
-is named, a worker does what it would do without it.
+vLLM imports this module in every worker of such a server (see `loraf_serve.vllm.stock.install`). As long as no LoRAF
+checkpoint is named, a worker does what it would do without it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from loraf_serve.vllm import waiting
 from loraf_serve.vllm.naming import parse_lora_path
-from loraf_serve.vllm.punica_cpu import GroupedPunicaWrapperCPU
-from loraf_serve.vllm.remote import CORES, RemoteCalls
-from loraf_serve.vllm.worker import SlotsLoRAManager
+from loraf_serve.vllm.slots.manager import SlotsLoRAManager
+from loraf_serve.vllm.slots.punica_cpu import GroupedPunicaWrapperCPU
+from loraf_serve.vllm.worker import waiting
+from loraf_serve.vllm.worker.remote import CORES, RemoteCalls
 
 
 class StockPunicaWrapperCPU(GroupedPunicaWrapperCPU):

@@ -7,9 +7,9 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from loraf_serve.vllm.notice import Notice
-from loraf_serve.vllm.plugin import ENGINE_OWNER
-from loraf_serve.vllm.waiting import pause_until
+from loraf_serve.vllm.naming import ENGINE_OWNER
+from loraf_serve.vllm.worker.notice import Notice
+from loraf_serve.vllm.worker.waiting import pause_until
 
 _ASK_SECONDS = 5.0  # a worker that cannot give notice, or has died, is found out by asking
 

@@ -17,10 +17,10 @@ from typing import Any, Generic, TypeVar
 
 from loraf.described import Described
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, Problem, UnknownTask
-from loraf_serve.backends.base import SelfCheckFailed
-from loraf_serve.memory import give_back
-from loraf_serve.priority import step_back
-from loraf_serve.vllm.notice import give
+from loraf_serve.adapters.memory import give_back
+from loraf_serve.adapters.priority import step_back
+from loraf_serve.backends.backend import SelfCheckFailed
+from loraf_serve.vllm.worker.notice import give
 
 C = TypeVar("C", bound=Described)
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class CheckpointStore(Generic[C, T]):
         """Starts to read a checkpoint, unless it is there or being read. `state` tells the outcome.
 
         Args:
-            notice: see `loraf_serve.vllm.notice`; given when there is an outcome.
+            notice: see `loraf_serve.vllm.worker.notice`; given when there is an outcome.
 
         Returns:
             The load, done when there is an outcome.

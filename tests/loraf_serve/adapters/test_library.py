@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from loraf import manifest
 from loraf.errors import BaseMismatch, Problem, UnknownTask
 from loraf.manifest import Templates
-from loraf_serve.adapter_root import AdapterRoot
-from loraf_serve.backends.base import BackendUnavailable
+from loraf_serve.adapters.library import Library
+from loraf_serve.adapters.registry import Registry, open_folder
+from loraf_serve.adapters.root import AdapterRoot
+from loraf_serve.backends.backend import BackendUnavailable
 from loraf_serve.errors import LoadingOff, NameTaken
-from loraf_serve.library import Library
-from loraf_serve.registry import Registry, open_folder
-from tests.serve.fake_backend import FakeBackend
-from tests.serve.harness import checkpoint_folder, model_folder, on_a_loop
-from tests.serve.library_stand import CONTENTS, FIRST, SECOND, digest, library, quiet, until
+from tests.loraf_serve.fake_backend import FakeBackend
+from tests.loraf_serve.harness import checkpoint_folder, model_folder, on_a_loop
+from tests.loraf_serve.library_stand import CONTENTS, FIRST, SECOND, digest, library, quiet, until
 
 # --- versions
 

@@ -9,11 +9,11 @@ import tracemalloc
 import pytest
 
 from loraf.checkpoint import Checkpoint
+from loraf_serve.adapters.registry import Registry, open_folder
 from loraf_serve.errors import AdapterMemoryFull
-from loraf_serve.registry import Registry, open_folder
-from tests.serve.fake_backend import FakeBackend
-from tests.serve.harness import checkpoint_folder, model_folder, on_a_loop
-from tests.serve.library_stand import FIRST, SECOND, THIRD, digest, file_bytes, library, quiet
+from tests.loraf_serve.fake_backend import FakeBackend
+from tests.loraf_serve.harness import checkpoint_folder, model_folder, on_a_loop
+from tests.loraf_serve.library_stand import FIRST, SECOND, THIRD, digest, file_bytes, library, quiet
 
 
 @on_a_loop

@@ -15,13 +15,13 @@ from loraf import manifest
 from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, Problem
 from loraf_serve import client_cli
-from loraf_serve.backends.base import BackendUnavailable, ServedAdapter
+from loraf_serve.adapters.registry import Registry
+from loraf_serve.backends.backend import BackendUnavailable, ServedAdapter
 from loraf_serve.client import ServiceError
-from loraf_serve.registry import Registry
 from loraf_serve.v1 import adapter_pb2
-from tests.serve.asking import ask, ask_stream, failure, violations
-from tests.serve.fake_backend import FakeBackend, expected_text
-from tests.serve.harness import (
+from tests.loraf_serve.asking import ask, ask_stream, failure, violations
+from tests.loraf_serve.fake_backend import FakeBackend, expected_text
+from tests.loraf_serve.harness import (
     checkpoint_folder,
     checkpoints_root,
     eventually,
@@ -238,8 +238,8 @@ def test_a_checkpoint_that_cannot_be_served_has_its_status_and_changes_nothing(
 
 
 def test_another_base_is_loaded_where_the_server_was_told_so(tmp_path, monkeypatch):
-    from loraf_serve.adapter_root import AdapterRoot
-    from tests.serve import harness
+    from loraf_serve.adapters.root import AdapterRoot
+    from tests.loraf_serve import harness
 
     other = make_model("mistral", tmp_path / "other", seed=1)
     monkeypatch.setattr(harness, "AdapterRoot", lambda root, _: AdapterRoot(root, other, allow_other_base=True))

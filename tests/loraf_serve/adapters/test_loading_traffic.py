@@ -17,17 +17,17 @@ import pytest
 import torch
 
 from loraf.tasksets import TaskSet
-from loraf_serve import service
-from loraf_serve.adapter_root import AdapterRoot
+from loraf_serve.adapters.registry import Registry, open_folder
+from loraf_serve.adapters.root import AdapterRoot
 from loraf_serve.backends.merged import MergedBackend
 from loraf_serve.client import ServiceError, request_of
-from loraf_serve.registry import Registry, open_folder
+from loraf_serve.service import services
 from loraf_serve.v1 import adapter_pb2
 from loraf_serve.v1 import generation_pb2 as pb
-from tests.serve.fake_backend import FakeBackend, text_of
-from tests.serve.harness import Running, checkpoint_folder, checkpoints_root, eventually, model_folder, serving
-from tests.serve.library_stand import check_history
-from tests.serve.references import Merged
+from tests.loraf_serve.fake_backend import FakeBackend, text_of
+from tests.loraf_serve.harness import Running, checkpoint_folder, checkpoints_root, eventually, model_folder, serving
+from tests.loraf_serve.library_stand import check_history
+from tests.loraf_serve.references import Merged
 
 CONTENTS = (("ckpt0", ()), ("ckpt1", ()), ("ckpt0", ("math",)), ("ckpt1", ("math", "code")))
 NAMES = ("a", "b")
@@ -178,7 +178,7 @@ def test_the_latest_call_keeps_no_adapter_when_it_is_refused(opened, refused):
 
 
 def test_the_latest_call_keeps_no_adapter_when_the_backend_fails(opened, monkeypatch):
-    monkeypatch.setattr(service.log, "disabled", True)  # pytest keeps the exceptions that are logged
+    monkeypatch.setattr(services.log, "disabled", True)  # pytest keeps the exceptions that are logged
     checkpoint_folder(0)
     backend = FakeBackend()
     backend.failure_after = RuntimeError("in the middle of an answer")

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, UnknownTask
-from loraf_serve import registry
-from loraf_serve.adapter_root import AdapterRoot, path_problem
+from loraf_serve.adapters import registry
+from loraf_serve.adapters.root import AdapterRoot, path_problem
 from loraf_serve.errors import InvalidRequest
-from tests.serve.harness import checkpoint_folder, model_folder
+from tests.loraf_serve.harness import checkpoint_folder, model_folder
 from tests.standins import make_model
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from loraf.tasksets import TaskSet
 from loraf_serve.backends import decoding
 from loraf_serve.backends.answers import Answer, ModelFacts
-from loraf_serve.backends.base import GenerationRequest, Sampling
+from loraf_serve.backends.backend import GenerationRequest, Sampling
 from loraf_serve.backends.decoding import Batch, Forward, Prefill
 from loraf_serve.backends.detokenize import StopTexts, TextStream, token_text
 from loraf_serve.backends.sampler import Sampler, rank_of

@@ -9,10 +9,10 @@ import pytest
 
 from loraf.errors import Problem
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.base import GenerationRequest, Sampling, SelfCheckFailed
+from loraf_serve.backends.backend import GenerationRequest, Sampling, SelfCheckFailed
 from loraf_serve.backends.fallback import Fallback
-from tests.serve.fake_backend import FakeBackend
-from tests.serve.harness import two_adapters
+from tests.loraf_serve.fake_backend import FakeBackend
+from tests.loraf_serve.harness import two_adapters
 
 NUMBERS = itertools.count()
 WRONG = SelfCheckFailed(Problem("adds 1 where ΔW gives 2", "model.layers.0.mlp.down_proj"))

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.base import GenerationRequest, Sampling
+from loraf_serve.backends.backend import GenerationRequest, Sampling
 from loraf_serve.backends.decoding import Forward
 from loraf_serve.backends.mailbox import joined
 from loraf_serve.backends.merged import MergedBackend
-from tests.serve.merged_stand import GREEDY, PROMPTS, SETS, Stand, only
+from tests.loraf_serve.merged_stand import GREEDY, PROMPTS, SETS, Stand, only
 from tests.standins import ARCHITECTURES, linear_shapes
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.serve.merged_stand import GREEDY, SETS, Stand, only, served
+from tests.loraf_serve.merged_stand import GREEDY, SETS, Stand, only, served
 from tests.standins import linear_shapes, random_checkpoint
 
 

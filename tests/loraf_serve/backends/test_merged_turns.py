@@ -11,18 +11,18 @@ import threading
 import pytest
 import torch
 
-from loraf.base import describe
+from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.delta import OriginalWeights
 from loraf.errors import BaseMismatch, ConfigError
 from loraf.tasksets import TaskSet
 from loraf_serve.backends import turns
-from loraf_serve.backends.base import BackendUnavailable, ChoiceDelta, GenerationRequest, Output
+from loraf_serve.backends.backend import BackendUnavailable, ChoiceDelta, GenerationRequest, Output
 from loraf_serve.backends.decoding import Forward
 from loraf_serve.backends.mailbox import Mailbox
 from loraf_serve.backends.merged import MergedBackend
 from loraf_serve.backends.sampler import Sampler
-from tests.serve.merged_stand import GREEDY, PROMPTS, SETS, Stand, only, served
+from tests.loraf_serve.merged_stand import GREEDY, PROMPTS, SETS, Stand, only, served
 from tests.standins import random_values
 
 

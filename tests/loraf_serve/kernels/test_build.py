@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LIBRARIES = ("loraf/_native.so", "loraf_serve/kernels/_cpu.so")
 
 # Writes its arguments down and a file where one is asked for. What LACKS names, it does not know.

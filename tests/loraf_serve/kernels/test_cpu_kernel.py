@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraf_serve.kernels import Part, Rows, library, prepare
-from loraf_serve.kernels.native import NativeOperand
-from tests.serve.kernel_cases import (
+from loraf_serve.kernels import Part, Rows, cpu_library, prepare
+from loraf_serve.kernels.cpu_kernel import NativeOperand
+from tests.loraf_serve.kernel_cases import (
     COMPILER,
     DTYPES,
     Case,
@@ -28,14 +28,14 @@ from tests.serve.kernel_cases import (
     random_b,
 )
 
-SOURCES = Path(library.__file__).parent / "csrc"
+SOURCES = Path(cpu_library.__file__).parent / "csrc"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 VARIANTS = ("plain", "avx2", "avx512", "avx512bf16")
 EMULATED = "avx512bf16, emulated"
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory) -> library.Library:
+def emulated(tmp_path_factory) -> cpu_library.Library:
     """The library with the AVX-512-BF16 variant as it is, but VDPBF16PS spelt out, so that AVX-512 runs it."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
@@ -56,24 +56,24 @@ def emulated(tmp_path_factory) -> library.Library:
             assert run.returncode == 0, run.stderr
     target = folder / "_emulated.so"
     subprocess.run([COMPILER, "-shared", *objects, "-o", target], check=True, timeout=60)
-    return library.load(target)
+    return cpu_library.load(target)
 
 
 @pytest.fixture(scope="session", params=[*VARIANTS, EMULATED])
-def built_variant(request) -> tuple[library.Library, str]:
+def built_variant(request) -> tuple[cpu_library.Library, str]:
     """A library and the name of one of its variants that this processor runs."""
     if request.param == EMULATED:
         built, variant = request.getfixturevalue("emulated"), "avx512bf16"
     else:
-        if COMPILER is None and library.why_not_native():
+        if COMPILER is None and cpu_library.why_not_native():
             pytest.skip("no C++ compiler, so no native kernel")
-        built, variant = library.load(), request.param
+        built, variant = cpu_library.load(), request.param
     if variant in built.variants:
         return built, variant
     pytest.skip(f"this processor lacks {variant}" if variant in built.lacking else f"not compiled for {variant}")
 
 
-def result(case: Case, built_variant: tuple[library.Library, str]) -> torch.Tensor:
+def result(case: Case, built_variant: tuple[cpu_library.Library, str]) -> torch.Tensor:
     y = case.fresh_y()
     NativeOperand(case.parts, *built_variant).add_delta(y, case.x, case.rows)
     return y
@@ -81,7 +81,7 @@ def result(case: Case, built_variant: tuple[library.Library, str]) -> torch.Tens
 
 @needs_compiler
 def test_where_there_is_a_compiler_the_kernel_is_there():
-    assert library.why_not_native() is None
+    assert cpu_library.why_not_native() is None
 
 
 @needs_native
@@ -92,7 +92,7 @@ def test_the_best_variant_is_taken():
         for name, flag in zip(VARIANTS, ("", "avx2", "avx512bw", "avx512_bf16"), strict=True)
         if flag in [*flags, ""]
     ]
-    assert [*library.load().variants] == present
+    assert [*cpu_library.load().variants] == present
     assert prepare(make_case(0).parts).variant == present[-1]
 
 
@@ -196,7 +196,7 @@ def test_operands_used_from_several_python_threads_at_once():
         make_case(seed, shapes=((8 * seed + 8, 300 + seed),), d_in=64 * seed + 1, n=4 * seed + 1) for seed in range(6)
     ]
     operands = [prepare(case.parts, "native") for case in several]
-    expected = [result(case, (library.load(), operands[0].variant)) for case in several]
+    expected = [result(case, (cpu_library.load(), operands[0].variant)) for case in several]
     wrong = []
 
     def work(i: int) -> None:
@@ -219,34 +219,34 @@ def test_operands_used_from_several_python_threads_at_once():
 
 
 def test_a_library_that_is_not_there(tmp_path):
-    with pytest.raises(library.NotUsable, match="was not built: install again with a C\\+\\+ compiler"):
-        library.load(tmp_path / "_cpu.so")
+    with pytest.raises(cpu_library.NotUsable, match="was not built: install again with a C\\+\\+ compiler"):
+        cpu_library.load(tmp_path / "_cpu.so")
 
 
 def test_a_file_that_is_no_library(tmp_path):
     path = tmp_path / "_cpu.so"
     path.write_bytes(b"not a library")
-    with pytest.raises(library.NotUsable, match="cannot be loaded"):
-        library.load(path)
+    with pytest.raises(cpu_library.NotUsable, match="cannot be loaded"):
+        cpu_library.load(path)
 
 
 @needs_compiler
 def test_a_library_of_other_sources(tmp_path):
     source, path = tmp_path / "other.cpp", tmp_path / "_cpu.so"
     source.write_text(
-        f'extern "C" int loraf_kernels_interface() {{ return {library.INTERFACE + 1}; }}\n', encoding="utf-8"
+        f'extern "C" int loraf_kernels_interface() {{ return {cpu_library.INTERFACE + 1}; }}\n', encoding="utf-8"
     )
     subprocess.run([COMPILER, "-shared", "-fPIC", source, "-o", path], check=True, timeout=60)
-    with pytest.raises(library.NotUsable, match="was built from other sources"):
-        library.load(path)
+    with pytest.raises(cpu_library.NotUsable, match="was built from other sources"):
+        cpu_library.load(path)
 
 
 def test_without_the_library_auto_is_torch_and_says_why(monkeypatch, tmp_path):
     from loraf_serve import kernels
 
     missing = tmp_path / "_cpu.so"
-    load = library.load
-    monkeypatch.setattr(library, "load", lambda: load(missing))
+    load = cpu_library.load
+    monkeypatch.setattr(cpu_library, "load", lambda: load(missing))
     assert "was not built" in kernels.why_not_native()
     assert kernels.fastest() == "torch"
     assert type(prepare(make_case(0).parts)) is kernels.KERNELS["torch"]
@@ -266,7 +266,7 @@ def test_threads_are_shared_with_torch():
 
     In a process of its own: other tests' libraries may bring a runtime along.
     """
-    program = "from loraf_serve.kernels import library; library.load(); print(open('/proc/self/maps').read())"
+    program = "from loraf_serve.kernels import cpu_library; cpu_library.load(); print(open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     names = ("libgomp", "libiomp", "libomp")
     runtimes = {line.split()[-1] for line in done.stdout.splitlines() if any(name in line for name in names)}

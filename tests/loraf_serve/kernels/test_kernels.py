@@ -12,8 +12,8 @@ from hypothesis import given, settings
 
 from loraf_serve import kernels
 from loraf_serve.kernels import KERNELS, Part, Rows, prepare
-from loraf_serve.kernels.library import why_not_native
-from tests.serve.kernel_cases import (
+from loraf_serve.kernels.cpu_library import why_not_native
+from tests.loraf_serve.kernel_cases import (
     DTYPES,
     Case,
     assert_rest_untouched,
@@ -118,7 +118,7 @@ import sys
 import psutil
 import torch
 from loraf_serve.kernels import prepare
-from tests.serve.kernel_cases import make_case
+from tests.loraf_serve.kernel_cases import make_case
 
 def resident():
     return psutil.Process().memory_info().rss

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 
-from loraf_serve.kernels.native import NativeOperand
-from tests.serve.kernel_cases import Case, cases, make_case, needs_native, numbers
+from loraf_serve.kernels.cpu_kernel import NativeOperand
+from tests.loraf_serve.kernel_cases import Case, cases, make_case, needs_native, numbers
 
 pytestmark = needs_native
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraf_serve.kernels import Rows
-from tests.serve.kernel_cases import Case, assert_rest_untouched, cases, disjoint_bs, make_case
-from tests.serve.kernel_cases import assert_right as assert_within
+from tests.loraf_serve.kernel_cases import Case, assert_rest_untouched, cases, disjoint_bs, make_case
+from tests.loraf_serve.kernel_cases import assert_right as assert_within
 
 triton_kernel = pytest.importorskip("loraf_serve.kernels.triton_kernel", reason="Triton is not installed")
 device_rows = pytest.importorskip("loraf_serve.kernels.device_rows", reason="Triton is not installed")

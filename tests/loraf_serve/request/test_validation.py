@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraf.errors import UnknownTask
-from loraf_serve import prompts, sampling
-from loraf_serve.backends.base import GenerationRequest, Sampling
+from loraf_serve.adapters.registry import Registry
+from loraf_serve.backends.backend import GenerationRequest, Sampling
 from loraf_serve.client import request_of
 from loraf_serve.errors import DigestMismatch, InvalidRequest
-from loraf_serve.registry import Registry
+from loraf_serve.request import prompts, sampling
+from loraf_serve.request.validation import Validator
 from loraf_serve.v1 import generation_pb2 as pb
-from loraf_serve.validation import Validator
-from tests.serve.fake_backend import FakeBackend
-from tests.serve.harness import VOCAB_SIZE, one_adapter, two_adapters
+from tests.loraf_serve.fake_backend import FakeBackend
+from tests.loraf_serve.harness import VOCAB_SIZE, one_adapter, two_adapters
 from tests.standins import byte_tokenizer
 
 TRIO = ("math", "nlu", "code")

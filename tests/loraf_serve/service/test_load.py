@@ -12,11 +12,11 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from loraf_serve.admission import Admission
-from loraf_serve.backends.base import BackendUnavailable
-from tests.serve.asking import ask, ask_stream, failure
-from tests.serve.fake_backend import FakeBackend, expected_text
-from tests.serve.harness import eventually, serving
+from loraf_serve.backends.backend import BackendUnavailable
+from loraf_serve.service.admission import Admission
+from tests.loraf_serve.asking import ask, ask_stream, failure
+from tests.loraf_serve.fake_backend import FakeBackend, expected_text
+from tests.loraf_serve.harness import eventually, serving
 
 CODES = grpc.StatusCode
 

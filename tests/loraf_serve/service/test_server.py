@@ -17,13 +17,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from loraf.errors import ConfigError
-from loraf_serve import server
+from loraf_serve.adapters.registry import Registry
 from loraf_serve.client import Client, ServiceError, request_of
-from loraf_serve.options import ServerOptions, is_loopback
-from loraf_serve.registry import Registry
+from loraf_serve.service import server
+from loraf_serve.service.options import ServerOptions, is_loopback
 from loraf_serve.v1 import generation_pb2 as pb
-from tests.serve.fake_backend import GONE, FakeBackend, expected_text
-from tests.serve.harness import eventually, serving
+from tests.loraf_serve.fake_backend import GONE, FakeBackend, expected_text
+from tests.loraf_serve.harness import eventually, serving
 
 CODES = grpc.StatusCode
 NAMES = ("", "loraf.v1.GenerationService", "loraf.v1.AdapterService")

@@ -13,9 +13,9 @@ import pytest
 from loraf.errors import CorruptCheckpoint, LorafError, Problem
 from loraf_serve.v1 import adapter_pb2
 from loraf_serve.v1 import generation_pb2 as pb
-from tests.serve.asking import ask, ask_stream, failure, metadata_bytes, violations
-from tests.serve.fake_backend import GONE, FakeBackend, expected_text
-from tests.serve.harness import checkpoint_folder, eventually, one_adapter, serving, two_adapters
+from tests.loraf_serve.asking import ask, ask_stream, failure, metadata_bytes, violations
+from tests.loraf_serve.fake_backend import GONE, FakeBackend, expected_text
+from tests.loraf_serve.harness import checkpoint_folder, eventually, one_adapter, serving, two_adapters
 
 CODES = grpc.StatusCode
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from loraf.base import describe
+from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, UnknownTask
-from loraf_serve.vllm.backend import SlotsBackend
-from tests.serve.references import Merged
-from tests.serve.vllm_engines import SLOTS, Engine, Pool, open_adapter, random_prompt, shared
+from loraf_serve.vllm.engine.backends import SlotsBackend
+from tests.loraf_serve.references import Merged
+from tests.loraf_serve.vllm_engines import SLOTS, Engine, Pool, open_adapter, random_prompt, shared
 from tests.standins import linear_shapes, make_model, random_checkpoint, random_values
 
 pytestmark = shared("mistral")
@@ -117,8 +117,8 @@ def test_several_answers_and_seeds(engine: Engine) -> None:
 
 
 def test_every_sampling_field_reaches_vllm() -> None:
-    from loraf_serve.backends.base import Sampling
-    from loraf_serve.vllm.convert import sampling_params
+    from loraf_serve.backends.backend import Sampling
+    from loraf_serve.vllm.engine.convert import sampling_params
 
     given = Sampling(
         max_tokens=7, min_tokens=3, temperature=0.7, top_p=0.8, top_k=5, min_p=0.1, seed=9, stop=("x", "y"),

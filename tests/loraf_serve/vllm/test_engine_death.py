@@ -7,8 +7,8 @@ import asyncio
 import psutil
 import pytest
 
-from loraf_serve.backends.base import BackendUnavailable
-from tests.serve.vllm_engines import Engine, Pool, random_prompt, shared
+from loraf_serve.backends.backend import BackendUnavailable
+from tests.loraf_serve.vllm_engines import Engine, Pool, random_prompt, shared
 
 PROMPT = random_prompt(10, seed=90)
 

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from tests.serve.references import Formula, Merged
-from tests.serve.vllm_engines import BLOCK, KINDS, SLOTS, Engine, Pool, random_prompt, shared
+from tests.loraf_serve.references import Formula, Merged
+from tests.loraf_serve.vllm_engines import BLOCK, KINDS, SLOTS, Engine, Pool, random_prompt, shared
 from tests.standins import ARCHITECTURES, linear_shapes
 
 # Each task, all, as trained (nlu stands on math), weights among them, base.

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loraf_serve.vllm import plugin
-from loraf_serve.vllm.environment import engine_environment
+from loraf_serve.vllm import naming, plugin
+from loraf_serve.vllm.engine.environment import engine_environment
 from tests.standins import make_model
 
 
@@ -30,7 +30,7 @@ def until(condition: Callable[[], bool], seconds: float) -> bool:
 def test_a_group_signal_leaves_the_engine_alone_and_no_process_outlives_the_service(tmp_path: Path) -> None:
     model = make_model("mistral", tmp_path / "model")
     service = subprocess.Popen(
-        [sys.executable, "-m", "tests.serve.engine_process", str(model)],
+        [sys.executable, "-m", "tests.loraf_serve.engine_process", str(model)],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -64,9 +64,9 @@ def test_the_plugin_does_nothing_outside_an_engines_processes(monkeypatch: pytes
 
     monkeypatch.setattr(os, "setpgid", forbidden)
     monkeypatch.setattr("threading.Thread", forbidden)
-    monkeypatch.delenv(plugin.ENGINE_OWNER, raising=False)
+    monkeypatch.delenv(naming.ENGINE_OWNER, raising=False)
     if owner is not None:
-        monkeypatch.setenv(plugin.ENGINE_OWNER, owner)
+        monkeypatch.setenv(naming.ENGINE_OWNER, owner)
     plugin.register()
 
 
@@ -84,5 +84,5 @@ def test_the_environment_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with engine_environment():
         assert os.environ["HF_HUB_OFFLINE"] == "1" and os.environ["VLLM_NO_USAGE_STATS"] == "1"
         assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
-        assert os.environ[plugin.ENGINE_OWNER] == str(os.getpid())
+        assert os.environ[naming.ENGINE_OWNER] == str(os.getpid())
     assert dict(os.environ) == before

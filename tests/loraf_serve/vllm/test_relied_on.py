@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loraf_serve.vllm import relied_on
-from loraf_serve.vllm.backend import can_serve
+from loraf_serve.vllm.engine.backends import can_serve
 
 FACTS = dict(relied_on.facts()) | dict(relied_on.resident_facts())
 
@@ -30,7 +30,7 @@ def test_a_fact_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_fact_of_resident_that_fails_leaves_slots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from vllm.lora import model_manager
 
-    from loraf_serve.vllm.support import can_serve_resident
+    from loraf_serve.vllm.engine.support import can_serve_resident
 
     (tmp_path / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
     assert can_serve_resident(tmp_path) is None

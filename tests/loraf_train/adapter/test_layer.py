@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 from loraf.sparse import SparseB
-from loraf_train import layer as layers
-from loraf_train.layer import Earlier, LorafLinear, keep_mask
+from loraf_train.adapter import layer as layers
+from loraf_train.adapter.layer import Earlier, LorafLinear, keep_mask
 
 D_IN, D_OUT, RANK, SCALE = 20, 14, 6, 1.75
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import BaseModel, positions
 from loraf.sparse import SparseB
-from loraf_train.masks import Wish, feasible, fitting_sparsity, shortage, top_k
+from loraf_train.adapter.masks import Wish, feasible, fitting_sparsity, shortage, top_k
 from tests.standins import random_values
 
 TIES = st.lists(st.integers(-3, 3), min_size=1, max_size=60)

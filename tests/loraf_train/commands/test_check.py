@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.loraf_train.command_line import TASKS, digests, run
+from tests.loraf_train.small_tokenizers import chatml_tokenizer
 from tests.standins import make_model
-from tests.train.commands import TASKS, digests, run
-from tests.train.small_tokenizers import chatml_tokenizer
 
 HEAD = TASKS[: TASKS.index("tasks:")]
 PLAIN = {"prompt": "ab=", "completion": "AB"}

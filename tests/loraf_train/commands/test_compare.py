@@ -14,15 +14,17 @@ import pytest
 import yaml
 
 from loraf.errors import ConfigError
-from loraf_train import command_compare, compare, report
+from loraf_train import compare
+from loraf_train.commands import compare as command_compare
 from loraf_train.compare import results as files
-from loraf_train.compare.settings import METHODS
-from loraf_train.config import load
+from loraf_train.settings.comparison import METHODS
+from loraf_train.settings.config import load
+from loraf_train.terminal import tables as report
+from tests.loraf_train.command_line import run
+from tests.loraf_train.compare_toys import FILE, SHORT, write_data
 from tests.standins import make_model
-from tests.train.commands import run
-from tests.train.compare_toys import FILE, SHORT, write_data
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraf import manifest as manifests
 from loraf.projection import projection
+from tests.loraf_train.command_line import run, words
 from tests.standins import make_model, random_checkpoint
-from tests.train.commands import run, words
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from loraf.delta import Merger, combined_b, delta_weight
 from loraf.manifest import Templates
 from loraf.peft_import import CONFIG, WEIGHTS
 from loraf.tasksets import TaskSet
-from loraf_train.command_import import LARGEST_ERROR
+from loraf_train.commands.import_ import LARGEST_ERROR
 from tests import standins
-from tests.train import foreign_loras
-from tests.train.commands import digests, run
+from tests.loraf_train import foreign_loras
+from tests.loraf_train.command_line import digests, run
 
 RANK = 16  # of standins.random_checkpoint
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from loraf import manifest as manifests
 from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task
-from tests.train.commands import run, words
+from tests.loraf_train.command_line import run, words
 
 
 def big_manifest() -> Manifest:

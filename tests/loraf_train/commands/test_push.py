@@ -1,4 +1,4 @@
-"""Checkpoints to the hub and back, through the real client and a hub of our own (tests/train/fake_hub.py)."""
+"""Checkpoints to the hub and back, through the real client and a hub of our own (tests/loraf_train/fake_hub.py)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import yaml
 
 from loraf import manifest as manifests
 from loraf.checkpoint import Checkpoint
-from loraf_train import model_card
 from loraf_train.cli import main
+from loraf_train.commands import card as model_card
 from tests.loraf.small_manifests import WHOLE, a_manifest, a_task
+from tests.loraf_train import fake_hub
+from tests.loraf_train.command_line import digests, run
 from tests.standins import make_model, random_checkpoint
-from tests.train import fake_hub
-from tests.train.commands import digests, run
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_what_was_pushed_comes_back_by_its_name(ckpt, hub, capsys, stand, tmp_pa
 
 
 def test_the_server_takes_it_by_the_same_name(ckpt, hub, capsys, stand):
-    from loraf_serve.registry import open_adapter, parse_spec
+    from loraf_serve.adapters.registry import open_adapter, parse_spec
 
     assert run(capsys, "push", str(ckpt), "org/adapter")[0] == 0
     adapter = open_adapter(parse_spec("org/adapter@nlu"), stand / "model")

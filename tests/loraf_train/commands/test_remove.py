@@ -15,7 +15,7 @@ from loraf.checkpoint import Checkpoint
 from loraf.errors import CheckpointError, UnknownTask
 from tests.loraf import small_checkpoints as small
 from tests.loraf.crash_steps import stopped_at
-from tests.train.commands import TASKS, digests, run
+from tests.loraf_train.command_line import TASKS, digests, run
 
 HEAD, UPPER, TRUTH = re.split(r"(?m)^(?=  - name)", TASKS)
 NEW = """

@@ -12,10 +12,11 @@ from loraf import projection
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import positions
 from loraf.sparse import SparseB
-from loraf_train import loop, sequence
 from loraf_train.compare import methods
+from loraf_train.sequence import runner
+from loraf_train.trainer import loop
+from tests.loraf_train import toys
 from tests.standins import make_model
-from tests.train import toys
 
 MOVES = {"one": 3, "two": 50}
 SEED = 7
@@ -67,7 +68,7 @@ class Recorder(methods.Listener):
 
 def train(name: str, config, folder) -> tuple[Recorder, dict[str, torch.Tensor]]:
     """What was recorded, and the base's weights; checks that they come back."""
-    loaded = sequence.load_model(config)
+    loaded = runner.load_model(config)
     before = weights(loaded[0])
     bench = methods.Bench(loaded, {name: toys.data(move) for name, move in MOVES.items()}, folder / "scratch")
     recorder = Recorder(bench)
@@ -186,7 +187,7 @@ def test_loraf_is_this_project_s_own_sequence(model_folder, tmp_path):
     config = config_of(model_folder, tmp_path)
     recorder, _ = train("loraf", config, tmp_path)
     data = {name: toys.data(move) for name, move in MOVES.items()}
-    checkpoint = sequence.run(config, data)
+    checkpoint = runner.run(config, data)
     for name, flat in recorder.flat.items():
         stored = checkpoint.manifest.task(name)
         assert {m: t.tolist() for m, t in flat.items()} == {

@@ -17,7 +17,7 @@ from loraf.errors import ConfigError
 from loraf_train.compare import bars, maps, pictures
 from loraf_train.compare.results import BASE, Results, ScoredTask
 from loraf_train.compare.statistics import Statistics
-from tests.train import compared
+from tests.loraf_train import compared
 
 SVG = "{http://www.w3.org/2000/svg}"
 LOSS = ScoredTask("text", "loss", False, {"text": 30})
@@ -259,7 +259,7 @@ def test_every_picture_is_there_twice_a_thousand_pixels_wide(tmp_path):
 def test_the_same_results_give_the_same_bytes_whatever_was_set_before(drawn, tmp_path):
     """In another process, and here under other settings, which stay as they were."""
     code = (
-        "import sys; from pathlib import Path; from tests.train import compared\n"
+        "import sys; from pathlib import Path; from tests.loraf_train import compared\n"
         "from loraf_train.compare import pictures\n"
         "for results in (compared.single(3), compared.sequence(3)): pictures.draw(results, Path(sys.argv[1]))"
     )

@@ -17,16 +17,16 @@ import pytest
 import torch
 
 from loraf.errors import ConfigError
-from loraf_train import sequence
 from loraf_train.compare import methods, stored
 from loraf_train.compare.general import general_text
 from loraf_train.compare.meter import Meter
 from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Run
-from loraf_train.config_parts import Source
+from loraf_train.sequence import runner
+from loraf_train.settings.parts import Source
+from tests.loraf_train.compare_toys import FILE, SHORT, comparison, write_data
 from tests.standins import make_model
-from tests.train.compare_toys import FILE, SHORT, comparison, write_data
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TASKS = ("upper", "truth")
 SETS = [("upper", "upper"), ("truth", "one"), ("truth", "two")]
 ALL = tuple(methods.ALL)
@@ -107,7 +107,7 @@ def test_every_cell_of_a_sequence_is_there_with_its_count(measured):
 def test_scores_are_what_one_gets_by_hand(measured, name):
     """The method trains once more, and at each moment a plain loop answers every question."""
     made, runs = measured
-    model = sequence.load_model(made.config)[0]
+    model = runner.load_model(made.config)[0]
     bench = methods.Bench((model, *made.loaded[1:]), made.data, made.out.parent / f"by-hand-{name}")
     found, general = {}, {}
     text = made.general.examples
@@ -161,7 +161,7 @@ def test_alone_each_task_begins_at_the_base(folder):
         assert not table(run, AS_TRAINED)
         assert [d.after for d in run.drift] == [BASE, *TASKS]
     second_alone = made.config_of("full", 3).model_copy(update={"tasks": made.config.of_method("full").tasks[1:]})
-    model = sequence.load_model(made.config)[0]
+    model = runner.load_model(made.config)[0]
     held = {}
 
     class ByHand(methods.Listener):
@@ -175,7 +175,7 @@ def test_alone_each_task_begins_at_the_base(folder):
 
 def test_the_model_is_the_base_again_after_all_runs(measured):
     made, _ = measured
-    fresh = sequence.load_model(made.config)[0].state_dict()
+    fresh = runner.load_model(made.config)[0].state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in made.loaded[0].state_dict().items())
     assert not (made.out / "scratch").exists()
 
@@ -351,9 +351,9 @@ def child(rank: int, port: int, folder: Path) -> None:
     """What accelerate launch sets, and nothing else."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from loraf_train import processes
+    from loraf_train.processes import group
 
-    processes.join(torch.device("cpu"))
+    group.join(torch.device("cpu"))
     runs = comparison(folder, "sequence", TOGETHER, overrides=SHORT).runs()
     answer = [dataclasses.asdict(run) for run in runs]
     (folder / f"answer-{rank}.json").write_text(json.dumps(answer))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loraf.errors import CheckpointError, ConfigError
 from loraf_train.compare import results as files
 from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Cost, Drift, MaskShare, Results, Run, RunScore
-from tests.train import compared
+from tests.loraf_train import compared
 
 NAMES = tuple(task.name for task in compared.TASKS)
 SETS = [(task.name, name) for task in compared.TASKS for name in task.evaluations]

@@ -11,10 +11,10 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraf_train import continual
 from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Cost, Drift, Results, Run, RunScore, ScoredTask
 from loraf_train.compare.statistics import ON_ITS_DAY, Statistics, over_seeds
-from tests.train import compared
+from loraf_train.scoring import continual
+from tests.loraf_train import compared
 
 A, B, C = (ScoredTask(name, "exact_match", True, {name: 10}) for name in "abc")
 shares = st.floats(0, 1)

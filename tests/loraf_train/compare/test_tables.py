@@ -10,11 +10,11 @@ import re
 import pytest
 from rich.console import Console
 
-from loraf_train import report
 from loraf_train.compare import tables
 from loraf_train.compare.results import BASE, SO_FAR, Results, Run, RunScore, ScoredTask
 from loraf_train.compare.statistics import ON_ITS_DAY, Statistics
-from tests.train import compared
+from loraf_train.terminal import tables as report
+from tests.loraf_train import compared
 
 
 def read(text: str, title: str) -> tuple[list[str], list[list[str]]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from loraf.errors import ConfigError
-from loraf_train.config import DataConfig, EvaluationSource, Source, TaskConfig, TrainingConfig
-from loraf_train.data import IGNORED, Example, TaskData, load_task
+from loraf_train.data.examples import IGNORED, Example, TaskData, load_task
+from loraf_train.settings.config import DataConfig, EvaluationSource, Source, TaskConfig, TrainingConfig
+from tests.loraf_train import small_tokenizers as small
+from tests.loraf_train.data.test_examples import write_jsonl
 from tests.standins import byte_tokenizer
-from tests.train import small_tokenizers as small
-from tests.train.test_data import write_jsonl
 
 TURNS = [
     {"role": "system", "content": "be {brief}"},

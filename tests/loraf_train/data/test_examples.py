@@ -10,7 +10,10 @@ import pytest
 
 from loraf.errors import ConfigError
 from loraf.manifest import Templates
-from loraf_train.config import (
+from loraf_train.data.examples import TaskData, load_all, load_task
+from loraf_train.data.forms import INSTRUCTION_PROMPT
+from loraf_train.data.records import read
+from loraf_train.settings.config import (
     AdapterConfig,
     DataConfig,
     EvaluationSource,
@@ -19,12 +22,9 @@ from loraf_train.config import (
     TaskConfig,
     TrainingConfig,
 )
-from loraf_train.data import TaskData, load_all, load_task
-from loraf_train.forms import INSTRUCTION_PROMPT
-from loraf_train.records import read
 from tests.standins import byte_tokenizer
 
-RECORDS = Path(__file__).parent.parent / "fixtures" / "records"
+RECORDS = Path(__file__).parents[2] / "fixtures" / "records"
 ROWS = [
     {"question": "1+1?", "answer": "two", "note": 'a "quoted", text\nof two lines'},
     {"question": "{x} ünï 漢", "answer": "<s> no </s>", "note": ""},

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from loraf.errors import ConfigError
-from loraf_train.config import DataConfig, Source, TaskConfig, load
-from loraf_train.data import load_task
-from loraf_train.records import read
+from loraf_train.data.examples import load_task
+from loraf_train.data.records import read
+from loraf_train.settings.config import DataConfig, Source, TaskConfig, load
+from tests.loraf_train.data.test_examples import texts, write_jsonl
 from tests.standins import byte_tokenizer
-from tests.train.test_data import texts, write_jsonl
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho, «ü»"}]
 RECORDS = {

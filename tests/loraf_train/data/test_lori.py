@@ -15,15 +15,15 @@ import pytest
 import yaml
 
 from loraf.errors import ConfigError
-from loraf_train import lori
-from loraf_train.config import draft, load
-from loraf_train.data import load_task
-from loraf_train.forms import INSTRUCTION_PROMPT
-from loraf_train.metrics import is_right
+from loraf_train.data import lori
+from loraf_train.data.examples import load_task
+from loraf_train.data.forms import INSTRUCTION_PROMPT
+from loraf_train.grading.builtin import is_right
+from loraf_train.settings.config import draft, load
+from tests.loraf_train.command_line import run
 from tests.standins import byte_tokenizer
-from tests.train.commands import run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FEW = ROOT / "tests" / "fixtures" / "records"
 WHOLE = Path(os.environ.get("LORAF_TEST_DATA", ROOT.parent / "shared" / "data"))
 ALL = [

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from loraf.base import resolve
-from loraf_train.config import DataConfig, EvaluationSource, Source, TaskConfig, TrainingConfig
-from loraf_train.data import load_task
-from loraf_train.packing import PackingCollator
-from loraf_train.records import read
-from tests.train.small_tokenizers import chatml_tokenizer, merging_tokenizer, sentencepiece_tokenizer
+from loraf.base_model import resolve
+from loraf_train.data.examples import load_task
+from loraf_train.data.records import read
+from loraf_train.settings.config import DataConfig, EvaluationSource, Source, TaskConfig, TrainingConfig
+from loraf_train.trainer.packing import PackingCollator
+from tests.loraf_train.small_tokenizers import chatml_tokenizer, merging_tokenizer, sentencepiece_tokenizer
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"there are no real records in {DATA}")
 pytestmark = needs_data
 COUNTS = {  # as the folder's README counts them

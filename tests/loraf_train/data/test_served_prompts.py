@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from loraf_serve.prompts import PromptReader
+from loraf_serve.request.prompts import PromptReader
 from loraf_serve.v1 import generation_pb2 as pb
-from loraf_train.config import DataConfig, EvaluationSource, Source, TaskConfig
-from loraf_train.data import TaskData, load_task
+from loraf_train.data.examples import TaskData, load_task
+from loraf_train.settings.config import DataConfig, EvaluationSource, Source, TaskConfig
+from tests.loraf_train.data.test_examples import write_jsonl
+from tests.loraf_train.small_tokenizers import chatml_tokenizer, merging_tokenizer, sentencepiece_tokenizer
 from tests.standins import byte_tokenizer
-from tests.train.small_tokenizers import chatml_tokenizer, merging_tokenizer, sentencepiece_tokenizer
-from tests.train.test_data import write_jsonl
 
 TOKENIZERS = {
     "bytes": byte_tokenizer,

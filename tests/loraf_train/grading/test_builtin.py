@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from loraf_train.metrics import exact_match, expected_answer, first_choice, is_right, stated_number, wilson_interval
+from loraf_train.grading.builtin import (
+    exact_match,
+    expected_answer,
+    first_choice,
+    is_right,
+    stated_number,
+    wilson_interval,
+)
 
-RECORDS = Path(__file__).parent.parent / "fixtures" / "records"
+RECORDS = Path(__file__).parents[2] / "fixtures" / "records"
 
 
 @pytest.mark.parametrize(

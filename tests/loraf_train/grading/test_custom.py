@@ -15,12 +15,12 @@ import yaml
 
 from loraf.errors import ConfigError
 from loraf.tasksets import TaskSet
-from loraf_train import evaluate
-from loraf_train.config import DataConfig, Source, TaskConfig, draft
-from loraf_train.data import load_task
-from loraf_train.own_metric import MetricFault, find, graded, is_name, mean_grade
+from loraf_train.data.examples import load_task
+from loraf_train.grading.custom import MetricFault, find, graded, is_name, mean_grade
+from loraf_train.scoring import evaluate
+from loraf_train.settings.config import DataConfig, Source, TaskConfig, draft
+from tests.loraf_train.command_line import run
 from tests.standins import byte_tokenizer
-from tests.train.commands import run
 
 LENGTHS = """
 from collections.abc import Mapping
@@ -187,7 +187,7 @@ def test_every_answer_is_graded_with_its_own_record(tmp_path, monkeypatch):
 
 def test_a_function_that_fails_on_a_right_answer_fails_before_training(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"data.jsonl: record 1: the metric fails on it \(KeyError: 'absent', test_own"
+        ConfigError, match=r"data.jsonl: record 1: the metric fails on it \(KeyError: 'absent', test_custom"
     ):
         evaluation(tmp_path, lambda answer, record: record["absent"], RECORDS)
     with pytest.raises(ConfigError, match=r"record 1: the metric gives None for it → let it return True, False or a"):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraf.peft_import import Factors
-from loraf_train.fitting import Geometry, Lengths, fit, lengths
+from loraf_train.importing.fitting import Geometry, Lengths, fit, lengths
 
 SEEDS = st.integers(0, 10**6)
 

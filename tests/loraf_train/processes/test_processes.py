@@ -21,22 +21,26 @@ import torch
 
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError
-from loraf_train import launcher, loop, order, processes, resume, scores, sequence, sharding
-from loraf_train.config import RunConfig
-from loraf_train.preflight import survey
+from loraf_train.adapter import sharding
+from loraf_train.processes import group, launcher
+from loraf_train.scoring import table
+from loraf_train.sequence import resume, runner
+from loraf_train.sequence.preflight import survey
+from loraf_train.settings.config import RunConfig
+from loraf_train.trainer import loop, order
+from tests.loraf_train import toys
+from tests.loraf_train.command_line import TASKS, run, write_data
+from tests.loraf_train.interruptions import Stopped, Stopper
 from tests.standins import make_model
-from tests.train import toys
-from tests.train.commands import TASKS, run, write_data
-from tests.train.interruptions import Stopped, Stopper
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 WHOLE = FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
 KINDS = {"ddp": {}, "fsdp": FSDP, "fsdp-whole": WHOLE, "stopped": FSDP, "differing": {}}
 WITHIN = {"rtol": 0.0, "atol": 1e-5}
 
 
-class Counter(sequence.Observer):
+class Counter(runner.Observer):
     def __init__(self):
         self.losses = []
 
@@ -66,10 +70,10 @@ def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | KINDS[kind]
     found: dict[str, list] = {"masks": [], "values": [], "divided": []}
-    adapt = sequence.adapt
+    adapt = runner.adapt
 
     def calibrated(host, *rest, **parts):
-        chosen = sequence.calibrate(host, *rest, **parts)
+        chosen = runner.calibrate(host, *rest, **parts)
         if kind == "differing" and rank == 1:
             flat = next(iter(chosen.values()))
             flat[-1] = next(i for i in range(int(flat[-1])) if i not in flat)
@@ -85,7 +89,7 @@ def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> 
         found["values"].append({name: b.values.tolist() for name, b in trained.items()})
         return trained, outcome
 
-    sequence.adapt = adapted
+    runner.adapt = adapted
     if kind == "stopped":
         after_step = resume._Journal.after_step
 
@@ -97,14 +101,14 @@ def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> 
         resume._Journal.after_step = stop
     counter = Counter()
     try:
-        sequence.run(make_config(model_folder, output), DATA, counter, choose=calibrated)
+        runner.run(make_config(model_folder, output), DATA, counter, choose=calibrated)
     except Stopped:
         assert kind == "stopped"
     except ConfigError as error:
         assert kind == "differing"
         found["refused"] = [str(error)]
     output.with_name(f"{kind}-{rank}.json").write_text(json.dumps(found | {"losses": counter.losses}))
-    processes.leave()
+    group.leave()
 
 
 def launch(kind: str, model_folder: Path, output: Path) -> int:
@@ -133,7 +137,7 @@ def ran(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     counter = Counter()
-    sequence.run(make_config(model_folder, folder / "one"), DATA, counter)
+    runner.run(make_config(model_folder, folder / "one"), DATA, counter)
     (folder / "one.json").write_text(json.dumps(counter.losses))
     return folder
 
@@ -175,7 +179,7 @@ def test_another_number_of_processes_goes_on_where_two_stopped(ran, tmp_path):
     assert [len(answer["masks"]) for answer in answers(ran, "stopped")] == [1, 1]
     shutil.copytree(ran / "stopped", tmp_path / "ckpt")
     observer = Stopper()
-    sequence.run(make_config(ran / "model", tmp_path / "ckpt"), DATA, observer)
+    runner.run(make_config(ran / "model", tmp_path / "ckpt"), DATA, observer)
     assert observer.heard[:2] == [("one", "goes on after training step 3 of 4"), ("one", "step 4")]
     assert re.fullmatch(r"it goes on in another way, .* processes was 2, is 1", observer.remarks[0])
     require_same(Checkpoint.open(tmp_path / "ckpt"), Checkpoint.open(ran / "one"), **WITHIN)
@@ -220,7 +224,7 @@ def test_the_command_under_accelerate_launch(kind, trained, tmp_path):
     folder, printed = trained
     alone, together = Checkpoint.open(folder / "ckpt"), Checkpoint.open(tmp_path / "ckpt")
     require_same(together, alone, **WITHIN)
-    assert scores.stored(together.manifest) == scores.stored(alone.manifest)
+    assert table.stored(together.manifest) == table.stored(alone.manifest)
     assert done.stdout.splitlines()[-1] == printed.splitlines()[-1]
 
 
@@ -251,7 +255,7 @@ def test_what_a_launcher_asks_for_in_vain_is_refused_before_training(copied, cap
     assert re.search(f"accelerate launch: {message}", err), err
     config = toys.run_config(copied / "base", copied / "other", toys.task("one"))
     with pytest.raises(ConfigError, match=message):
-        sequence.load_model(config)
+        runner.load_model(config)
 
 
 def test_all_that_is_refused_is_told_at_once_with_the_mistakes_of_the_file(copied, monkeypatch):

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from loraf.delta import Merger
 from loraf.errors import CorruptCheckpoint
 from loraf.tasksets import TaskSet
-from loraf_train import evaluate, scores
-from loraf_train.config import DataConfig, TaskConfig
-from loraf_train.data import EvaluationExample, EvaluationSet, Example, TaskData
-from loraf_train.evaluate import Score, batches, completion_loss, generate, score
-from loraf_train.metrics import is_right
+from loraf_train.data.examples import EvaluationExample, EvaluationSet, Example, TaskData
+from loraf_train.grading.builtin import is_right
+from loraf_train.scoring import evaluate
+from loraf_train.scoring import table as scores
+from loraf_train.scoring.evaluate import Score, batches, completion_loss, generate, score
+from loraf_train.settings.config import DataConfig, TaskConfig
 from tests.standins import make_model, random_checkpoint
 
 PROMPTS = ["a", "Say something long: " + "x" * 70, "2+2=", "b" * 33, "What is true?", "cc"] * 3

@@ -11,11 +11,11 @@ from loraf.delta import Merger, combined_b, task_scale
 from loraf.errors import ConfigError
 from loraf.manifest import positions
 from loraf.tasksets import TaskSet
-from loraf_train import loop
-from loraf_train.attach import attached, earlier
-from loraf_train.calibrate import calibrate
+from loraf_train.adapter.host import attached, earlier
+from loraf_train.sequence.calibrate import calibrate
+from loraf_train.trainer import loop
+from tests.loraf_train import toys
 from tests.standins import make_model
-from tests.train import toys
 
 SEED = 3
 COUNT = 12

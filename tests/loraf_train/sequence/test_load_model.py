@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraf.errors import ConfigError
-from loraf_train import sequence
+from loraf_train.sequence import runner
+from tests.loraf_train import toys
 from tests.standins import make_model
-from tests.train import toys
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_load_model_gives_frozen_float32_on_a_cpu_and_bfloat16_where_asked(model
     for precision, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         if precision == "auto" and torch.cuda.is_available():
             continue
-        model, tokenizer, folder = sequence.load_model(config.model_copy(update={"precision": precision}))
+        model, tokenizer, folder = runner.load_model(config.model_copy(update={"precision": precision}))
         assert {p.dtype for p in model.parameters()} == {dtype} and not any(p.requires_grad for p in model.parameters())
         assert tokenizer("a")["input_ids"] and folder == model_folder and not model.training
     assert capfd.readouterr() == ("", "")
@@ -37,7 +37,7 @@ def test_a_model_without_all_of_its_weights_is_refused(model_folder, tmp_path):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     config = toys.run_config(broken, tmp_path / "ckpt", toys.task("one"))
     with pytest.raises(ConfigError, match=r"lack model.layers.1.self_attn.q_proj.weight .* complete causal"):
-        sequence.load_model(config)
+        runner.load_model(config)
     (broken / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="tasks.yaml: model: the model in .* cannot be loaded"):
-        sequence.load_model(config)
+        runner.load_model(config)

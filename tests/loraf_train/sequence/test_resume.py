@@ -14,11 +14,12 @@ import loraf
 from loraf import checkpoint as checkpoints
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CheckpointError
-from loraf_train import loop, resume, sequence
+from loraf_train.sequence import resume, runner
+from loraf_train.trainer import loop
 from tests.loraf.crash_steps import stopped_at
+from tests.loraf_train import toys
+from tests.loraf_train.interruptions import Stopped, Stopper, contents, data, run_config
 from tests.standins import make_model
-from tests.train import toys
-from tests.train.interruptions import Stopped, Stopper, contents, data, run_config
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,9 @@ def model_folder(tmp_path_factory):
 def whole(model_folder, tmp_path_factory):
     """(what is loaded once, the files of an undisturbed run that kept nothing, its observer)"""
     config = run_config(model_folder, tmp_path_factory.mktemp("whole") / "ckpt", seconds=1e6)
-    loaded = sequence.load_model(config)
+    loaded = runner.load_model(config)
     observer = Stopper()
-    sequence.run(config, data(), observer, loaded)
+    runner.run(config, data(), observer, loaded)
     return loaded, contents(config.output), observer
 
 
@@ -46,12 +47,12 @@ def alone(whole, model_folder, tmp_path_factory):
 
 def stop(config, loaded, *at: str) -> None:
     with pytest.raises(Stopped):
-        sequence.run(config, data(), Stopper(*at), loaded)
+        runner.run(config, data(), Stopper(*at), loaded)
 
 
 def go_on(config, loaded, given=None) -> Stopper:
     observer = Stopper()
-    sequence.run(config, given or data(), observer, loaded)
+    runner.run(config, given or data(), observer, loaded)
     return observer
 
 
@@ -109,7 +110,7 @@ def test_a_run_stopped_again_and_again(whole, config):
     while not finished:
         attempts += 1
         try:
-            sequence.run(config, data(), Impatient(), loaded)
+            runner.run(config, data(), Impatient(), loaded)
             finished = True
         except Stopped:
             pass
@@ -290,7 +291,7 @@ def first_of(config, loaded, given=None) -> Stopper:
     """What is told up to the second task's first step."""
     observer = Stopper("two", "calibration 1")
     with pytest.raises(Stopped):
-        sequence.run(config, given or data(), observer, loaded)
+        runner.run(config, given or data(), observer, loaded)
     return observer
 
 
@@ -315,7 +316,7 @@ def test_a_state_made_otherwise_is_not_used_and_the_reason_is_told(whole, model_
     other = config.model_copy(update={"tasks": (config.tasks[0], renamed)})
     observer = Stopper("two-b", "calibration 1")
     with pytest.raises(Stopped):
-        sequence.run(other, data() | {"two-b": data()["two"]}, observer, loaded)
+        runner.run(other, data() | {"two-b": data()["two"]}, observer, loaded)
     assert observer.remarks == ["what the interrupted training of task 'two' left is given up"]
     assert go_on(config, loaded).heard[0][1] == "goes on after training step 3 of 6"  # it was only looked at
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from loraf_train import sequence
+from loraf_train.sequence import runner
 from tests.loraf.crash_steps import stopped_at
+from tests.loraf_train.command_line import digests, run
+from tests.loraf_train.interruptions import Stopper, contents, data, run_config
 from tests.standins import make_model
-from tests.train.commands import digests, run
-from tests.train.interruptions import Stopper, contents, data, run_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run_module(*arguments: str) -> str:
@@ -36,8 +36,8 @@ _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_kills_at_random_moments():
-    """More of them: python -m tests.train.kill_runs --kills 50 --seed 0"""
-    out = run_module("tests.train.kill_runs", "--kills", "4", "--seed", "3")
+    """More of them: python -m tests.loraf_train.kill_runs --kills 50 --seed 0"""
+    out = run_module("tests.loraf_train.kill_runs", "--kills", "4", "--seed", "3")
     found = json.loads(out.splitlines()[-1])
     assert sum(found["kills"].values()) == sum(found["left"].values()) == 4
     assert found["runs"] == out.count("the same bytes") >= 1
@@ -89,7 +89,7 @@ def child(rank: int, port: int, model_folder: Path, output: Path, deadly: bool) 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = run_config(model_folder, output, names=("one",), micro_batch_size=2)
     observer = Deadly() if deadly else Stopper()
-    sequence.run(config, data(), observer)
+    runner.run(config, data(), observer)
     output.with_name(f"{output.name}-{rank}.json").write_text(json.dumps(observer.heard))
 
 

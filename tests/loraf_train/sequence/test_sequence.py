@@ -15,12 +15,12 @@ from loraf.delta import Merger
 from loraf.errors import ConfigError
 from loraf.manifest import positions
 from loraf.tasksets import TaskSet
-from loraf_train import sequence
-from loraf_train.config import AdapterConfig, Source
-from loraf_train.layer import LorafLinear
-from loraf_train.recorded import conflicts
+from loraf_train.adapter.layer import LorafLinear
+from loraf_train.sequence import runner
+from loraf_train.sequence.provenance import conflicts
+from loraf_train.settings.config import AdapterConfig, Source
+from tests.loraf_train import toys
 from tests.standins import make_model
-from tests.train import toys
 
 NAMES = ("one", "two", "three")
 MOVES = {"one": 3, "two": 50, "three": 90}
@@ -58,7 +58,7 @@ class NoTokenizer:
     pad_token_id = eos_token_id = None
 
 
-class Watcher(sequence.Observer):
+class Watcher(runner.Observer):
     """Writes down what it is told, and what the model answers at that moment."""
 
     def __init__(self):
@@ -121,10 +121,10 @@ class Finished:
 def finished(model_folder, tmp_path_factory):
     """Three tasks trained one on top of another."""
     config = toys.run_config(model_folder, tmp_path_factory.mktemp("run") / "ckpt", *tasks())
-    loaded = sequence.load_model(config)
+    loaded = runner.load_model(config)
     weights = {name: tensor.clone() for name, tensor in loaded[0].state_dict().items()}
     watcher = Watcher()
-    checkpoint = sequence.run(config, all_data(), watcher, loaded)
+    checkpoint = runner.run(config, all_data(), watcher, loaded)
     return Finished(config, checkpoint, watcher, loaded[0], weights)
 
 
@@ -209,17 +209,17 @@ def test_the_manifest_says_how_each_task_was_trained(finished):
 def test_two_runs_from_scratch_write_the_same_files_and_another_seed_others(finished, tmp_path):
     again = finished.config.model_copy(update={"output": tmp_path / "again", "tasks": finished.config.tasks[:2]})
     torch.rand(5)  # whatever was drawn before is not a cause
-    sequence.run(again, all_data())
+    runner.run(again, all_data())
     assert digests(again.output) == finished.watcher.files["two"]
     other = again.model_copy(update={"output": tmp_path / "other", "seed": 1, "tasks": again.tasks[:1]})
-    sequence.run(other, all_data())
+    runner.run(other, all_data())
     assert digests(other.output) != finished.watcher.files["one"]
 
 
 def test_a_checkpoint_goes_on_where_it_stopped(finished, tmp_path):
     """One task, then the whole file: the first is kept unread, and the rest comes out as in one go."""
     first = finished.config.model_copy(update={"output": tmp_path / "ckpt", "tasks": finished.config.tasks[:1]})
-    sequence.run(first, all_data())
+    runner.run(first, all_data())
     watcher, asked = Watcher(), []
 
     def give(task):
@@ -227,12 +227,12 @@ def test_a_checkpoint_goes_on_where_it_stopped(finished, tmp_path):
         return all_data()[task.name]
 
     whole = finished.config.model_copy(update={"output": tmp_path / "ckpt"})
-    sequence.run(whole, give, watcher)
+    runner.run(whole, give, watcher)
     assert asked == ["two", "three"] and watcher.events[:2] == ["kept one", "started two"]
     assert digests(whole.output) == digests(finished.config.output)
     manifest = (whole.output / "loraf.json").read_bytes()
     watcher = Watcher()
-    sequence.run(whole, give, watcher)
+    runner.run(whole, give, watcher)
     assert watcher.events == ["kept one", "kept two", "kept three"] and asked == ["two", "three"]
     assert (whole.output / "loraf.json").read_bytes() == manifest
 
@@ -241,9 +241,9 @@ def refused(config, finished, loaded=None) -> str:
     """The message of a run that must not touch anything."""
     before = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
     watcher = Watcher()
-    model = loaded or (finished.model, sequence.load_model(config)[1], Path(config.model))
+    model = loaded or (finished.model, runner.load_model(config)[1], Path(config.model))
     with pytest.raises(ConfigError) as error:
-        sequence.run(config, all_data(), watcher, model)
+        runner.run(config, all_data(), watcher, model)
     assert watcher.events == []
     assert {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()} == before
     return str(error.value)
@@ -290,7 +290,7 @@ def test_settings_that_do_not_decide_the_values_may_change(finished):
         moved = edited(moved, name, data={"train": (Source(file=Path(f"/elsewhere/{name}.jsonl")),)})
     watcher = Watcher()
     loaded = (finished.model, None, Path(config.model))
-    sequence.run(moved, all_data(), watcher, loaded)
+    runner.run(moved, all_data(), watcher, loaded)
     assert watcher.events == ["kept one", "kept two", "kept three"]
 
 
@@ -374,7 +374,7 @@ def test_unknown_and_odd_target_modules_are_refused_with_what_there_is(finished,
 def test_start_base_trains_on_the_bare_model_at_positions_nobody_owns(model_folder, finished, tmp_path):
     config = toys.run_config(model_folder, tmp_path / "ckpt", *tasks(start="base")[:2])
     watcher = Watcher()
-    checkpoint = sequence.run(config, all_data(), watcher, (finished.model, NoTokenizer(), model_folder))
+    checkpoint = runner.run(config, all_data(), watcher, (finished.model, NoTokenizer(), model_folder))
     assert [task.trained_with for task in checkpoint.manifest.tasks] == [(), ()]
     for module in checkpoint.manifest.modules:
         one, two = (set(checkpoint.tasks[name][module].flat.tolist()) for name in ("one", "two"))
@@ -394,7 +394,7 @@ def test_values_are_rounded_before_the_next_task_starts(finished, tmp_path):
         update={"output": tmp_path / "ckpt", "adapter": adapter, "tasks": finished.config.tasks[:2]}
     )
     watcher = Watcher()
-    exact = sequence.run(config, all_data(), watcher)
+    exact = runner.run(config, all_data(), watcher)
     for module, b in exact.tasks["one"].items():
         assert b.values.dtype == torch.float32
         rounded = finished.checkpoint.tasks["one"][module]
@@ -412,24 +412,24 @@ def test_values_beyond_the_stored_dtype_are_refused(model_folder, finished, tmp_
         adapter={"dtype": "float16"},
     )
     with pytest.raises(ConfigError, match="adapter.dtype: task 'a': values of .* are beyond float16"):
-        sequence.run(config, {"a": toys.data(3)}, None, (finished.model, NoTokenizer(), model_folder))
+        runner.run(config, {"a": toys.data(3)}, None, (finished.model, NoTokenizer(), model_folder))
     assert Checkpoint.open(config.output).manifest.tasks == ()
 
 
 def test_an_observer_that_leaves_a_merge_behind_is_noticed(model_folder, tmp_path):
-    class Careless(sequence.Observer):
+    class Careless(runner.Observer):
         def task_finished(self, checkpoint, task, model):
             Merger(model, checkpoint).merge(checkpoint.manifest.all_tasks())
 
     config = toys.run_config(model_folder, tmp_path / "ckpt", toys.task("one"))
     with pytest.raises(RuntimeError, match="left a task merged"):
-        sequence.run(config, all_data(), Careless())
+        runner.run(config, all_data(), Careless())
 
 
 def test_a_bfloat16_model_trains_with_float32_values(model_folder, tmp_path):
     config = toys.run_config(model_folder, tmp_path / "ckpt", toys.task("one"), precision="bfloat16")
     watcher = Watcher()
-    checkpoint = sequence.run(config, all_data(), watcher)
+    checkpoint = runner.run(config, all_data(), watcher)
     assert checkpoint.manifest.task("one").training["precision"] == "bfloat16"
     assert watcher.losses["one"][-1] < watcher.losses["one"][0] - 0.05
     trained, then = watcher.with_layers["one"], watcher.merged["one"]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraf.errors import ConfigError
-from loraf_train.config import (
+from loraf_train.settings.config import (
     AdapterConfig,
     CalibrationConfig,
     DataConfig,

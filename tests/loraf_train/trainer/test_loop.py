@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from loraf.errors import ConfigError
-from loraf_train import loop
-from loraf_train.attach import attached, earlier
-from loraf_train.data import Example
+from loraf_train.adapter.host import attached, earlier
+from loraf_train.data.examples import Example
+from loraf_train.trainer import loop
+from tests.loraf_train import toys
 from tests.standins import make_model
-from tests.train import toys
 
 
 @pytest.fixture(scope="module")

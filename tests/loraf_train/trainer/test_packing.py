@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError
-from loraf_train import loop, sequence
-from loraf_train.attach import attached, earlier
-from loraf_train.data import Example
-from loraf_train.packing import PackingCollator, first_fit, require_separate
+from loraf_train.adapter.host import attached, earlier
+from loraf_train.data.examples import Example
+from loraf_train.sequence import runner
+from loraf_train.trainer import loop
+from loraf_train.trainer.packing import PackingCollator, first_fit, require_separate
+from tests.loraf_train import toys
 from tests.standins import ARCHITECTURES, make_model
-from tests.train import toys
 
 ROW = 40  # tokens; the toys' examples have 7 to 15
 
@@ -175,7 +176,7 @@ def test_whole_tasks_choose_the_same_positions_and_end_in_the_same_values(folder
     for packing in (False, True):
         task = toys.task("t", training={"packing": packing, "max_length": ROW, "micro_batch_size": 4})
         config = toys.run_config(folders["qwen2"], tmp_path / f"{packing}", task, adapter={"dtype": "float32"})
-        ends.append(sequence.run(config, {"t": toys.data(7)}).tasks["t"])
+        ends.append(runner.run(config, {"t": toys.data(7)}).tasks["t"])
     for module, plain in ends[0].items():
         packed = ends[1][module]
         common = torch.isin(plain.flat, packed.flat)
@@ -190,7 +191,7 @@ def test_packed_training_in_bfloat16_stays_near_float32(folders, tmp_path):
     for precision in ("float32", "bfloat16"):
         task = toys.task("t", training={"packing": True, "max_length": ROW})
         config = toys.run_config(folders["mistral"], tmp_path / precision, task, precision=precision)
-        ends[precision] = sequence.run(config, {"t": toys.data(7)}).manifest.task("t").training
+        ends[precision] = runner.run(config, {"t": toys.data(7)}).manifest.task("t").training
     assert ends["bfloat16"]["precision"] == "bfloat16"
     for which in ("first", "last"):
         assert ends["bfloat16"]["loss"][which] == pytest.approx(ends["float32"]["loss"][which], rel=0.03)

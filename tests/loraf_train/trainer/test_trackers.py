@@ -10,13 +10,15 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loraf.checkpoint import Checkpoint
-from loraf_train import processes, sequence, trackers
+from loraf_train.processes import group
+from loraf_train.sequence import runner
+from loraf_train.trainer import trackers
+from tests.loraf_train import toys
+from tests.loraf_train.command_line import digests
 from tests.standins import make_model
-from tests.train import toys
-from tests.train.commands import digests
 
 
-class Losses(sequence.Observer):
+class Losses(runner.Observer):
     def __init__(self):
         self.found: dict[str, list[float]] = {}
         self._task = ""
@@ -41,7 +43,7 @@ def train(model_folder, output, *report_to: str, names=("one", "two"), **trainin
     tasks = [toys.task(name, sparsity=0.75, training={"report_to": report_to, **training}) for name in names]
     observer = Losses()
     data = {name: toys.data(3 + i) for i, name in enumerate(names)}
-    sequence.run(toys.run_config(model_folder, output, *tasks), data, observer)
+    runner.run(toys.run_config(model_folder, output, *tasks), data, observer)
     return observer.found
 
 
@@ -69,7 +71,7 @@ def test_tensorboard_has_a_run_for_each_phase_and_the_checkpoint_is_the_same(mod
 
 
 def test_only_the_first_process_writes(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(group, "is_first", lambda: False)
     tracking = trackers.Tracking(("tensorboard",), tmp_path, "t", "training")
     with trackers.opened(tracking) as callbacks:
         assert callbacks == ()

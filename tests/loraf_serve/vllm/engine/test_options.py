@@ -10,9 +10,9 @@ import torch
 from vllm.platforms import current_platform
 
 from loraf.errors import ConfigError
-from loraf_serve.vllm import options
-from loraf_serve.vllm.backend import ResidentBackend
-from loraf_serve.vllm.options import (
+from loraf_serve.vllm.engine import options
+from loraf_serve.vllm.engine.backends import ResidentBackend
+from loraf_serve.vllm.engine.options import (
     DEFAULT_SLOTS,
     RESIDENT_EXTENSION,
     SLOTS_EXTENSION,

@@ -10,7 +10,7 @@ from functools import wraps
 
 import pytest
 
-from loraf_serve.vllm.admission import SlotAdmission
+from loraf_serve.vllm.engine.slot_queue import SlotAdmission
 
 
 def on_a_loop(test: Callable[..., Coroutine]) -> Callable[..., None]:

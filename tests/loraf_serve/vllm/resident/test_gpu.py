@@ -12,7 +12,7 @@ import torch
 from loraf.errors import BaseMismatch
 from loraf_serve import kernels
 from loraf_serve.vllm.resident.rows import Row, StepRows
-from tests.serve.kernel_cases import disjoint_bs
+from tests.loraf_serve.kernel_cases import disjoint_bs
 
 gpu_module = pytest.importorskip("loraf_serve.vllm.resident.gpu", reason="Triton is not installed")
 

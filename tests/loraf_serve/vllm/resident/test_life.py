@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loraf_serve.backends.base import ServedAdapter
-from tests.serve.references import Merged
-from tests.serve.vllm_engines import Engine, Pool, open_adapter, random_prompt, shared
+from loraf_serve.backends.backend import ServedAdapter
+from tests.loraf_serve.references import Merged
+from tests.loraf_serve.vllm_engines import Engine, Pool, open_adapter, random_prompt, shared
 from tests.standins import random_checkpoint
 
 pytestmark = shared("mistral")

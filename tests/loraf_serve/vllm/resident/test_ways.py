@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraf_serve.backends import choice
-from loraf_serve.vllm.backend import ResidentBackend
-from tests.serve.references import Formula, Merged
-from tests.serve.vllm_engines import COMMON, Engine, Loop, random_prompt
+from loraf_serve import choose_backend
+from loraf_serve.vllm.engine.backends import ResidentBackend
+from tests.loraf_serve.references import Formula, Merged
+from tests.loraf_serve.vllm_engines import COMMON, Engine, Loop, random_prompt
 from tests.standins import make_model, random_checkpoint
 
 STEPS = 4
@@ -116,7 +116,7 @@ def test_a_wrong_kernel_is_found_at_start_and_slots_serve_instead(started, tmp_p
     said: list[str] = []
 
     def auto(folder: Path, options: tuple[str, ...], rank: int):
-        return choice.choose("auto", folder, options, rank, said.append).backend
+        return choose_backend.choose("auto", folder, options, rank, said.append).backend
 
     engine = started(auto)
     assert engine.backend.name == "slots"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.lora.layers import LoRAMapping
 
-from loraf_serve.vllm.punica_cpu import GroupedPunicaWrapperCPU, group_rows
+from loraf_serve.vllm.slots.punica_cpu import GroupedPunicaWrapperCPU, group_rows
 
 IDS = [None, 11, 12, 13]  # slot 0 is free
 

@@ -14,12 +14,12 @@ import pytest
 from loraf.checkpoint import Checkpoint
 from loraf.peft_export import export_peft
 from loraf.tasksets import TaskSet
-from tests.serve.references import Merged
-from tests.serve.stock_server import SLOTS, StockServer
-from tests.serve.vllm_engines import BLOCK, random_prompt
+from tests.loraf_serve.references import Merged
+from tests.loraf_serve.stock_server import SLOTS, StockServer
+from tests.loraf_serve.vllm_engines import BLOCK, random_prompt
 from tests.standins import make_model, random_checkpoint
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "stock-vllm" / "ask.py"
+EXAMPLE = Path(__file__).parents[4] / "examples" / "stock-vllm" / "ask.py"
 # Model → the set of ./ckpt that it is.
 MODELS = {
     "base": "base",

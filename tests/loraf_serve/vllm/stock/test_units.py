@@ -20,15 +20,16 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.usage.usage_lib import UsageContext
 
-from loraf.base import describe
+from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, SelectionError, UnknownTask
-from loraf_serve.vllm import plugin, relied_on, stock
-from loraf_serve.vllm.notice import give
-from loraf_serve.vllm.stock_checkpoints import ALLOW_OTHER_BASE, StockCheckpoints, read_set, split_path
-from loraf_serve.vllm.stock_models import TaskSetModels
-from tests.serve.test_vllm_punica import BATCHES, by_rows, random_layers
-from tests.serve.test_vllm_punica import wrapper_for as grouped_wrapper_for
+from loraf_serve.vllm import naming, plugin, relied_on
+from loraf_serve.vllm.stock import install
+from loraf_serve.vllm.stock.checkpoints import ALLOW_OTHER_BASE, StockCheckpoints, read_set, split_path
+from loraf_serve.vllm.stock.models import TaskSetModels
+from loraf_serve.vllm.worker.notice import give
+from tests.loraf_serve.vllm.slots.test_punica_cpu import BATCHES, by_rows, random_layers
+from tests.loraf_serve.vllm.slots.test_punica_cpu import wrapper_for as grouped_wrapper_for
 from tests.standins import linear_shapes, make_model, random_checkpoint, random_values
 
 FACTS = dict(relied_on.stock_facts())
@@ -180,7 +181,7 @@ class FakeEngine:
     """
 
     def __init__(self, refusal: dict | None = None, **parallel: object):
-        config = {"worker_extension_cls": stock.EXTENSION, "pipeline_parallel_size": 1, "data_parallel_size": 1}
+        config = {"worker_extension_cls": naming.STOCK_EXTENSION, "pipeline_parallel_size": 1, "data_parallel_size": 1}
         self.model_config = SimpleNamespace(model="./model", revision=None, max_model_len=600)
         self.vllm_config = SimpleNamespace(
             model_config=self.model_config,
@@ -332,26 +333,29 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_a_server_with_lora_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     for lora, usage in ((False, SERVER), (True, UsageContext.LLM_CLASS), (True, UsageContext.ENGINE_CONTEXT)):
         args = SimpleNamespace(enable_lora=lora, worker_extension_cls="")
-        stock.prepare(args, usage)
+        install.prepare(args, usage)
         assert (args.worker_extension_cls, app_state.OpenAIServingModels) == ("", OpenAIServingModels)
     with monkeypatch.context() as other_release:
         other_release.setattr("vllm.__version__", "0.99.0")
         args = SimpleNamespace(enable_lora=True, worker_extension_cls="")
-        stock.prepare(args, SERVER)
+        install.prepare(args, SERVER)
         assert (args.worker_extension_cls, app_state.OpenAIServingModels) == ("", OpenAIServingModels)
     for own in ("", "mine.Extension"):
         args = SimpleNamespace(enable_lora=True, worker_extension_cls=own)
-        stock.prepare(args, SERVER)
-        assert (args.worker_extension_cls, app_state.OpenAIServingModels) == (own or stock.EXTENSION, TaskSetModels)
+        install.prepare(args, SERVER)
+        assert (args.worker_extension_cls, app_state.OpenAIServingModels) == (
+            own or naming.STOCK_EXTENSION,
+            TaskSetModels,
+        )
 
 
 @pytest.mark.usefixtures("untouched")
 def test_the_plugin_acts_once_and_not_in_loraf_serve_s_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     way = arg_utils.EngineArgs.create_engine_config
-    monkeypatch.setenv(plugin.ENGINE_OWNER, "1")
+    monkeypatch.setenv(naming.ENGINE_OWNER, "1")
     plugin.register()
     assert arg_utils.EngineArgs.create_engine_config is way
-    monkeypatch.delenv(plugin.ENGINE_OWNER)
+    monkeypatch.delenv(naming.ENGINE_OWNER)
     with monkeypatch.context() as elsewhere:  # a process that makes no configuration
         elsewhere.delitem(sys.modules, "vllm.engine.arg_utils")
         plugin.register()
@@ -364,7 +368,7 @@ def test_the_plugin_acts_once_and_not_in_loraf_serve_s_processes(monkeypatch: py
 
 
 def test_products_on_the_cpu_are_vllm_s_own_until_a_checkpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraf_serve.vllm.stock_worker import StockPunicaWrapperCPU
+    from loraf_serve.vllm.stock.worker import StockPunicaWrapperCPU
 
     ids, slices = BATCHES["last slot beside base"], (16,)
     a, b = random_layers(slices)

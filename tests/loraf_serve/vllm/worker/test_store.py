@@ -15,9 +15,9 @@ import pytest
 from loraf import manifest
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CorruptCheckpoint
-from loraf_serve.vllm.notice import Notice, give
-from loraf_serve.vllm.store import CheckpointStore, raise_error
-from tests.serve.harness import checkpoint_folder, eventually
+from loraf_serve.vllm.worker.notice import Notice, give
+from loraf_serve.vllm.worker.store import CheckpointStore, raise_error
+from tests.loraf_serve.harness import checkpoint_folder, eventually
 
 
 class Stand:

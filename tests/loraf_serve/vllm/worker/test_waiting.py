@@ -9,7 +9,7 @@ import pytest
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
-from loraf_serve.vllm import waiting
+from loraf_serve.vllm.worker import waiting
 
 
 @pytest.fixture

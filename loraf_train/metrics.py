@@ -1,0 +1,27 @@
+"""The built-in metrics under their public name; they are defined in `loraf_train.grading.builtin`."""
+
+from loraf_train.grading.builtin import (
+    DEFAULT_NEW_TOKENS,
+    LOWER_IS_BETTER,
+    MEAN,
+    OWN_METRIC_NEW_TOKENS,
+    exact_match,
+    expected_answer,
+    first_choice,
+    is_right,
+    stated_number,
+    wilson_interval,
+)
+
+__all__ = [
+    "DEFAULT_NEW_TOKENS",
+    "LOWER_IS_BETTER",
+    "MEAN",
+    "OWN_METRIC_NEW_TOKENS",
+    "exact_match",
+    "expected_answer",
+    "first_choice",
+    "is_right",
+    "stated_number",
+    "wilson_interval",
+]
