@@ -1,7 +1,7 @@
-"""The engines that benchmarks/serving.py compares, each behind the same few calls.
+"""The engines that benchmarks/serving.py compares, behind one interface.
 
-plain       vLLM as it comes, no LoRA
-stock       vLLM's own LoRA; the task sets exported to PEFT
+plain               vLLM without LoRA
+stock               vLLM's own LoRA, with the task sets exported to PEFT
 slots, resident     this project's backends
 """
 
@@ -28,7 +28,7 @@ Prompt = Sequence[int]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one answer: until its first token, between later ones, until its end."""
+    """Seconds of one response: until its first token, between tokens, until its end."""
 
     first: float
     between: tuple[float, ...]
@@ -53,31 +53,31 @@ class Engine(ABC):
 
     @abstractmethod
     def pieces(self, checkpoint: str, task_set: str, prompt: Prompt, tokens: int) -> AsyncIterator[int]:
-        """Numbers of new tokens, as they come."""
+        """Yields the numbers of new tokens as they arrive."""
 
     async def ask(self, checkpoint: str, sets: Sequence[str], prompts: Sequence[Prompt], tokens: int) -> list[Timing]:
-        """All requests at once."""
+        """Sends all requests at once."""
         return await asyncio.gather(
             *(self._one(checkpoint, text, prompt, tokens) for text, prompt in zip(sets, prompts, strict=True))
         )
 
     async def _one(self, checkpoint: str, task_set: str, prompt: Prompt, tokens: int) -> Timing:
         begin = time.perf_counter()
-        times, got = [], 0
+        times, received = [], 0
         async for new in self.pieces(checkpoint, task_set, prompt, tokens):
             if new:
                 times.append(time.perf_counter())
-            got += new
-        if got != tokens:
-            raise RuntimeError(f"{self.name}: {got} tokens instead of {tokens}")
+            received += new
+        if received != tokens:
+            raise RuntimeError(f"{self.name}: {received} tokens instead of {tokens}")
         between = tuple(b - a for a, b in itertools.pairwise(times))
         return Timing(times[0] - begin, between, times[-1] - begin)
 
     def worker_bytes(self) -> int:
-        """Memory that the process which computes shares with no other: the largest of the engine's."""
+        """Returns the memory that the worker process does not share (USS), the largest among the engine's processes."""
         (core,) = self.engine().engine_core.resources.engine_manager.processes
-        family = [psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)]
-        return max(process.memory_full_info().uss for process in family)
+        processes = [psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)]
+        return max(process.memory_full_info().uss for process in processes)
 
     @abstractmethod
     def engine(self): ...
@@ -107,7 +107,7 @@ class Plain(Engine):
 
     def _lora(self, checkpoint: str, task_set: str):
         if task_set != "base":
-            raise ValueError(f"{self.name} serves no task set")
+            raise ValueError(f"{self.name} serves no task sets")
 
     async def pieces(self, checkpoint: str, task_set: str, prompt: Prompt, tokens: int) -> AsyncIterator[int]:
         from vllm.inputs import tokens_input
@@ -122,7 +122,11 @@ class Plain(Engine):
 
 
 class Stock(Plain):
-    """vLLM's LoRA with the sets exported to PEFT. `sets`: those that will be asked for, checkpoint → sets."""
+    """vLLM's LoRA with the task sets exported to PEFT.
+
+    Args:
+        sets: checkpoint → the task sets that requests will name.
+    """
 
     def __init__(self, *args, sets: dict[str, Sequence[str]], folder: Path):
         super().__init__(*args)

@@ -1,36 +1,36 @@
-"""What the delta adds to a decoding or prefill step on a GPU, beside vLLM's own LoRA kernels, all in one run.
+"""Measures what the delta adds to a decoding or prefill step on a GPU, compared with vLLM's own LoRA kernels.
 
-    python benchmarks/gpu.py                  # some minutes on one H100 or H200; writes results/gpu.json
+    python benchmarks/gpu.py                  # a few minutes on one H100 or H200; writes results/gpu.json
     python benchmarks/gpu.py --rows 16 --rounds 3 --out -
     python benchmarks/gpu.py --try splits=4 splits=16 expand_warps=8 --rows 16
 
-A step is the linear layers of Mistral-7B (32 layers of four fused products, 14 GB of bfloat16) on `rows` tokens, with
-what an adapter of rank 64 and sparsity 0.9 adds to each. It is captured in a CUDA graph, as vLLM does it, and what is
-measured is a replay. Attention, norms and the head are not in it, so an engine's ratio is nearer to 1.
+A step consists of the linear layers of Mistral-7B (32 layers of four fused products, 14 GB of bfloat16) on `rows`
+tokens, and what an adapter of rank 64 and sparsity 0.9 adds to each. It is captured in a CUDA graph, as in vLLM, and
+its replay is timed. Attention, norms and the head are not included, so an engine's ratio is closer to 1.
 
-    base        the products alone
-    resident    and this project's kernel: one adapter of `tasks` tasks, `sets` task sets mixed in the batch
-    beside      the same, `shrink` on a second stream beside the product
-    stock       and vLLM's kernels: each set a dense adapter in a slot of its own (needs vLLM's Python files)
+    base        only the products
+    resident    with this project's kernel: one adapter of `tasks` tasks, `sets` task sets mixed in the batch
+    beside      the same, with `shrink` on a second stream, concurrent with the product
+    stock       with vLLM's kernels: each set is a dense adapter in its own slot (needs vLLM's Python files)
 
-Before anything is timed, what each adds to a layer is compared with float64. Systems take turns, round by round; a
-ratio is taken within a round, and reported as the median over rounds with a bootstrap interval of 95 %.
+Before anything is timed, each delta is compared with float64. Systems alternate within each round. Ratios are computed
+within a round and reported as the median over rounds with a 95 % bootstrap interval.
 
-Tried and left, on one H200 (four tasks; «gate/up» is `expand` of that layer by itself, its memory out of the caches, an
-empty launch 3.5 µs included; the rest a whole step, 3 rounds):
+Tried and rejected, on one H200 (four tasks; «gate/up» is `expand` of that layer alone with cold caches, including
+3.5 µs of an empty launch; everything else is a whole step, 3 rounds):
 
-    a byte with the number of a position's owner, compared for each group of tasks: 240 registers a thread, gate/up of
-        16 rows 20 to 22 µs; a bit for each of 16 tasks (taken): 128 registers, 12 µs for one set, 15 for 16 sets
-    products that add to each other's result: Triton gives each warp the work of all, up to 1,138 bytes of spilled
-        registers a thread; products by themselves, added afterwards (taken): 16 at most
-    a weight looked up for every position: 32 addresses a thread; gate/up of 16 rows 66 to 88 µs with 16 splits
-    16 sets, 16 rows: 5.56 ms without the early begin of `expand`, 5.40 with it (taken)
-    terms of z: at 16 rows 1 to 3 cost the same (3 taken); at 64 rows 6.39 ms with 3, 6.23 with 2 (taken); at 256 rows
-        11.9 with 3, 11.3 with 1 (taken)
-    splits added by every program of `expand`: 256 rows 11.3 ms, 2,048 rows 74 ms; by a launch of their own (taken) 9.6
+    a byte with the index of a position's owner, compared for each group of tasks: 240 registers per thread, gate/up of
+        16 rows 20 to 22 µs; a bit for each of 16 tasks (chosen): 128 registers, 12 µs for one set, 15 for 16 sets
+    products that accumulate into each other's result: Triton gives each warp the work of all, up to 1,138 bytes of
+        spilled registers per thread; separate products, added afterwards (chosen): at most 16
+    a weight looked up for every position: 32 addresses per thread; gate/up of 16 rows 66 to 88 µs with 16 splits
+    16 sets, 16 rows: 5.56 ms without the early start of `expand`, 5.40 with it (chosen)
+    terms of z: at 16 rows 1 to 3 cost the same (3 chosen); at 64 rows 6.39 ms with 3, 6.23 with 2 (chosen); at 256 rows
+        11.9 with 3, 11.3 with 1 (chosen)
+    splits added by every program of `expand`: 256 rows 11.3 ms, 2,048 rows 74 ms; by a separate launch (chosen) 9.6
         and 67
-    `shrink` on a second stream beside the product: `beside` in the results, 4 to 5 points at up to 32 rows. Not taken:
-        an engine that compiles its graph has no place for it yet
+    `shrink` on a second stream: `beside` in the results, 4 to 5 points at up to 32 rows. Rejected, because an engine
+        that compiles its graph does not support it yet
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.kernels import RANK, SHAPES, SPARSITY, fused_layers, random_part, rows_of  # noqa: E402
 from benchmarks.measuring import commit, interval  # noqa: E402
-from loraf_serve.kernels import Part, Rows, triton_kernel  # noqa: E402
-from loraf_serve.kernels.device_rows import DeviceRows  # noqa: E402
+from loraf_serve.kernels import BatchWeights, Part, triton_kernel  # noqa: E402
+from loraf_serve.kernels.device_weights import DeviceWeights  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu.json"
 SHAPE = "mistral-7b-layer"
@@ -88,7 +88,7 @@ class Linears:
 
 
 class Resident:
-    """An adapter of the same masks in every layer, each with memory of its own."""
+    """An adapter with the same masks in every layer, each in its own memory."""
 
     def __init__(self, model: Linears, tasks: int, most_rows: int):
         self.model, self.tasks, self.beside = model, tasks, False
@@ -103,35 +103,35 @@ class Resident:
         ]
         operands = {str((i, k)): triton_kernel.TritonOperand(self.parts[k], self.of_kind[k]) for i, k in model.layers}
         self.nbytes = sum(operand.nbytes for operand in operands.values())
-        self.slots = triton_kernel.Slots(names, 4, DEVICE)
-        self.slots.put("adapter", operands)
+        self.table = triton_kernel.AdapterTable(names, 4, DEVICE)
+        self.table.put("adapter", operands)
         width = max(kind.width for kind in self.of_kind)
-        self.step = DeviceRows(DEVICE, most_rows, tasks, width, 4)
+        self.step = DeviceWeights(DEVICE, most_rows, tasks, width, 4)
         self.changes: dict = {}
         self.second, self.begun, self.ended = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
 
-    def set(self, rows: Rows) -> None:
+    def set(self, rows: BatchWeights) -> None:
         self.step.set([(0, rows)])
 
     def launch(self, kind: int) -> triton_kernel.Launch:
-        made = triton_kernel.launch_for(*self.model.x[kind].shape, self.of_kind[kind], self.step, DTYPE)
-        return dataclasses.replace(made, **{"early": made.early and not self.beside} | self.changes)
+        launch = triton_kernel.launch_for(*self.model.x[kind].shape, self.of_kind[kind], self.step, DTYPE)
+        return dataclasses.replace(launch, **{"early": launch.early and not self.beside} | self.changes)
 
     def layer(self, layer: int, kind: int) -> None:
         model, of_kind = self.model, self.of_kind[kind]
-        slots, launch = self.slots.of(str((layer, kind))), self.launch(kind)
+        records, launch = self.table.of(str((layer, kind))), self.launch(kind)
         if not self.beside:
             model.product(layer, kind)
-            triton_kernel.add_deltas(model.y[kind], model.x[kind], self.step, slots, of_kind, launch)
+            triton_kernel.add_deltas(model.y[kind], model.x[kind], self.step, records, of_kind, launch)
             return
         self.begun.record()
         with torch.cuda.stream(self.second):
             self.second.wait_event(self.begun)
-            triton_kernel.shrink(model.x[kind], self.step, slots, of_kind, launch)
+            triton_kernel.shrink(model.x[kind], self.step, records, of_kind, launch)
             self.ended.record()
         model.product(layer, kind)
         torch.cuda.current_stream().wait_event(self.ended)
-        triton_kernel.expand(model.y[kind], self.step, slots, of_kind, launch)
+        triton_kernel.expand(model.y[kind], self.step, records, of_kind, launch)
 
 
 class Stock:
@@ -164,7 +164,7 @@ class Stock:
         self.expand(self.buffers[kind], b, model.y[kind], *meta, offset_start=0, add_inputs=True)
 
     def expected(self, kind: int) -> torch.Tensor:
-        """y of the first layer in float64."""
+        """Returns y of the first layer in float64."""
         x = self.model.x[kind].double()
         delta = []
         for a, b in zip(self.a[kind], self.b[kind], strict=True):
@@ -174,8 +174,8 @@ class Stock:
         return x @ self.model.weights[0][kind].double().T + torch.cat(delta, 1)
 
 
-def expected(model: Linears, parts: list[Part], rows: Rows, kind: int) -> torch.Tensor:
-    """y of the first layer in float64, from the coordinates."""
+def expected(model: Linears, parts: list[Part], rows: BatchWeights, kind: int) -> torch.Tensor:
+    """Returns y of the first layer in float64, from the coordinates."""
     x = model.x[kind].double()
     y = x @ model.weights[0][kind].double().T
     for part in parts:
@@ -186,11 +186,11 @@ def expected(model: Linears, parts: list[Part], rows: Rows, kind: int) -> torch.
     return y
 
 
-def far(found: torch.Tensor, right: torch.Tensor) -> float:
-    """‖found − right‖ / ‖right‖; bfloat16 alone makes about 0.002."""
-    distance = ((found.double() - right).norm() / right.norm()).item()
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns ‖actual − expected‖ / ‖expected‖. bfloat16 alone causes about 0.002."""
+    distance = ((actual.double() - expected).norm() / expected.norm()).item()
     if not distance < 0.01:
-        raise SystemExit(f"wrong: {distance:.3g} from float64")
+        raise SystemExit(f"wrong result: relative error {distance:.3g} compared with float64")
     return distance
 
 
@@ -208,7 +208,7 @@ def replayed(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def seconds(graph: torch.cuda.CUDAGraph) -> float:
-    """Of a replay."""
+    """Returns the seconds of a replay."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(REPLAYS):
@@ -227,31 +227,31 @@ def whole(model: Linears, layer: Callable[[int, int], None]) -> Callable[[], Non
 
 
 def against_base(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, dict]:
-    """Milliseconds, and the base's share of them: 1 means that the delta costs nothing."""
-    found: dict[str, list[float]] = {name: [] for name in graphs}
+    """Returns milliseconds, and the share of the base in them: 1 means that the delta costs nothing."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name in random.sample(list(graphs), len(graphs)):
-            found[name].append(seconds(graphs[name]))
+            times[name].append(seconds(graphs[name]))
     return {
         name: {
             "ms": interval([1e3 * s for s in several]),
-            "base / this": interval([b / s for b, s in zip(found["base"], several, strict=True)]),
+            "base / this": interval([b / s for b, s in zip(times["base"], several, strict=True)]),
         }
-        for name, several in found.items()
+        for name, several in times.items()
     }
 
 
-def measure(model: Linears, adapters: dict[int, Resident], stock: Stock | None, n: int, given, changes) -> list[dict]:
+def measure(model: Linears, adapters: dict[int, Resident], stock: Stock | None, n: int, options, changes) -> list[dict]:
     model.rows(n)
     graphs = {"base": replayed(whole(model, model.product))}
     errors: dict[str, float] = {}
-    kept = []  # graphs speak of addresses
+    kept = []  # graphs hold addresses
     for tasks, adapter in adapters.items():
-        for sets in given.sets:
-            if sets > n or (changes and sets != given.sets[0]):
+        for sets in options.sets:
+            if sets > n or (changes and sets != options.sets[0]):
                 continue
             rows = rows_of(n, sets, tasks)
-            beside = [(" beside", {})] if n <= 64 and tasks == given.tasks[0] else []
+            beside = [(" beside", {})] if n <= 64 and tasks == options.tasks[0] else []
             variants = [("", {}), *(changes or beside)]
             for label, change in variants:
                 adapter.changes, adapter.beside = change, label == " beside"
@@ -261,31 +261,32 @@ def measure(model: Linears, adapters: dict[int, Resident], stock: Stock | None, 
                     model.y[kind].fill_(torch.nan)
                     adapter.layer(0, kind)
                     errors[name] = max(
-                        errors.get(name, 0.0), far(model.y[kind], expected(model, adapter.parts[kind], rows, kind))
+                        errors.get(name, 0.0),
+                        relative_error(model.y[kind], expected(model, adapter.parts[kind], rows, kind)),
                     )
-                # Every system writes its rows before it is timed, so one buffer does for all.
+                # Every system writes its rows before it is timed, so one buffer is enough.
                 graphs[name] = replayed(whole(model, adapter.layer))
                 graphs[name].rows = (adapter, rows)
     if stock is not None and not changes:
-        for sets in given.sets:
+        for sets in options.sets:
             if sets > n:
                 continue
             stock.set(n, sets)
             name = f"stock, {sets} sets"
-            if n * RANK * model.outs[2] < 1 << 28:  # what float64 needs of memory
+            if n * RANK * model.outs[2] < 1 << 28:  # the memory that float64 needs
                 errors[name] = 0.0
                 for kind in range(len(model.kinds)):
                     model.y[kind].fill_(torch.nan)
                     stock.layer(0, kind)
-                    errors[name] = max(errors[name], far(model.y[kind], stock.expected(kind)))
+                    errors[name] = max(errors[name], relative_error(model.y[kind], stock.expected(kind)))
             graphs[name] = replayed(whole(model, stock.layer))
             kept.append((stock.meta, stock.buffers))
-    timed = against_base(_Setting(graphs), given.rounds)
+    timed = against_base(_Setting(graphs), options.rounds)
     return [{"rows": n, "what": name, **values, "far from float64": errors.get(name)} for name, values in timed.items()]
 
 
 class _Setting(dict):
-    """Graphs; one that speaks of an adapter gets its rows written when it is looked up."""
+    """Graphs. Looking up one with an adapter writes the adapter's rows first."""
 
     def __getitem__(self, name):
         graph = super().__getitem__(name)
@@ -296,13 +297,13 @@ class _Setting(dict):
 
 
 def machine() -> dict[str, object]:
-    found = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(0)
     a = torch.empty(1 << 32, dtype=torch.uint8, device=DEVICE)
     b = torch.empty_like(a)
     graph = replayed(lambda: b.copy_(a))
     return {
-        "gpu": found.name,
-        "multiprocessors": found.multi_processor_count,
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
         "copy, TB/s read and written": round(2 * len(a) / seconds(graph) / 1e12, 2),
         "torch": torch.__version__,
         "triton": triton_kernel.triton.__version__,
@@ -318,37 +319,37 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--try", nargs="+", default=[], dest="tried", help="launches to compare: field=number,…")
     parser.add_argument("--out", default=str(RESULT), help="- writes no file")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("no GPU")
     torch.manual_seed(0)
     random.seed(0)
     changes = [
-        (f" {text}", {k: int(v) for k, v in (pair.split("=") for pair in text.split(","))}) for text in given.tried
+        (f" {text}", {k: int(v) for k, v in (pair.split("=") for pair in text.split(","))}) for text in options.tried
     ]
     record = {
         "commit": commit(),
         "machine": machine(),
         "rank": RANK,
         "sparsity": SPARSITY,
-        "shape": {"layers": given.layers, "linear": fused_layers(SHAPE), "of": SHAPES[SHAPE][:4]},
+        "shape": {"layers": options.layers, "linear": fused_layers(SHAPE), "of": SHAPES[SHAPE][:4]},
     }
     print(record["machine"], flush=True)
-    model = Linears(given.layers)
+    model = Linears(options.layers)
     record["bytes of the model"] = sum(w.nbytes for of_layer in model.weights for w in of_layer)
-    most = max(given.rows)
+    most = max(options.rows)
     with torch.no_grad():
-        adapters = {tasks: Resident(model, tasks, most) for tasks in given.tasks}
+        adapters = {tasks: Resident(model, tasks, most) for tasks in options.tasks}
         record["bytes of an adapter"] = {tasks: adapter.nbytes for tasks, adapter in adapters.items()}
         try:
-            stock = None if changes else Stock(model, max(given.sets), most)
+            stock = None if changes else Stock(model, max(options.sets), most)
         except ImportError as error:
             stock = None
             record["stock"] = f"not measured: {error}"
             print(record["stock"], file=sys.stderr)
         record["runs"] = []
-        for n in given.rows:
-            for run in measure(model, adapters, stock, n, given, changes):
+        for n in options.rows:
+            for run in measure(model, adapters, stock, n, options, changes):
                 record["runs"].append(run)
                 ms, share = run["ms"], run["base / this"]
                 print(
@@ -356,8 +357,8 @@ def main(arguments: list[str] | None = None) -> int:
                     f" ({share['low']:.3f}-{share['high']:.3f})   {run['far from float64'] or 0:.1e}",
                     flush=True,
                 )
-            if given.out != "-":  # after each, so that a run cut short is not lost
-                Path(given.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            if options.out != "-":  # after each, so that an interrupted run leaves results
+                Path(options.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,10 +1,10 @@
-"""How long a checkpoint of Mistral-7B's shape takes from the request until it is read, verified, and A is there.
+"""Measures how long it takes to read and verify a checkpoint of Mistral-7B's shape and to build A.
 
     python benchmarks/load.py        about two minutes; writes benchmarks/results/load.json
 
-The checkpoint is made here, in a temporary folder, without a model: 32 layers, seven projections, rank 64, ten tasks at
-sparsity 0.9, bfloat16. Each measurement is a process of its own, the compiled library and NumPy by turns; files are in
-the page cache. Packing for a kernel comes after what is measured here.
+The checkpoint is created in a temporary folder, without a model: 32 layers, seven projections, rank 64, ten tasks at
+sparsity 0.9, bfloat16. Each measurement runs in its own process, alternating between the compiled library and NumPy.
+Files are in the page cache. Packing for a kernel is not included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import commit, memory  # noqa: E402
+from benchmarks.measuring import commit, memory, processor  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "load.json"
 HIDDEN, KEY_VALUE, INTERMEDIATE = 4096, 1024, 14336  # Mistral-7B: (d_out, d_in) of a layer's projections
@@ -41,56 +41,55 @@ LAYER = {
 
 
 def make_checkpoint(folder: Path, layers: int, rank: int, tasks: int, sparsity: float, seed: int = 0) -> None:
-    """Random disjoint masks: of every `tasks` neighbouring positions each task owns one, in random order."""
+    """Creates a checkpoint with disjoint masks: of every `tasks` adjacent positions each task owns one, at random."""
     import torch
 
     from loraf.checkpoint import Checkpoint
-    from loraf.manifest import BaseModel, positions
-    from loraf.sparse import SparseB, index_dtype
+    from loraf.manifest import BaseModel, positions_per_matrix
+    from loraf.sparse import SparseB
 
     shapes = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
     base = BaseModel("benchmark/mistral-7b-shape", "MistralForCausalLM", "0" * 64)
     checkpoint = Checkpoint.create(folder, base, rank, shapes, seed)
     generator = torch.Generator().manual_seed(seed)
-    first = {  # of task 0 in each group; the others follow it, in a circle
-        module: torch.randint(tasks, (positions(sparsity, d_out, rank),), generator=generator)
+    first = {  # the one of task 0 in each group; the other tasks follow it cyclically
+        module: torch.randint(tasks, (positions_per_matrix(sparsity, d_out, rank),), generator=generator)
         for module, (d_out, _) in shapes.items()
     }
     for task in range(tasks):
         values = {}
         for module, (d_out, _) in shapes.items():
             k = len(first[module])
-            flat = torch.arange(k) * tasks + (first[module] + task) % tasks
+            positions = torch.arange(k) * tasks + (first[module] + task) % tasks
             drawn = torch.randn(k, generator=generator).to(torch.bfloat16)
-            rows, cols = (flat // rank).to(index_dtype(d_out)), (flat % rank).to(index_dtype(rank))
-            values[module] = SparseB(rows, cols, drawn, (d_out, rank))
+            values[module] = SparseB.from_positions(positions, drawn, (d_out, rank))
         checkpoint.add_task(f"task{task}", values, alpha=float(rank), sparsity=sparsity)
 
 
 def measure(folder: Path) -> dict:
-    """One process's measurements, in seconds and bytes."""
+    """Returns the measurements of one process, in seconds and bytes."""
     import torch
 
     from loraf import native, projection
     from loraf.checkpoint import Checkpoint
 
-    projection.normal_table()  # read once in a process, when it is first needed
+    projection.normal_table()  # read once per process
     if (os.environ.get(native.SWITCH) != "0") != (native.library() is not None):
-        raise SystemExit(f"the compiled library is not there: {native.why_not()}")
+        raise SystemExit(f"the compiled library is not used: {native.why_not()}")
     before = memory("VmRSS")
-    found: dict = {}
+    results: dict = {}
 
-    def timed(what: str, call: Callable):
+    def timed(step: str, call: Callable):
         start, used = time.perf_counter(), time.process_time()
         result = call()
-        found[what] = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - used}
+        results[step] = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - used}
         return result
 
     checkpoint = timed("open", partial(Checkpoint.open, folder))
-    found["open"]["peak_bytes"] = memory("VmHWM") - before
+    results["open"]["peak_bytes"] = memory("VmHWM") - before
     a = timed("A in bfloat16, not known", partial(checkpoint.projections, dtype=torch.bfloat16))
-    found["peak_bytes"] = memory("VmHWM") - before
-    found["kept_bytes"] = checkpoint.nbytes + sum(tensor.nbytes for tensor in a.values())
+    results["peak_bytes"] = memory("VmHWM") - before
+    results["kept_bytes"] = checkpoint.nbytes + sum(tensor.nbytes for tensor in a.values())
     del a
     timed("A in bfloat16, known", partial(checkpoint.projections, dtype=torch.bfloat16))
     timed("verify A, known", checkpoint.verify_projection)
@@ -99,17 +98,12 @@ def measure(folder: Path) -> dict:
     del checkpoint
     timed("open again", partial(Checkpoint.open, folder))
     library = native.library()
-    found["library"] = f"compiled, {library.variant}" if library else f"NumPy ({native.why_not()})"
-    return found
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    results["library"] = f"compiled, {library.variant}" if library else f"NumPy ({native.why_not()})"
+    return results
 
 
 def summary(runs: list[dict]) -> dict:
-    """Medians, and the extremes of the wall-clock time."""
+    """Returns medians, and the extremes of the wall-clock time."""
     steps = [key for key, value in runs[0].items() if isinstance(value, dict)]
     result: dict = {"library": runs[0]["library"], "runs": len(runs)}
     for step in steps:
@@ -138,45 +132,45 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=10)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the checkpoint: this is a measuring process
-    chosen = parser.parse_args()
-    if chosen.measure:
-        print(json.dumps(measure(chosen.measure)))
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the checkpoint to measure, in a child process
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure)))
         return
 
     import numpy
     import torch
 
-    from loraf.threads import processors
+    from loraf.system import processors
 
     before = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "ckpt"
         start = time.perf_counter()
-        make_checkpoint(folder, chosen.layers, chosen.rank, chosen.tasks, chosen.sparsity)
-        print(f"made in {time.perf_counter() - start:.1f} s", flush=True)
+        make_checkpoint(folder, options.layers, options.rank, options.tasks, options.sparsity)
+        print(f"created in {time.perf_counter() - start:.1f} s", flush=True)
         runs: dict[str, list[dict]] = {"1": [], "0": []}
-        for _ in range(chosen.rounds):
-            for switch, found in runs.items():
+        for _ in range(options.rounds):
+            for switch, measurements in runs.items():
                 command = [sys.executable, __file__, "--measure", str(folder)]
                 environment = os.environ | {"LORAF_NATIVE": switch}
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-                found.append(json.loads(done.stdout))
+                measurements.append(json.loads(done.stdout))
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     record = {
         "question": __doc__.splitlines()[0],
         "processor": processor(),
         "threads": processors(),
-        "load_average": {"before": before, "after": round(os.getloadavg()[0], 2)},  # others' work, of the last minute
+        "load_average": {"before": before, "after": round(os.getloadavg()[0], 2)},  # over the last minute
         "commit": commit(),
         "versions": {"python": platform.python_version(), "numpy": numpy.__version__, "torch": torch.__version__},
-        "shape": {key: getattr(chosen, key) for key in ("layers", "rank", "tasks", "sparsity")},
+        "shape": {key: getattr(options, key) for key in ("layers", "rank", "tasks", "sparsity")},
         "task_files_mb": round(size / 1e6),
         "compiled": summary(runs["1"]),
         "numpy": summary(runs["0"]),
     }
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=1))
 
 

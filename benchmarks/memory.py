@@ -1,11 +1,11 @@
-"""What task sets, and further checkpoints, cost in the memory of vLLM's worker.
+"""Measures the memory that task sets and further checkpoints take in vLLM's worker.
 
     python benchmarks/memory.py          # about five minutes on two cores; writes results/memory.json
 
-The model and checkpoints of benchmarks/serving.py, backend `resident`, eager. The first requests touch pages of the KV
-cache and of scratch memory for the first time, so requests of both kinds run until the worker has stopped to grow; then
-rounds of 64 requests with one set and of 64 requests with 64 sets that nobody has named before take turns. Memory is
-what the worker shares with no other process (USS).
+Uses the model and checkpoints of benchmarks/serving.py and the backend `resident`, eager. The first requests touch
+pages of the KV cache and scratch memory for the first time, so requests of both kinds run until the worker stops
+growing. Then rounds of 64 requests with one set alternate with rounds of 64 requests with 64 new sets. Memory is what
+the worker does not share with other processes (USS).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.standins import random_checkpoint  # noqa: E402
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
 REQUESTS, TOKENS, RANK = 64, 2, 64
 KV_BYTES = 128 << 20
-CALM, MOST = 4, 40  # rounds of the warm-up: so many in a row that move less than a quarter of a MB; at most
+CALM, MOST = 4, 40  # warm-up ends after so many rounds in a row that change less than 0.25 MB; maximum
 OPTIONS = ("--kv-cache-memory-bytes", str(KV_BYTES), "--no-enable-prefix-caching")
 MB = 1e6
 
@@ -37,7 +37,7 @@ MB = 1e6
 async def main(arguments: argparse.Namespace) -> dict:
     import vllm
 
-    drawn = random.Random(0)
+    rng = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="loraf-memory-") as folder:
         root = Path(folder)
         model = make_model(root / "model")
@@ -51,8 +51,8 @@ async def main(arguments: argparse.Namespace) -> dict:
 
         async def ask(sets: int, fresh: bool = False) -> None:
             cell = Cell(REQUESTS, sets, tokens=TOKENS, fresh=fresh)
-            prompts = [[drawn.randrange(3, 259) for _ in range(PROMPT)] for _ in range(REQUESTS)]
-            await engine.ask("T4", cell.asked(drawn), prompts, TOKENS)
+            prompts = [[rng.randrange(3, 259) for _ in range(PROMPT)] for _ in range(REQUESTS)]
+            await engine.ask("T4", cell.task_sets(rng), prompts, TOKENS)
 
         try:
             blocks = engine.engine().vllm_config.cache_config.num_gpu_blocks
@@ -66,10 +66,10 @@ async def main(arguments: argparse.Namespace) -> dict:
                     raise SystemExit(f"the worker still grew after {MOST} rounds of {REQUESTS} requests")
             growth: dict[str, list[float]] = {"one set": [], "64 sets never named before": []}
             for _ in range(arguments.rounds):
-                for what, sets, fresh in (("one set", 1, False), ("64 sets never named before", REQUESTS, True)):
+                for kind, sets, fresh in (("one set", 1, False), ("64 sets never named before", REQUESTS, True)):
                     before = engine.worker_bytes()
                     await ask(sets, fresh)
-                    growth[what].append((engine.worker_bytes() - before) / MB)
+                    growth[kind].append((engine.worker_bytes() - before) / MB)
             further = []
             for i in range(1, 4):
                 before = engine.worker_bytes()
@@ -107,8 +107,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", default=str(RESULT), help="- writes no file")
-    given = parser.parse_args()
-    made = asyncio.run(main(given))
-    print(json.dumps(made, indent=1))
-    if given.out != "-":
-        Path(given.out).write_text(json.dumps(made, indent=1) + "\n")
+    options = parser.parse_args()
+    result = asyncio.run(main(options))
+    print(json.dumps(result, indent=1))
+    if options.out != "-":
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")

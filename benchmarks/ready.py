@@ -1,16 +1,16 @@
-"""How soon a checkpoint of Mistral-7B's shape answers after it is named, and what running streams notice of it.
+"""Measures how soon a checkpoint of Mistral-7B's shape is ready to serve, and how loading it delays running streams.
 
-    python benchmarks/ready.py               # two parts, an engine each; writes results/ready.json
+    python benchmarks/ready.py               # two parts, one engine each; writes results/ready.json
     python benchmarks/ready.py --parts beside --layers-beside 2 --out -
 
-idle     An engine with all 32 layers (random weights, 15 GB in bfloat16). A checkpoint of ten tasks, rank 64, is handed
-         to the backend, as LoadAdapter does after it has found the folder; the time ends when a request may name it.
-         Each round with another seed: first with an A that the worker has never made, then again after a drop, so that
-         A's digest is known. The very first load stands apart. What the system takes for new memory is measured
-         too: a load takes new memory for what it holds in the end, and a virtual machine may ask much for it.
+idle     An engine with all 32 layers (random weights, 15 GB in bfloat16). A checkpoint of ten tasks, rank 64, is passed
+         to the backend, as LoadAdapter does after locating the folder, until a request may name it. Each round has
+         another seed: first with an A that the worker has never computed, then again after a drop, with A's digest
+         cached. The very first load is reported separately. The cost of new memory is measured too: a load allocates
+         what it holds, which may be expensive in a virtual machine.
 beside   An engine with few layers of the same widths, so that a step is short, and streams that run all the time.
-         Checkpoints of as many layers are loaded one after the other, as much as a whole one has together. The gaps
-         between tokens while something is loading, against those while nothing is.
+         Checkpoints with as few layers are loaded one after the other, in total as much as a whole one. Compares the
+         gaps between tokens during loads with those without.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.engines import Ours  # noqa: E402
 from benchmarks.load import HIDDEN, INTERMEDIATE, KEY_VALUE, make_checkpoint  # noqa: E402
 from benchmarks.measuring import commit, interval, machine, memory  # noqa: E402
-from loraf.pages import pages  # noqa: E402
+from loraf.system import pages  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "ready.json"
 LAYERS, RANK, TASKS, SPARSITY = 32, 64, 10, 0.9
 STREAMS, PROMPT = 2, 16
-PAUSE = 1.5  # between two loads: vLLM's processes wait busily for a second after each call
+PAUSE = 1.5  # between two loads: vLLM's processes busy-wait for a second after each call
 QUIET_SECONDS = 10.0  # without a load, before the first and between two
 OPTIONS = ("--load-format", "dummy", "--max-model-len", "2048", "--max-num-batched-tokens", "64")
 OPTIONS += ("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 30))
 
 
 def make_model(folder: Path, layers: int) -> Path:
-    """Mistral-7B's config with few token ids, and no weights: the engine makes them up."""
+    """Writes Mistral-7B's config with a small vocabulary and no weights. The engine fills in random ones."""
     import transformers
 
     from tests.standins import byte_tokenizer
@@ -71,7 +71,7 @@ def make_model(folder: Path, layers: int) -> Path:
 
 
 async def idle(folder: Path, layers: int, dtype: str, rounds: int) -> dict:
-    """Seconds until ready with nothing running: each checkpoint twice, with a drop between."""
+    """Measures seconds until ready in an idle engine, loading each checkpoint twice with a drop between."""
     checkpoints = [folder / f"ckpt{seed}" for seed in range(rounds + 1)]
     for seed, checkpoint in enumerate(checkpoints):
         make_checkpoint(checkpoint, layers, RANK, TASKS, SPARSITY, seed)
@@ -102,7 +102,7 @@ async def idle(folder: Path, layers: int, dtype: str, rounds: int) -> dict:
 
 
 def touch_seconds() -> float:
-    """Seconds of one thread for the first touch of a GB as a load takes it, with the engine's model in memory."""
+    """Returns the seconds per GB that one thread takes to touch new memory, with the engine's model in memory."""
     memory = pages(1 << 30)
     begin = time.perf_counter()
     memory.numpy()[:: mmap.PAGESIZE] = 1
@@ -110,18 +110,18 @@ def touch_seconds() -> float:
 
 
 async def beside(folder: Path, layers: int, dtype: str, rounds: int) -> dict:
-    """Gaps between the tokens of running streams, with and without a load beside them."""
+    """Measures the gaps between the tokens of running streams, with and without a concurrent load."""
     loads = LAYERS // layers
     for i in range(loads + 1):
         make_checkpoint(folder / f"ckpt{i}", layers, RANK, TASKS, SPARSITY, seed=i)
     engine = Ours("resident", make_model(folder / "model", layers), False, dtype, kind="resident", more=OPTIONS)
     await engine.start({"old": folder / f"ckpt{loads}"})
-    drawn = random.Random(0)
+    rng = random.Random(0)
     times: list[list[float]] = [[] for _ in range(STREAMS)]
 
     async def stream(number: int, task_set: str) -> None:
         while True:
-            prompt = [drawn.randrange(3, 259) for _ in range(PROMPT)]
+            prompt = [rng.randrange(3, 259) for _ in range(PROMPT)]
             async for new in engine.pieces("old", task_set, prompt, 2048 - PROMPT - 1):
                 times[number] += [time.perf_counter()] * bool(new)
 
@@ -157,20 +157,20 @@ async def beside(folder: Path, layers: int, dtype: str, rounds: int) -> dict:
 
 
 def gaps(times: list[list[float]], windows: list[tuple[float, float]]) -> dict:
-    """Milliseconds between two tokens of a stream; `while loading` where the gap touches a load."""
-    found: dict[str, list[float]] = {"quiet": [], "while loading": []}
-    # The longest of each window and of each time between two: this machine may itself hold up a token now and then.
+    """Returns the milliseconds between tokens of a stream; `while loading` where the gap overlaps a load."""
+    by_state: dict[str, list[float]] = {"quiet": [], "while loading": []}
+    # The longest gap of each load and of each time between two, since the machine itself may delay a token.
     longest: dict[tuple[str, int], float] = defaultdict(float)
     for stream in times:
         for a, b in zip(stream, stream[1:], strict=False):
             touched = [i for i, (begin, end) in enumerate(windows) if a < end and b > begin]
             when = "while loading" if touched else "quiet"
-            found[when].append(1e3 * (b - a))
+            by_state[when].append(1e3 * (b - a))
             part = when, touched[0] if touched else sum(end < a for _, end in windows)
             longest[part] = max(longest[part], 1e3 * (b - a))
-    usual = statistics.median(found["quiet"])
+    usual = statistics.median(by_state["quiet"])
     shown: dict = {}
-    for name, values in found.items():
+    for name, values in by_state.items():
         values.sort()
         shown[f"gaps_ms, {name}"] = {
             "n": len(values),
@@ -178,7 +178,7 @@ def gaps(times: list[list[float]], windows: list[tuple[float, float]]) -> dict:
             "p99": round(values[int(0.99 * (len(values) - 1))], 1),
             "longest": round(values[-1], 1),
         }
-    for name in found:
+    for name in by_state:
         delays = [round(value - usual, 1) for (when, _), value in sorted(longest.items()) if when == name]
         shown[f"longest delay of a token, {name}, ms"] = interval(delays) | {"each": delays}
     return shown
@@ -215,8 +215,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", default=str(RESULT), help="- writes no file")
-    given = parser.parse_args()
-    made = asyncio.run(main(given))
-    print(json.dumps(made, indent=1))
-    if given.out != "-":
-        Path(given.out).write_text(json.dumps(made, indent=1) + "\n")
+    options = parser.parse_args()
+    result = asyncio.run(main(options))
+    print(json.dumps(result, indent=1))
+    if options.out != "-":
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")

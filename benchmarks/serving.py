@@ -1,12 +1,12 @@
-"""What a task set costs in an engine: throughput and latency beside plain vLLM, all engines in one run.
+"""Measures throughput and latency with task sets, compared with plain vLLM, all engines in one run.
 
     python benchmarks/serving.py                 # about 20 minutes on two cores; writes results/serving.json
     python benchmarks/serving.py --rounds 3 --engines plain-eager resident-eager --out -
 
-Every engine is started once, and they take turns: each round runs every cell of every engine once, in an order drawn
-anew. A ratio is taken within a round, and reported as the median over rounds with a bootstrap interval of 95 %. The
-model has Mistral's shape (8 layers, 1,024 wide, 87 M random parameters); the checkpoints have rank 64, sparsity 0.9,
-random masks and values, and two, four or ten tasks.
+Every engine is started once. Each round runs every cell of every engine once, in random order. Ratios are computed
+within a round and reported as the median over rounds with a 95 % bootstrap interval. The model has Mistral's
+architecture (8 layers, 1,024 wide, 87 M random parameters). The checkpoints have rank 64, sparsity 0.9, random masks
+and values, and two, four or ten tasks.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ ENGINES = ("plain-eager", "plain-compiled", "stock-eager", "slots-eager", "resid
 
 @dataclass(frozen=True)
 class Cell:
-    """One load.
+    """One workload.
 
     Attributes:
+        batch: number of concurrent requests.
+        sets: number of distinct task sets among them; 0: the base model.
         tasks: of the checkpoint.
-        batch: requests at once.
-        sets: distinct task sets among them; 0: the base model.
-        base: of the requests, how many are base requests.
-        tokens: new tokens of each answer.
-        fresh: the sets are drawn anew each time, so the engine has never seen them.
+        base: number of requests for the base model.
+        tokens: new tokens of each response.
+        fresh: draw new sets each time, which the engine has never seen.
     """
 
     batch: int
@@ -58,20 +58,20 @@ class Cell:
 
     @property
     def name(self) -> str:
-        what = f"{self.sets} sets" if self.sets != 1 else "1 set"
-        what = "base" if self.sets == 0 else what + (" never seen" if self.fresh else "")
+        sets = f"{self.sets} sets" if self.sets != 1 else "1 set"
+        sets = "base" if self.sets == 0 else sets + (" never seen" if self.fresh else "")
         mixed = f", {self.base} base rows" if self.base else ""
-        return f"{self.batch} requests of {self.tokens} tokens, {what}{mixed}, T={self.tasks}"
+        return f"{self.batch} requests of {self.tokens} tokens, {sets}{mixed}, T={self.tasks}"
 
-    def asked(self, drawn: random.Random) -> list[str]:
-        """The set of each request."""
-        source = drawn if self.fresh else random.Random(self.sets)
+    def task_sets(self, rng: random.Random) -> list[str]:
+        """Returns the task set of each request."""
+        source = rng if self.fresh else random.Random(self.sets)
         names = [f"t{i}" for i in range(self.tasks)]
         texts = ["all"] if self.sets == 1 and not self.fresh else []
         while len(texts) < self.sets:
             texts.append("+".join(f"{name}:{source.uniform(0.1, 2):.6f}" for name in names))
-        asked = [texts[i % len(texts)] if texts else "base" for i in range(self.batch)]
-        return ["base" if i < self.base else text for i, text in enumerate(asked)]
+        of_requests = [texts[i % len(texts)] if texts else "base" for i in range(self.batch)]
+        return ["base" if i < self.base else text for i, text in enumerate(of_requests)]
 
 
 BASE = [Cell(batch, 0) for batch in (1, 4, 16, 32)]
@@ -94,7 +94,9 @@ CELLS = {
     "resident-compiled": OURS,
 }
 SLOW = {"stock-eager"}  # every third round only
-SETTLE_SECONDS = 1.2  # vLLM's processes look for work in a loop for a second after the last: another engine's cell
+SETTLE_SECONDS = (
+    1.2  # vLLM's processes busy-wait for a second after their last work, which would disturb another engine
+)
 REPEAT = dict.fromkeys(SINGLE, 10)  # within a round
 
 
@@ -146,27 +148,27 @@ def make_model(folder: Path) -> Path:
 def make_checkpoints(root: Path, model: Path) -> dict[str, Path]:
     from tests.standins import random_checkpoint
 
-    made = {}
+    checkpoints = {}
     for count in TASKS:
         names = [f"t{i}" for i in range(count)]
         random_checkpoint(root / f"T{count}", model, names, 64, 0.9, seed=count, alphas=(64.0,), std=0.02)
-        made[f"T{count}"] = root / f"T{count}"
-    return made
+        checkpoints[f"T{count}"] = root / f"T{count}"
+    return checkpoints
 
 
 def make_engines(names: Sequence[str], model: Path, folder: Path, dtype: str) -> list[Engine]:
-    made: list[Engine] = []
+    engines: list[Engine] = []
     for name in names:
         kind, _, mode = name.partition("-")
         arguments = (name, model, mode == "compiled", dtype)
         if kind == "plain":
-            made.append(Plain(*arguments))
+            engines.append(Plain(*arguments))
         elif kind == "stock":
-            sets = {text for cell in CELLS[name] for text in cell.asked(random.Random(0)) if text != "base"}
-            made.append(Stock(*arguments, sets={"T4": sorted(sets)}, folder=folder))
+            sets = {text for cell in CELLS[name] for text in cell.task_sets(random.Random(0)) if text != "base"}
+            engines.append(Stock(*arguments, sets={"T4": sorted(sets)}, folder=folder))
         else:
-            made.append(Ours(*arguments, kind=kind))
-    return made
+            engines.append(Ours(*arguments, kind=kind))
+    return engines
 
 
 class Run:
@@ -176,19 +178,19 @@ class Run:
         self.engines = engines
         self.cells = [(e, cell) for e in engines for cell in CELLS[e.name] if re.search(only, cell.name)]
         self.say = say
-        self.drawn = random.Random(1)
+        self.rng = random.Random(1)
         self.rounds: dict[tuple[str, Cell], list[Measured | None]] = {}
 
     async def cell(self, engine: Engine, cell: Cell) -> Measured:
-        found = []
+        results = []
         for _ in range(REPEAT.get(cell, 1)):
-            prompts = [[self.drawn.randrange(3, 259) for _ in range(PROMPT)] for _ in range(cell.batch)]
-            timings = await engine.ask(f"T{cell.tasks}", cell.asked(self.drawn), prompts, cell.tokens)
-            found.append(Measured.of(timings, cell))
-        return Measured(*(statistics.median(values) for values in zip(*map(astuple, found), strict=True)))
+            prompts = [[self.rng.randrange(3, 259) for _ in range(PROMPT)] for _ in range(cell.batch)]
+            timings = await engine.ask(f"T{cell.tasks}", cell.task_sets(self.rng), prompts, cell.tokens)
+            results.append(Measured.of(timings, cell))
+        return Measured(*(statistics.median(values) for values in zip(*map(astuple, results), strict=True)))
 
     async def round(self, number: int, rounds: int) -> None:
-        work = self.drawn.sample(self.cells, len(self.cells))
+        work = self.rng.sample(self.cells, len(self.cells))
         begin = time.perf_counter()
         for engine, cell in work:
             await asyncio.sleep(SETTLE_SECONDS)
@@ -207,21 +209,21 @@ class Run:
     def table(self) -> list[dict]:
         rows = []
         for (name, cell), values in self.rounds.items():
-            there = [value for value in values if value]
+            present = [value for value in values if value]
             row = {"engine": name, "cell": cell.name, **asdict(cell)}
             for field in ("tokens_per_second", "first_token", "between_tokens"):
-                row[field] = interval([getattr(value, field) for value in there])
+                row[field] = interval([getattr(value, field) for value in present])
             plain = (f"plain-{name.partition('-')[2]}", Cell(cell.batch, 0, tokens=cell.tokens))
             row["throughput_to_plain"] = self.ratios("tokens_per_second", (name, cell), plain)
             rows.append(row)
         return rows
 
     def summary(self) -> dict:
-        """Ratios between cells of one engine."""
-        found: dict[str, dict] = {}
+        """Returns ratios between cells of each engine."""
+        ratios: dict[str, dict] = {}
         for engine in self.engines:
             name = engine.name
-            found[name] = {
+            ratios[name] = {
                 "first token, 64 requests: 64 sets to one": self.ratios(
                     "first_token", (name, LATENCY[2]), (name, LATENCY[1])
                 ),
@@ -229,7 +231,7 @@ class Run:
                     "first_token", (name, SINGLE[1]), (name, SINGLE[0])
                 ),
             }
-        return found
+        return ratios
 
 
 def astuple(measured: Measured) -> tuple[float, float, float]:
@@ -237,7 +239,11 @@ def astuple(measured: Measured) -> tuple[float, float, float]:
 
 
 async def main(arguments: argparse.Namespace, keep: Callable[[dict], None]) -> dict:
-    """Args: keep: called with the result so far after each round, so that a run that is stopped leaves something."""
+    """Runs everything.
+
+    Args:
+        keep: called with the result so far after each round, so that an interrupted run leaves results.
+    """
     import vllm
 
     before = machine()
@@ -291,14 +297,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--only", default="", help="cells whose name holds this regular expression")
+    parser.add_argument("--only", default="", help="run only cells whose name matches this regular expression")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", default=str(RESULT), help="- writes no file")
-    given = parser.parse_args()
+    options = parser.parse_args()
 
     def write(result: dict) -> None:
-        if given.out != "-":
-            Path(given.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(given.out).write_text(json.dumps(result, indent=1) + "\n")
+        if options.out != "-":
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
 
-    show(asyncio.run(main(given, write)))
+    show(asyncio.run(main(options, write)))

@@ -1,27 +1,26 @@
-"""What a training step costs: this project's layer beside PEFT LoRA, LoRA with a frozen A, and full fine-tuning.
+"""Compares training steps of this project's layer, PEFT LoRA, LoRA with a frozen A, and full fine-tuning.
 
     python benchmarks/training.py                # six to eight minutes on two quiet cores; writes results/training.json
     python benchmarks/training.py --rounds 2 --layers 2 --sequence 64 --out -
     python benchmarks/training.py --device cuda --shape mistral-7b --dtype bfloat16 --sequence 2048 --batch 1 --largest
 
-Same weights, same batch, same optimizer (AdamW, fused) and clipping. Each method lives in a process of its own, so that
-its memory is its own; they take turns, one step at a time, cell by cell in each round, in an order drawn anew. A ratio
-is taken within a round, and reported as the median over rounds with a bootstrap interval of 95 %. The first step of
-each cell is not kept. On a GPU a method's model is built for its turn and given up after it, since not all fit at once.
+All methods use the same weights, batch, optimizer (fused AdamW) and clipping. Each runs in its own process, so that its
+memory is separate. They alternate, one step at a time, cell by cell in random order. Ratios are computed within a round
+and reported as the median over rounds with a 95 % bootstrap interval. The first step of each cell is discarded. On a
+GPU a method's model is built for its turn and freed after it, since not all fit at once.
 
-Peak memory is that of steps alone: on a CPU the high-water mark of resident memory, reset before a step whose heap was
-trimmed, less what the process had before it built the model; on a GPU what torch had allocated at most. Beside it, on a
-CPU, stand the rise of allocated tensors within a step and its floating-point operations in matrix products, which no
-allocator and no load changes. Full fine-tuning has no dropout, so it is measured once for all values of it.
+Peak memory is that of steps only. On a CPU it is the peak of resident memory within a step, after trimming the heap,
+minus the memory before the model was built. On a GPU it is the peak that torch allocated. On a CPU the rise of
+allocated tensors within a step and its floating-point operations in matrix products are reported too, which depend on
+neither the allocator nor the load. Full fine-tuning has no dropout, so it is measured once for all dropout values.
 
-Before anything is timed: the gradient of the values is that of PEFT's dense B, and of W times Aᵀ, at the positions;
-what autograd keeps for the adapters is what arithmetic says; all methods begin with the same loss.
+Checks before anything is timed: the gradient of the values equals that of PEFT's dense B, and of W times Aᵀ, at the
+positions; autograd keeps as many bytes for the adapters as expected; all methods start with the same loss.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import multiprocessing
@@ -44,12 +43,12 @@ from benchmarks.measuring import commit, interval, machine, memory  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "training.json"
 BASELINE = "lora"
-GPU_STEPS = 3  # of a turn
+GPU_STEPS = 3  # per turn
 EXACT = 1e-4  # relative, in float32
 
 
 class Worker:
-    """A method in this process. Its public methods are what `serve` is asked for."""
+    """A method in this process. `serve` calls its public methods."""
 
     def __init__(self, name: str, setting):
         self.name = name
@@ -65,7 +64,7 @@ class Worker:
         return True
 
     def facts(self) -> dict[str, Any]:
-        """What does not depend on a cell. Nothing was trained yet."""
+        """Returns what does not depend on a cell, before any training."""
         from benchmarks.training_methods import Cell, make_batch
 
         self.method.prepare(Cell(1, 0.0, False))
@@ -82,24 +81,24 @@ class Worker:
             torch.cuda.empty_cache()
 
     def turn(self, cell, steps: int) -> list[float]:
-        """Seconds of each step."""
+        """Returns the seconds of each step."""
         import torch
 
         from benchmarks.training_methods import make_batch
 
         batch = make_batch(self.setting, cell.batch)
         self.method.prepare(cell)
-        found = []
+        seconds = []
         for _ in range(steps):
             begin = time.perf_counter()
             self.method.step(batch)
             if self.cuda:
                 torch.cuda.synchronize()
-            found.append(time.perf_counter() - begin)
-        return found
+            seconds.append(time.perf_counter() - begin)
+        return seconds
 
     def costs(self, cell) -> dict[str, int]:
-        """Of a step, after one before: bytes at its peak, rise of tensors, gradients, optimizer state; operations."""
+        """Returns a step's bytes (peak, rise of tensors, gradients, optimizer state) and its operations."""
         import torch
 
         if self.cuda:
@@ -117,7 +116,7 @@ class Worker:
         return {"peak_bytes": peak, "rise_bytes": rise, "flops": counted.get_total_flops()} | self.method.bytes()
 
     def largest(self, cell) -> dict[str, float] | None:
-        """The largest batch that fits, of powers of two, and its seconds a step; None: not even one."""
+        """Returns the largest power of two that fits as a batch, and its seconds per step; None if not even 1 fits."""
         import torch
 
         from benchmarks.training_methods import Cell
@@ -135,20 +134,20 @@ class Worker:
 
 
 def serve(connection: Connection, name: str, setting, threads: int) -> None:
-    """What a process does: answers calls of Worker's methods until it is told to end."""
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # torch's profiler tells of each start and end otherwise
+    """Runs in a child process: calls methods of Worker until it receives None."""
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # otherwise torch's profiler logs each start and end
     import torch
 
     if threads:
         torch.set_num_threads(threads)
     worker = Worker(name, setting)
     while True:
-        asked = connection.recv()
-        if asked is None:
+        call = connection.recv()
+        if call is None:
             return
-        what, arguments = asked
+        method, arguments = call
         try:
-            connection.send((getattr(worker, what)(*arguments), None))
+            connection.send((getattr(worker, method)(*arguments), None))
         except torch.OutOfMemoryError:
             worker.free()
             connection.send((None, "out of memory"))
@@ -170,7 +169,7 @@ class Process:
         theirs.close()
 
     def ask(self, what: str, *arguments) -> Any:
-        """None where the device has no room for it. Raises RuntimeError for anything else that goes wrong."""
+        """Calls a method. Returns None if the device is out of memory. Raises RuntimeError for any other failure."""
         self._connection.send((what, arguments))
         answer, error = self._connection.recv()
         if error not in (None, "out of memory"):
@@ -198,7 +197,7 @@ class Run:
         return [cell for cell in self.cells if process.name != "full" or cell.dropout == self.cells[0].dropout]
 
     def begin(self) -> None:
-        """Builds everything, or on a GPU one after the other, and takes the first steps."""
+        """Builds all models (on a GPU one after the other) and takes the first steps."""
         for process in self.processes:
             built = process.ask("build")
             self.facts[process.name] = process.ask("facts") if built else {}
@@ -209,22 +208,22 @@ class Run:
                 process.ask("turn", cell, 1)
 
     def turn(self, process: Process, cell) -> float | None:
-        """Seconds of a step; None: no room."""
+        """Returns the seconds of a step, or None if out of memory."""
         if not self.cuda:
             return process.ask("turn", cell, 1)[0]
         built = process.ask("build")
-        found = process.ask("turn", cell, 1 + GPU_STEPS) if built else None
+        times = process.ask("turn", cell, 1 + GPU_STEPS) if built else None
         process.ask("free")
-        return statistics.median(found[1:]) if found else None
+        return statistics.median(times[1:]) if times else None
 
-    def round(self, drawn: random.Random) -> None:
-        for cell in drawn.sample(self.cells, len(self.cells)):
-            taking_part = [process for process in self.processes if cell in self.cells_of(process)]
-            for process in drawn.sample(taking_part, len(taking_part)):
+    def round(self, rng: random.Random) -> None:
+        for cell in rng.sample(self.cells, len(self.cells)):
+            participants = [process for process in self.processes if cell in self.cells_of(process)]
+            for process in rng.sample(participants, len(participants)):
                 self.rounds.setdefault((process.name, cell), []).append(self.turn(process, cell))
 
     def end(self, largest: bool) -> None:
-        """Memory, and where wanted the largest batches."""
+        """Measures memory, and the largest batches if `largest`."""
         for process in self.processes:
             for cell in self.cells_of(process):
                 built = process.ask("build") if self.cuda else True
@@ -237,7 +236,11 @@ class Run:
                     process.ask("free")
 
     def table(self, tokens: int) -> list[dict]:
-        """A row for each method and cell. `tokens`: of a sequence."""
+        """Returns a row for each method and cell.
+
+        Args:
+            tokens: of a sequence.
+        """
         rows = []
         for (name, cell), seconds in self.rounds.items():
             row = {"method": name, "cell": cell.name, **asdict(cell)}
@@ -256,7 +259,7 @@ class Run:
 
 
 def verify(setting, methods: list[str]) -> dict[str, Any]:
-    """What must hold before anything is timed, with numbers. Raises SystemExit where it does not."""
+    """Checks what must hold before anything is timed, and returns the numbers. Raises SystemExit if a check fails."""
     import torch
 
     from benchmarks.training_methods import (
@@ -272,7 +275,7 @@ def verify(setting, methods: list[str]) -> dict[str, Any]:
     if max(gradients.values()) > 1e-9:
         raise SystemExit(f"the gradients are not those of the dense formula: {gradients}")
     state = state_bytes(small)
-    if any(found != expected for found, expected in state.values()):
+    if any(measured != expected for measured, expected in state.values()):
         raise SystemExit(f"state is not proportional to K: {state}")
     kept: dict[str, dict] = {}
     for dropout in (0.0, 0.05):
@@ -290,14 +293,16 @@ def verify(setting, methods: list[str]) -> dict[str, Any]:
 
 
 def _resident() -> int:
-    """Resident bytes of this process, after its heap has given back what is free."""
+    """Returns the resident bytes of this process, after trimming its heap."""
+    from loraf.system import trim_heap
+
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     return memory("VmRSS")
 
 
 def _operations():
-    """Counts the operations of matrix products within, those in place too, which torch leaves out."""
+    """Counts the operations of matrix products, including in-place ones, which torch leaves out."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -309,14 +314,14 @@ def _operations():
 
 
 def _rise_of_tensors(work) -> int:
-    """The most bytes of tensors that were allocated within `work` beyond those at its beginning."""
+    """Returns the peak of tensor bytes during `work`, relative to its start."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
-        found.export_chrome_trace(str(file))
+        profiler.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     now = most = 0
@@ -326,22 +331,24 @@ def _rise_of_tensors(work) -> int:
     return most
 
 
-def main(given: argparse.Namespace) -> dict:
+def main(options: argparse.Namespace) -> dict:
     import peft
     import torch
     import transformers
 
     from benchmarks.training_methods import METHODS, Cell, Setting
 
-    dtype = getattr(torch, given.dtype)
-    methods = given.methods or [name for name in METHODS if name != "lora-half" or dtype != torch.float32]
-    cuda = given.device == "cuda"
-    setting = Setting(given.shape, dtype, given.device, given.rank, given.sparsity, given.sequence, given.layers)
-    cells = [Cell(given.batch, dropout, again) for again in given.checkpointing for dropout in given.dropout]
+    dtype = getattr(torch, options.dtype)
+    methods = options.methods or [name for name in METHODS if name != "lora-half" or dtype != torch.float32]
+    cuda = options.device == "cuda"
+    setting = Setting(
+        options.shape, dtype, options.device, options.rank, options.sparsity, options.sequence, options.layers
+    )
+    cells = [Cell(options.batch, dropout, again) for again in options.checkpointing for dropout in options.dropout]
     before = machine()
     held = verify(setting, methods)
     print(json.dumps(held, indent=1), file=sys.stderr, flush=True)
-    run = Run([Process(name, setting, given.threads) for name in methods], cells, cuda)
+    run = Run([Process(name, setting, options.threads) for name in methods], cells, cuda)
     begin = time.perf_counter()
     run.begin()
     losses = {name: fact["first_loss"] for name, fact in run.facts.items() if fact}
@@ -349,12 +356,12 @@ def main(given: argparse.Namespace) -> dict:
     if max(losses.values()) - min(losses.values()) > tolerance * min(losses.values()):
         raise SystemExit(f"the methods do not begin with the same loss: {losses}")
     print(f"built and warm after {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    drawn = random.Random(1)
-    for number in range(given.rounds):
-        run.round(drawn)
-        text = f"round {number + 1} of {given.rounds} after {time.perf_counter() - begin:.0f} s"
+    rng = random.Random(1)
+    for number in range(options.rounds):
+        run.round(rng)
+        text = f"round {number + 1} of {options.rounds} after {time.perf_counter() - begin:.0f} s"
         print(text, file=sys.stderr, flush=True)
-    run.end(given.largest)
+    run.end(options.largest)
     for process in run.processes:
         process.end()
     return {
@@ -362,11 +369,11 @@ def main(given: argparse.Namespace) -> dict:
         "commit": commit(),
         "machine": before | ({"gpu": torch.cuda.get_device_name()} if cuda else {}),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "setting": vars(setting) | {"dtype": given.dtype, "threads": given.threads or torch.get_num_threads()},
-        "rounds": given.rounds,
+        "setting": vars(setting) | {"dtype": options.dtype, "threads": options.threads or torch.get_num_threads()},
+        "rounds": options.rounds,
         "held before": held,
         "methods": run.facts,
-        "cells": run.table(given.sequence),
+        "cells": run.table(options.sequence),
     }
 
 
@@ -393,29 +400,29 @@ def show(result: dict) -> None:
 def parser() -> argparse.ArgumentParser:
     from benchmarks.training_methods import METHODS, SHAPES
 
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--shape", choices=SHAPES, default="small")
-    made.add_argument("--layers", type=int, help="instead of the shape's")
-    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    made.add_argument("--rank", type=int, default=64)
-    made.add_argument("--sparsity", type=float, default=0.9)
-    made.add_argument("--sequence", type=int, default=256, help="tokens of an example")
-    made.add_argument("--batch", type=int, default=4)
-    made.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
-    made.add_argument("--checkpointing", type=int, choices=(0, 1), nargs="+", default=[0, 1])
-    made.add_argument("--methods", nargs="+", choices=METHODS)
-    made.add_argument("--rounds", type=int, default=7)
-    made.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as it takes")
-    made.add_argument("--largest", action="store_true", help="search the largest batch that a GPU has room for")
-    made.add_argument("--out", default=str(RESULT), help="- writes no file")
-    return made
+    new = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new.add_argument("--shape", choices=SHAPES, default="small")
+    new.add_argument("--layers", type=int, help="instead of the shape's")
+    new.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    new.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    new.add_argument("--rank", type=int, default=64)
+    new.add_argument("--sparsity", type=float, default=0.9)
+    new.add_argument("--sequence", type=int, default=256, help="tokens of an example")
+    new.add_argument("--batch", type=int, default=4)
+    new.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
+    new.add_argument("--checkpointing", type=int, choices=(0, 1), nargs="+", default=[0, 1])
+    new.add_argument("--methods", nargs="+", choices=METHODS)
+    new.add_argument("--rounds", type=int, default=7)
+    new.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as it takes")
+    new.add_argument("--largest", action="store_true", help="search the largest batch that a GPU has room for")
+    new.add_argument("--out", default=str(RESULT), help="- writes no file")
+    return new
 
 
 if __name__ == "__main__":
-    chosen = parser().parse_args()
-    made = main(chosen)
-    show(made)
-    if chosen.out != "-":
-        Path(chosen.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(chosen.out).write_text(json.dumps(made, indent=1, default=str) + "\n")
+    options = parser().parse_args()
+    result = main(options)
+    show(result)
+    if options.out != "-":
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.out).write_text(json.dumps(result, indent=1, default=str) + "\n")

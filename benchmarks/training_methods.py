@@ -1,9 +1,9 @@
-"""The methods that `benchmarks/training.py` compares, each on the same model, and what one optimizer step of it is.
+"""The methods that `benchmarks/training.py` compares, each with the same model, and their optimizer steps.
 
 loraf       K values of each B on a frozen A (loraf_train.adapter.layer)
-lora        PEFT LoRA; its A and B in float32, as PEFT has them whatever the model's dtype
+lora        PEFT LoRA with A and B in float32, PEFT's default whatever the model's dtype
 lora-half   PEFT LoRA with A and B in the model's dtype
-frozen-a    PEFT LoRA whose A does not train
+frozen-a    PEFT LoRA with a frozen A
 full        every weight of the model
 """
 
@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from loraf import task_file
-from loraf.manifest import positions
+from loraf.manifest import positions_per_matrix
 from loraf.projection import projection
 from loraf.sparse import SparseB
-from loraf_train.adapter.host import attached, find_targets
 from loraf_train.adapter.layer import LorafLinear
-from loraf_train.settings.config import PROJECTIONS
+from loraf_train.adapter.trainable_base import attached, find_targets
+from loraf_train.settings.parts import PROJECTIONS
 from loraf_train.trainer.loop import completion_loss
 
 METHODS = ("loraf", "lora", "lora-half", "frozen-a", "full")
@@ -36,7 +36,7 @@ SHAPES = {  # layers, hidden, intermediate, heads, key-value heads, vocabulary
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods share.
+    """Settings that all methods share.
 
     Attributes:
         layers: instead of the shape's.
@@ -55,7 +55,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to take steps."""
+    """One combination of step settings."""
 
     batch: int
     dropout: float
@@ -67,7 +67,7 @@ class Cell:
 
 
 def make_model(setting: Setting):
-    """Random weights of Mistral's shape: the same ones for the same setting."""
+    """Builds a Mistral model with random weights, the same for the same setting."""
     import transformers
 
     layers, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[setting.shape]
@@ -89,7 +89,7 @@ def make_model(setting: Setting):
 
 
 def make_batch(setting: Setting, batch: int) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels, each (batch, sequence) int64; a loss on every token."""
+    """Returns input_ids, attention_mask and labels, each (batch, sequence) int64, with a loss on every token."""
     generator = torch.Generator().manual_seed(setting.seed + 1)
     shape = (batch, setting.sequence)
     ids = torch.randint(3, SHAPES[setting.shape][-1], shape, generator=generator).to(setting.device)
@@ -100,8 +100,8 @@ class Method:
     """A model that one method trains.
 
     Attributes:
-        model: as it is called.
-        adapters: module → the layer that stands in for it; empty for `full`.
+        model: the callable model.
+        adapters: module → the layer that replaces it; empty for `full`.
     """
 
     def __init__(self, name: str, setting: Setting):
@@ -123,9 +123,9 @@ class Method:
         generator = torch.Generator().manual_seed(self.setting.seed + 2)
         for name, base in find_targets(self.base, PROJECTIONS).items():
             a = torch.from_numpy(projection(self.setting.seed, name, self.setting.rank, base.in_features))
-            k = positions(self.setting.sparsity, base.out_features, self.setting.rank)
-            chosen = torch.randperm(base.out_features * self.setting.rank, generator=generator)[:k].sort().values
-            self.adapters[name] = LorafLinear(base, a.to(base.weight.dtype), chosen, scale=1.0)
+            k = positions_per_matrix(self.setting.sparsity, base.out_features, self.setting.rank)
+            positions = torch.randperm(base.out_features * self.setting.rank, generator=generator)[:k].sort().values
+            self.adapters[name] = LorafLinear(base, a.to(base.weight.dtype), positions, scale=1.0)
         self._attached.enter_context(attached(self.base, self.adapters))
 
     def _peft(self) -> None:
@@ -145,7 +145,7 @@ class Method:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def prepare(self, cell: Cell) -> None:
-        """Dropout and checkpointing as the cell says, as each method has them itself."""
+        """Sets dropout and checkpointing to those of the cell."""
         for layer in self.adapters.values():
             if isinstance(layer, LorafLinear):
                 layer.dropout = cell.dropout
@@ -162,27 +162,27 @@ class Method:
         return completion_loss(outputs, batch["labels"])
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
-        """Forward, backward, clipping by the global norm, AdamW. The gradients stay until the next step."""
+        """Forward, backward, clipping by the global norm, AdamW. Keeps the gradients until the next step."""
         self.optimizer.zero_grad(set_to_none=True)
         self.loss(batch).backward()
         nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
 
     def bytes(self) -> dict[str, int]:
-        """Of gradients and of the optimizer's state (without its counters of steps), after a step."""
-        state = [t for s in self.optimizer.state.values() for what, t in s.items() if what != "step"]
+        """Returns the bytes of gradients and optimizer state (without step counters), after a step."""
+        state = [t for s in self.optimizer.state.values() for name, t in s.items() if name != "step"]
         return {
             "gradient_bytes": sum(p.grad.nbytes for p in self.trainable if p.grad is not None),
             "optimizer_bytes": sum(t.nbytes for t in state),
         }
 
     def file_bytes(self) -> int:
-        """What one trained task takes on disk: bfloat16 values in a checkpoint, PEFT's own file, all weights."""
+        """Returns the size of one trained task on disk: bfloat16 values, PEFT's file, or all weights."""
         if self.name == "full":
             return sum(p.nbytes for p in self.trainable)
         if self.name == "loraf":
             stored = {
-                name: SparseB.from_flat(
+                name: SparseB.from_positions(
                     layer.positions.long(), layer.values.bfloat16(), (layer.base.out_features, layer.rank)
                 )
                 for name, layer in self.adapters.items()
@@ -197,53 +197,55 @@ class Method:
 
 
 def compare_gradients(setting: Setting) -> dict[str, float]:
-    """The gradient of the values beside autograd's of PEFT's dense B, and of W (times Aᵀ), at the same positions.
+    """Compares the gradient of the values with that of PEFT's dense B, and of W (times Aᵀ), at the same positions.
 
     Returns:
-        For each of both the largest difference, relative to the largest entry.
+        For each of the two the largest difference, relative to the largest entry.
     """
     cell = Cell(2, 0.0, False)
     batch = make_batch(setting, cell.batch)
-    found = {name: Method(name, setting) for name in ("loraf", "lora-half", "full")}
-    ours = found["loraf"].adapters
-    for name, layer in found["lora-half"].adapters.items():
+    methods = {name: Method(name, setting) for name in ("loraf", "lora-half", "full")}
+    ours = methods["loraf"].adapters
+    for name, layer in methods["lora-half"].adapters.items():
         layer.lora_A["default"].weight.data.copy_(ours[name].a)
-    for method in found.values():
+    for method in methods.values():
         method.prepare(cell)
         method.loss(batch).backward()
     worst = {"B of PEFT": 0.0, "W": 0.0}
-    whole = dict(found["full"].base.named_modules())
+    whole = dict(methods["full"].base.named_modules())
     for name, layer in ours.items():
         at = layer.positions.long()
         dense = {
-            "B of PEFT": found["lora-half"].adapters[name].lora_B["default"].weight.grad,
+            "B of PEFT": methods["lora-half"].adapters[name].lora_B["default"].weight.grad,
             "W": whole[name].weight.grad @ layer.a.t(),
         }
-        for what, gradient in dense.items():
+        for matrix, gradient in dense.items():
             expected = gradient.reshape(-1)[at]
             difference = (layer.values.grad - expected).abs().max() / expected.abs().max()
-            worst[what] = max(worst[what], float(difference))
+            worst[matrix] = max(worst[matrix], float(difference))
     return worst
 
 
 def state_bytes(setting: Setting) -> dict[float, tuple[int, int]]:
-    """Sparsity → bytes of gradients and optimizer state after a step, and what K asks for: three numbers a value."""
-    found = {}
+    """Returns sparsity → bytes of gradients and optimizer state after a step, and the expected 3 numbers per value."""
+    sizes = {}
     for sparsity in (0.5, 0.9, 0.95, 0.99):
         method = Method("loraf", Setting(**vars(setting) | {"sparsity": sparsity}))
         method.step(make_batch(setting, 1))
-        values = sum(positions(sparsity, layer.base.out_features, setting.rank) for layer in method.adapters.values())
+        values = sum(
+            positions_per_matrix(sparsity, layer.base.out_features, setting.rank) for layer in method.adapters.values()
+        )
         size = torch.promote_types(setting.dtype, torch.float32).itemsize
-        found[sparsity] = (sum(method.bytes().values()), 3 * size * values)
-    return found
+        sizes[sparsity] = (sum(method.bytes().values()), 3 * size * values)
+    return sizes
 
 
 class _Kept:
-    """Counts the bytes that autograd saves, each storage once, apart from what the model holds anyway."""
+    """Counts the bytes that autograd saves, each storage once, without parameters and buffers."""
 
     def __init__(self, model: nn.Module):
         self._own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self._saved: dict[int, torch.Tensor] = {}  # held, so that no storage is freed and counted as another
+        self._saved: dict[int, torch.Tensor] = {}  # keeps storages alive, so that no address is reused
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -258,9 +260,9 @@ class _Kept:
 
 
 def kept_for_backward(method: str, setting: Setting, dropout: float) -> float:
-    """Bytes a token that a method's adapters keep for their backward pass, in one layer of the model.
+    """Returns the bytes per token that a method's adapters keep for the backward pass, in one layer of the model.
 
-    Taken as a difference: a layer with adapters less a frozen one, both with an input that wants its gradient.
+    It is the difference between a layer with adapters and a frozen one, both with an input that requires a gradient.
     """
     one = Setting(**vars(setting) | {"layers": 1})
     batch = make_batch(one, 1)
@@ -274,17 +276,17 @@ def kept_for_backward(method: str, setting: Setting, dropout: float) -> float:
 
     frozen = make_model(one).train()
     without = kept(frozen, frozen)
-    made = Method(method, one)
-    made.prepare(Cell(1, dropout, False))
-    return (kept(made.model, made.base) - without) / batch["input_ids"].numel()
+    adapted = Method(method, one)
+    adapted.prepare(Cell(1, dropout, False))
+    return (kept(adapted.model, adapted.base) - without) / batch["input_ids"].numel()
 
 
 def expected_for_backward(setting: Setting, dropout: float) -> dict[str, int]:
-    """By arithmetic, in bytes a token and layer, for adapters in the model's dtype.
+    """Returns the expected bytes per token and layer, for adapters in the model's dtype.
 
     `loraf`: rank numbers for each of seven modules, and with dropout a byte for each entry of their inputs. `lora`,
-    without dropout: those numbers, and the inputs of its A, once where modules share one, apart from o_proj's, which
-    attention keeps for itself.
+    without dropout: those numbers, and the inputs of A, once where modules share one, except o_proj's, which attention
+    keeps anyway.
     """
     _, hidden, intermediate, *_ = SHAPES[setting.shape]
     size = setting.dtype.itemsize

@@ -1,6 +1,6 @@
-"""LoRAF's adapter: seeded projection, task sets, checkpoint, ΔW. Nothing here trains or serves.
+"""LoRAF's adapter: seeded projection, task sets, checkpoint, ΔW. No training and no serving.
 
-Importing this package is cheap: torch is imported by the modules that need it.
+Importing this package is cheap: only the modules that need torch import it.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The base model: from a name to a folder, and from a folder to the fingerprint that a checkpoint is held to."""
+"""The base model: resolving its name to a folder, and the fingerprint that ties a checkpoint to it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from loraf.errors import BaseMismatch, ConfigError, Problem
+from loraf.hub import download
 from loraf.manifest import BaseModel
 
 SHORT_NAMES = {
@@ -32,13 +34,21 @@ SHAPE_KEYS = (
 _ROWS, _COLUMNS = 4, 64
 
 
-def resolve(name: str, revision: str | None = None, file: str = "", field: str = "model") -> Path:
-    """The folder of a model: a local folder, `tiny` (the embedded model), a short name, or a hub id.
+class _TensorReader(Protocol):
+    """The part of `safe_open` that is used here; its own methods have no types."""
 
-    A hub id is downloaded into the hub's cache (safetensors, tokenizer and config only).
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+
+    def get_slice(self, name: str) -> Any: ...
+
+
+def resolve(name: str, revision: str | None = None, file: str = "", field: str = "model") -> Path:
+    """Returns the folder of a model: a local folder, `tiny` (the embedded model), a short name, or a hub id.
+
+    Models on the hub are downloaded into its cache (safetensors, tokenizer and config only).
 
     Raises:
-        ConfigError: neither a folder nor a model that the hub (or its cache, when offline) gives.
+        ConfigError: not a model folder, and not available from the hub (or, offline, its cache).
     """
     if name == "tiny":
         return Path(str(resources.files("loraf").joinpath("data/tiny")))
@@ -53,26 +63,21 @@ def resolve(name: str, revision: str | None = None, file: str = "", field: str =
         known = ", ".join(["tiny", *SHORT_NAMES])
         remedy = f"name a local folder, a hub id such as org/model, or one of: {known}"
         raise ConfigError(Problem(f"there is no model {name!r}", field, file, remedy))
-    import huggingface_hub  # only here: most uses never reach a hub
-
-    wanted = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
-    copies = ["consolidated*", "*/*"]  # the same weights again, in the layout of the model's authors
-    try:
-        found = huggingface_hub.snapshot_download(
-            hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=copies
-        )
-        return Path(found)
-    except Exception as error:  # the hub's client raises many kinds: network, not found, gated, offline
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = "check the name, log in with `hf auth login` if it is gated, or name a local folder"
-        raise ConfigError(Problem(f"{hub_id} cannot be had from the hub ({reason})", field, file, remedy)) from None
+    return download(
+        hub_id,
+        ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"],
+        leave_out=["consolidated*", "*/*"],  # the same weights again, in the layout of the model's authors
+        revision=revision,
+        field=field,
+        file=file,
+    )
 
 
 def fingerprint(folder: Path) -> str:
-    """Digest of weights sampled from every tensor of a model's safetensors files.
+    """Computes the digest of weights sampled from every tensor of a model's safetensors files.
 
-    Of each tensor, up to 4 rows spread evenly and their first 64 columns, rounded to bfloat16 so that a float32 and a
-    bfloat16 copy of one model agree. Reads kilobytes, not the model.
+    From each tensor it takes up to 4 evenly spread rows and their first 64 columns, rounded to bfloat16 so that
+    float32 and bfloat16 copies of a model agree. This reads kilobytes, not the whole model.
 
     Raises:
         ConfigError: the folder has no safetensors weights, or they cannot be read.
@@ -81,7 +86,7 @@ def fingerprint(folder: Path) -> str:
     for file in weight_files(Path(folder)):
         try:
             with safe_open(os.fspath(file), framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
                     shape = tensors.get_slice(name).get_shape()
                     lines.append(f"{name} {shape} {_sample(tensors, name, shape)}\n")
         except (OSError, SafetensorError) as error:
@@ -91,12 +96,12 @@ def fingerprint(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads weights from: the index's shards, or `model.safetensors`, or all there are.
+    """Returns the files that transformers reads weights from: `model.safetensors`, the index's shards, or all files.
 
-    Other safetensors files may lie beside them (an adapter, the authors' `consolidated.safetensors`).
+    The folder may hold other safetensors files too (an adapter, the authors' `consolidated.safetensors`).
 
     Raises:
-        ConfigError: there are none, or the index is malformed.
+        ConfigError: no weights, or a malformed index.
     """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
@@ -115,7 +120,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _sample(tensors: safe_open, name: str, shape: list[int]) -> str:
+def _sample(tensors: _TensorReader, name: str, shape: list[int]) -> str:
     if not shape or 0 in shape:
         sample = tensors.get_tensor(name).reshape(-1)
     elif len(shape) == 1:
@@ -131,11 +136,11 @@ def _sample(tensors: safe_open, name: str, shape: list[int]) -> str:
 
 
 def describe(name: str, folder: Path, revision: str | None = None) -> BaseModel:
-    """What a checkpoint records of its base model.
+    """Describes a base model the way a checkpoint records it.
 
     Args:
         name: as the user wrote it (a hub id, a short name, a folder).
-        folder: where `resolve` found it.
+        folder: as `resolve` returned it.
 
     Raises:
         ConfigError: its config.json or its weights are missing or malformed.
@@ -143,7 +148,7 @@ def describe(name: str, folder: Path, revision: str | None = None) -> BaseModel:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        text = config.get("text_config") or {}  # of a model that sees or hears too
+        text = config.get("text_config") or {}  # of a multimodal model
         architecture = str((config.get("architectures") or [text.get("model_type") or config["model_type"]])[0])
         config = config | text
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -158,30 +163,33 @@ def describe(name: str, folder: Path, revision: str | None = None) -> BaseModel:
     )
 
 
-def require_same_base(expected: BaseModel, folder: Path, checkpoint: Path, found: BaseModel | None = None) -> None:
-    """Refuses a model that the checkpoint was not trained for.
+def require_same_base(expected: BaseModel, folder: Path, checkpoint: Path, actual: BaseModel | None = None) -> None:
+    """Checks that a model is the one that the checkpoint was trained for.
 
-    A shape that only one of the two configs states is left to the fingerprint, which covers the tensors' own shapes:
-    transformers writes out defaults (head_dim, say) that a model's authors left away.
+    A shape that only one of the two configs states is covered by the fingerprint, which includes the tensors' shapes:
+    transformers writes out defaults (such as head_dim) that the model's authors left out.
 
     Args:
-        found: what `describe` says of the model, if that is known.
+        expected: the checkpoint's base model.
+        folder: of the model to check.
+        checkpoint: for error messages.
+        actual: the result of `describe(folder)`, if it is known.
 
     Raises:
-        BaseMismatch: architecture, shapes or sampled weights differ; all differences at once.
-        ConfigError: as `describe`.
+        BaseMismatch: architecture, shapes or sampled weights differ. Lists all differences.
+        ConfigError: see `describe`.
     """
-    found = found or describe(str(folder), folder)
-    remedy = f"use {expected.name}, or say --allow-other-base if you mean it"
+    actual = actual or describe(str(folder), folder)
+    remedy = f"use {expected.name}, or pass --allow-other-base if you mean it"
     problems = []
-    if found.architecture != expected.architecture:
-        message = f"trained for {expected.architecture}, the model is {found.architecture}"
+    if actual.architecture != expected.architecture:
+        message = f"trained for {expected.architecture}, the model is {actual.architecture}"
         problems.append(Problem(message, "base_model.architecture", str(checkpoint), remedy))
-    for key in sorted(expected.shapes.keys() & found.shapes.keys()):
-        if expected.shapes[key] != found.shapes[key]:
-            message = f"trained for {expected.shapes[key]}, the model has {found.shapes[key]}"
+    for key in sorted(expected.shapes.keys() & actual.shapes.keys()):
+        if expected.shapes[key] != actual.shapes[key]:
+            message = f"trained for {expected.shapes[key]}, the model has {actual.shapes[key]}"
             problems.append(Problem(message, f"base_model.shapes.{key}", str(checkpoint), remedy))
-    if not problems and found.fingerprint != expected.fingerprint:
+    if not problems and actual.fingerprint != expected.fingerprint:
         message = f"the model in {folder} has other weights than {expected.name} had when the tasks were trained"
         problems.append(Problem(message, "base_model.fingerprint", str(checkpoint), remedy))
     if problems:

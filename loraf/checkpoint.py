@@ -1,11 +1,10 @@
 """Reading and writing a checkpoint folder.
 
     loraf.json                   the manifest (loraf.manifest)
-    tasks/<name>.safetensors     per module: <module>.rows, <module>.cols, <module>.values
+    tasks/<name>.safetensors     per module: <module>.rows, <module>.cols, <module>.values (loraf.task_file)
 
-loraf.task_file reads and verifies; here is what a checkpoint is, and how it is written. A save writes new files beside
-the old ones, flushes them, and replaces the manifest last, so that a checkpoint is at any moment the one before or the
-one after. A finished task's file is never written again.
+A save writes new files under temporary names, flushes and renames them, and replaces the manifest last. So at every
+moment the folder holds either the old checkpoint or the new one. The file of a finished task is never written again.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from typing import Any
 
 from loraf import manifest as manifests
 from loraf import projection, task_file
-from loraf.described import Described, chosen
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem
-from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task, Templates, positions
+from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task, Templates, positions_per_matrix
+from loraf.manifest_view import CheckpointManifestView, read_manifest
 from loraf.sparse import SparseB
 from loraf.tasksets import name_problem
 
-_MEND = "give values that the checkpoint can hold"
+_REMEDY = "use values that a checkpoint can hold"
 _PLAIN_TEMPLATES = Templates()
 
 
-class Checkpoint(Described):
-    """A checkpoint whose chosen tasks are in memory and verified.
+class Checkpoint(CheckpointManifestView):
+    """A checkpoint whose selected tasks are in memory and verified.
 
     Attributes:
         tasks: task → module → SparseB.
@@ -39,23 +38,23 @@ class Checkpoint(Described):
     def __init__(self, path: Path, manifest: Manifest, tasks: dict[str, dict[str, SparseB]], partial: bool = False):
         super().__init__(path, manifest)
         self.tasks = tasks
-        self._partial = partial  # some tasks left out: writing would lose them
+        self._partial = partial  # tasks were left out, and writing would lose them
 
     @classmethod
     def open(cls, path: str | Path, tasks: Sequence[str] | None = None) -> Checkpoint:
-        """Reads the manifest and the chosen tasks' files (all by default), and verifies every byte of them.
+        """Reads the manifest and the files of some tasks (all by default), and verifies every byte of them.
 
         The projection is verified when it is built: `projection_of`, or `verify_projection` for all modules.
 
         Raises:
-            CheckpointError, CorruptCheckpoint: see `manifest.read`; every damaged file is named.
-            UnknownTask: a chosen task is not there.
+            CheckpointError, CorruptCheckpoint: see `manifest.read`. Lists every damaged file.
+            UnknownTask: a selected task does not exist.
         """
         path = Path(path)
-        manifest, problems, partial = chosen(path, tasks)
-        loaded, wrong = task_file.read_all(path, manifest)
-        if problems or wrong:
-            raise CorruptCheckpoint([*problems, *wrong])
+        manifest, problems, partial = read_manifest(path, tasks)
+        loaded, file_problems = task_file.read_all(path, manifest)
+        if problems or file_problems:
+            raise CorruptCheckpoint([*problems, *file_problems])
         return cls(path, manifest, loaded, partial)
 
     @classmethod
@@ -68,29 +67,31 @@ class Checkpoint(Described):
         seed: int,
         init_std: float | None = None,
     ) -> Checkpoint:
-        """A new checkpoint without tasks; computes the digest of A.
+        """Creates a checkpoint without tasks. Computes the digest of A.
 
         Args:
             modules: name → (d_out, d_in) of its weight.
+            seed: of A.
+            init_std: standard deviation of A; None: 1/√(3·d_in) of each module.
 
         Raises:
-            CheckpointError: `path` already holds a checkpoint or cannot be written, or a value makes no sense (a rank
-                of 0, no modules, a standard deviation that is not positive). Nothing is written then.
+            CheckpointError: `path` already holds a checkpoint or cannot be written, or a value is invalid (a rank of 0,
+                no modules, a standard deviation that is not positive). Nothing has been written then.
         """
         path = Path(path)
         if os.path.exists(path / manifests.FILE_NAME):
-            raise CheckpointError(Problem("a checkpoint is already there", file=str(path), remedy="open it instead"))
-        unmade = Manifest(
+            raise CheckpointError(Problem("already holds a checkpoint", file=str(path), remedy="open it instead"))
+        without_digests = Manifest(
             base_model=base_model,
             rank=rank,
             projection=Projection(projection.GENERATOR, seed, "", init_std),
             modules={name: Module(*shape, "") for name, shape in modules.items()},
         )
-        _encoded(unmade, path)  # A is made only for values that can be written
+        _encoded(without_digests, path)  # refuses invalid values before A is computed
         digests = projection.digests(seed, rank, dict(modules), init_std)
         manifest = dataclasses.replace(
-            unmade,
-            projection=dataclasses.replace(unmade.projection, sha256=projection.combined_digest(digests)),
+            without_digests,
+            projection=dataclasses.replace(without_digests.projection, sha256=projection.combined_digest(digests)),
             modules={name: Module(*shape, digests[name]) for name, shape in modules.items()},
         )
         manifest, data = _encoded(manifest, path)
@@ -112,29 +113,33 @@ class Checkpoint(Described):
         templates: Templates = _PLAIN_TEMPLATES,
         training: Mapping[str, Any] | None = None,
     ) -> Task:
-        """Commits a finished task: its file first, then the manifest. Values are stored in the dtype they have.
+        """Commits a finished task: first its file, then the manifest. Values are stored in their own dtype.
+
+        Args:
+            values: module → SparseB, for every target module.
+            training: the task's provenance.
 
         Raises:
-            CheckpointError: the name is taken or invalid, a mask overlaps another task's or has not exactly
-                K = ⌊(1 − s)·d_out·r⌋ positions, a value is not finite, a setting has no JSON form, or the folder was
-                changed by another process. Nothing is written then.
+            CheckpointError: the name is taken or invalid, a mask overlaps another task's or does not have exactly
+                K = ⌊(1 − s)·d_out·r⌋ positions, a value is not finite, a setting has no JSON form, or another process
+                changed the folder. Nothing has been written then.
         """
         self._require_whole()
         file = str(self.path / f"tasks/{name}.safetensors")
         problem = name_problem(name, file=str(self.path))
         if name in self.manifest.task_names:
-            problem = Problem(f"task {name!r} is already there", "name", str(self.path), "choose another name")
+            problem = Problem(f"task {name!r} already exists", "name", str(self.path), "choose another name")
         if problem:
             raise CheckpointError(problem)
         if not 0 <= sparsity < 1:
-            raise CheckpointError(Problem(f"{sparsity} is not in [0, 1)", "sparsity", file, _MEND))
+            raise CheckpointError(Problem(f"{sparsity} is not in [0, 1)", "sparsity", file, _REMEDY))
         absent = [other for other in trained_with if other not in self.manifest.task_names]
         if absent:
-            raise CheckpointError(Problem(f"there is no task {', '.join(absent)}", "trained_with", file, _MEND))
+            raise CheckpointError(Problem(f"there is no task {', '.join(absent)}", "trained_with", file, _REMEDY))
         dtypes = {str(b.values.dtype).removeprefix("torch.") for b in values.values()}
         if len(dtypes) != 1 or not dtypes <= set(manifests.DTYPES):
-            message = f"values must all be of one dtype out of {', '.join(manifests.DTYPES)}"
-            raise CheckpointError(Problem(message, "dtype", file, _MEND))
+            message = f"all values must have the same dtype, one of {', '.join(manifests.DTYPES)}"
+            raise CheckpointError(Problem(message, "dtype", file, _REMEDY))
         task = Task(
             name=name,
             alpha=alpha,
@@ -142,7 +147,7 @@ class Checkpoint(Described):
             dtype=dtypes.pop(),
             file=StoredFile(f"tasks/{name}.safetensors", 0, ""),
             k={
-                module: positions(sparsity, shape.d_out, self.manifest.rank)
+                module: positions_per_matrix(sparsity, shape.d_out, self.manifest.rank)
                 for module, shape in self.manifest.modules.items()
             },
             trained_with=tuple(trained_with),
@@ -151,7 +156,7 @@ class Checkpoint(Described):
         )
         tasks = self.tasks | {name: dict(values)}
         with_task = dataclasses.replace(self.manifest, tasks=(*self.manifest.tasks, task))
-        problems = task_file.verify(self.path, with_task, tasks, _MEND)
+        problems = task_file.verify(self.path, with_task, tasks, _REMEDY)
         if problems:
             raise CheckpointError(problems)
         data = task_file.encode({module: values[module] for module in self.manifest.modules})
@@ -162,12 +167,12 @@ class Checkpoint(Described):
         return self.manifest.task(name)
 
     def set_scores(self, name: str, scores: Sequence[Mapping[str, Any]]) -> None:
-        """Replaces a task's scores in the manifest; the adapter digest stays.
+        """Replaces a task's scores in the manifest. The adapter digest does not change.
 
         Raises:
             UnknownTask: there is no such task.
-            CheckpointError: a score has no JSON form (NaN, say), or the folder was changed by another process. Nothing
-                is written then.
+            CheckpointError: a score has no JSON form (such as NaN), or another process changed the folder. Nothing has
+                been written then.
         """
         self.manifest.task(name)
         self._commit(
@@ -179,14 +184,14 @@ class Checkpoint(Described):
 
     @staticmethod
     def remove_task(path: str | Path, name: str) -> Manifest:
-        """Takes a task out of the checkpoint in `path`: the manifest first, then its file. Its positions are free then.
+        """Removes a task from the checkpoint in `path`, first from the manifest, then its file. Frees its positions.
 
-        Only the manifest is read, so a damaged task can be taken out too. Tasks that were trained on top of it keep
-        their values and name it in `trained_with`, so they can no longer be served as trained. Scores of a set with the
-        task go with it, since the set is no more. A file that a killed removal left is removed without more ado.
+        Only the manifest is read, so that a damaged task can be removed too. Tasks that were trained on top of it keep
+        their values and its name in `trained_with`, so they can no longer be served as trained. Scores of sets with the
+        task are removed. A file left behind by an interrupted removal is removed without an error.
 
         Returns:
-            What is left.
+            The new manifest.
 
         Raises:
             UnknownTask: there is no such task.
@@ -196,15 +201,15 @@ class Checkpoint(Described):
         manifest = manifests.read(path)
         file = path / f"tasks/{name}.safetensors"
         if name in manifest.task_names or name_problem(name) or not file.exists():
-            manifest.task(name)  # raises if there is none
+            manifest.task(name)  # raises if there is no such task
 
             def without(task: Task) -> Task:
                 sets = ({part.partition(":")[0] for part in str(score.get("set")).split("+")} for score in task.scores)
                 kept = tuple(s for s, names in zip(task.scores, sets, strict=True) if name not in names)
                 return dataclasses.replace(task, scores=kept)
 
-            left = tuple(without(task) for task in manifest.tasks if task.name != name)
-            manifest, data = _encoded(dataclasses.replace(manifest, tasks=left), path)
+            remaining = tuple(without(task) for task in manifest.tasks if task.name != name)
+            manifest, data = _encoded(dataclasses.replace(manifest, tasks=remaining), path)
             write_durably(path / manifests.FILE_NAME, data)
         try:
             file.unlink(missing_ok=True)
@@ -213,7 +218,7 @@ class Checkpoint(Described):
         return manifest
 
     def _commit(self, tasks: tuple[Task, ...], new_files: Mapping[Path, bytes] | None = None) -> None:
-        """Writes new files, then the manifest with `tasks`; what is in memory changes only when all is on disk."""
+        """Writes new files, then the manifest with `tasks`. Memory is updated once everything is on disk."""
         self._require_whole()
         manifest, data = _encoded(dataclasses.replace(self.manifest, tasks=tasks), self.path)
         self._require_unchanged()
@@ -223,10 +228,10 @@ class Checkpoint(Described):
         self.manifest = manifest
 
     def _require_unchanged(self) -> None:
-        """Refuses to write over what another process wrote: its tasks would be lost."""
+        """Refuses to overwrite what another process wrote, whose tasks would be lost."""
         if manifests.read(self.path).to_json() != self.manifest.to_json():
             message = "was changed by another process since it was read"
-            remedy = "open the checkpoint again; let one process at a time write to it"
+            remedy = "open the checkpoint again, and let only one process at a time write to it"
             raise CheckpointError(Problem(message, file=str(self.path / manifests.FILE_NAME), remedy=remedy))
 
     def _require_whole(self) -> None:
@@ -241,33 +246,35 @@ class Checkpoint(Described):
 
 
 def _encoded(manifest: Manifest, path: Path) -> tuple[Manifest, bytes]:
-    """The manifest as it will be read back, and the bytes to write.
+    """Returns the manifest as it will be read back, and the bytes to write.
 
     Raises:
-        CheckpointError: it could not be read back.
+        CheckpointError: the manifest is inconsistent or has no JSON form.
     """
     file = path / manifests.FILE_NAME
     problems: list[Problem] = []
     try:
-        manifests.inconsistencies(manifest, lambda where, text: problems.append(Problem(text, where, str(file), _MEND)))
+        manifests.inconsistencies(
+            manifest, lambda where, text: problems.append(Problem(text, where, str(file), _REMEDY))
+        )
         if not problems:
             data = manifest.to_json().encode()
             return manifests.parse(data, file), data
     except CorruptCheckpoint as error:
-        problems += (dataclasses.replace(problem, remedy=_MEND) for problem in error.problems)
+        problems += (dataclasses.replace(problem, remedy=_REMEDY) for problem in error.problems)
     except (TypeError, ValueError) as error:
-        problems.append(Problem(f"cannot be written ({error})", "", str(file), _MEND))
+        problems.append(Problem(f"cannot be written ({error})", "", str(file), _REMEDY))
     raise CheckpointError(problems)
 
 
 def unwritable(target: Path, error: OSError) -> CheckpointError:
-    """What to tell the user where the operating system refused."""
-    remedy = "make room on the disk, or name a folder that may be written; then run the same command again"
+    """Returns the error to raise where the operating system refused to write."""
+    remedy = "free disk space or choose a writable folder, then run the same command again"
     return CheckpointError(Problem(f"cannot be written ({error.strerror or error})", file=str(target), remedy=remedy))
 
 
 def write_durably(target: Path, data: bytes) -> None:
-    """Writes beside `target`, flushes to disk, then renames: a reader sees the old file or the new one, never half.
+    """Writes a temporary file, flushes it to disk and renames it, so that readers see the old or the new content.
 
     Raises:
         CheckpointError: the operating system refused (disk full, no permission).

@@ -1,14 +1,14 @@
-"""Errors, drawn as a tree. Each says which file, which field and what to do about it.
+"""The error tree. Each error names the file and the field, and says how to fix it.
 
     LorafError                     everything this project raises on purpose
     ├── ConfigError                a tasks.yaml, a data file or a command line that cannot be used
-    ├── SelectionError             a task set that makes no sense (a name twice, a weight out of range)
-    │   └── UnknownTask            a task or adapter that is not there
-    └── CheckpointError            a checkpoint that cannot be used as asked
+    ├── SelectionError             an invalid task set (a name twice, a weight out of range)
+    │   └── UnknownTask            a task or adapter that does not exist
+    └── CheckpointError            a checkpoint that cannot be used in this way
         ├── CorruptCheckpoint      missing, changed or malformed files
         └── BaseMismatch           the checkpoint was trained for another base model
 
-All of them are the user's to mend, so commands end with exit status 2 and the text, never a traceback.
+The user can fix every one of them, so commands print the text without a traceback and exit with status 2.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_LONGEST = 300  # characters of `one_line`
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the text of a foreign exception on one line, up to 300 characters; its type's name if it has no text."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]} …") or type(error).__name__
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: where it is and how to mend it.
+    """One mistake: where it is and how to fix it.
 
-    `file` and `field` may be empty when there is none (a command-line value has only a field).
+    `file` and `field` are empty where they do not apply (a command-line value has only a field).
     """
 
     message: str
@@ -36,7 +44,7 @@ class Problem:
 
 
 class LorafError(Exception):
-    """Carries every problem found, not only the first.
+    """Carries every problem that was found, not only the first.
 
     Args:
         problems: one problem, a plain message, or several problems.
@@ -53,7 +61,7 @@ class LorafError(Exception):
             return str(self.problems[0])
         return "\n".join(f"{i}. {p}" for i, p in enumerate(self.problems, 1))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[LorafError], tuple[tuple[Problem, ...]]]:
         return (type(self), (self.problems,))
 
 
@@ -62,19 +70,19 @@ class ConfigError(LorafError):
 
 
 class SelectionError(LorafError):
-    """A task set that makes no sense."""
+    """An invalid task set."""
 
 
 class UnknownTask(SelectionError):
-    """A task (or adapter) name that is not loaded; the text names what there is."""
+    """The name of a task or adapter that does not exist; the message lists those that do."""
 
 
 class CheckpointError(LorafError):
-    """A checkpoint that cannot be used as asked."""
+    """A checkpoint that cannot be used in this way."""
 
 
 class CorruptCheckpoint(CheckpointError):
-    """Files missing, changed since they were written, or malformed."""
+    """Files are missing, malformed, or were changed after they had been written."""
 
 
 class BaseMismatch(CheckpointError):

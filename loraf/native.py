@@ -1,8 +1,7 @@
-"""The compiled library of loraf/csrc, if there is one: the same results as NumPy, several times as fast.
+"""The optional compiled library of loraf/csrc: the same results as NumPy, several times as fast.
 
-It is an ordinary shared library beside this file, `_native*.so`, called through ctypes, which lets other threads run
-meanwhile. Everything works without it; `why_not` says why it is not used. LORAF_NATIVE=0 in the environment switches
-it off.
+It is an ordinary shared library next to this file, `_native*.so`, called through ctypes, which releases the GIL.
+Everything works without it; `why_not` explains why it is not used. LORAF_NATIVE=0 in the environment disables it.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ import numpy as np
 INTERFACE = 1  # of loraf/csrc/version.cpp
 SWITCH = "LORAF_NATIVE"
 VARIANTS = ("plain", "AVX2", "AVX-512")
-BFLOAT16, FLOAT16 = 1, 2  # what A is rounded to, and value kinds of a mask; 0 is float32
-_LARGEST = 1 << 31  # rows or columns of a matrix whose masks are checked
+BFLOAT16, FLOAT16 = 1, 2  # dtypes that A is rounded to, and of a mask's values; 0 is float32
+_LARGEST = 1 << 31  # rows, or columns, of a matrix whose masks can be checked
 
 
 class Unusable(Exception):
-    """Why a library cannot be used."""
+    """The reason why a library cannot be used."""
 
 
 class Mask(ctypes.Structure):
-    """One task's mask and values in one module. Addresses of contiguous arrays of `count` entries."""
+    """One task's mask and values in one module: addresses of contiguous arrays of `count` entries."""
 
     _fields_ = [
         ("rows", ctypes.c_void_p),
@@ -39,15 +38,18 @@ class Mask(ctypes.Structure):
     ]
 
 
-class Library:
+class NativeLibrary:
     """The functions of a compiled library.
 
     Args:
         path: the shared library.
-        variant: the best of VARIANTS that may be used, by number; the processor may have less.
+        variant: index of the best of VARIANTS that may be used. The processor may support less.
+
+    Attributes:
+        variant: the one of VARIANTS that is used.
 
     Raises:
-        Unusable: it cannot be loaded here, or was built from other sources.
+        Unusable: the library cannot be loaded here, or was built from other sources.
     """
 
     def __init__(self, path: Path, variant: int = len(VARIANTS) - 1):
@@ -57,13 +59,13 @@ class Library:
             raise Unusable("the processor is big-endian")
         try:
             loaded = ctypes.CDLL(str(path))
-            found = loaded.loraf_native_interface()
+            interface = loaded.loraf_native_interface()
             self.variant = VARIANTS[min(variant, loaded.loraf_native_isa())]
             self._projection, self._check_masks = loaded.loraf_projection, loaded.loraf_check_masks
         except (OSError, AttributeError) as error:
             raise Unusable(f"{path.name} cannot be loaded ({error})") from None
-        if found != INTERFACE:
-            raise Unusable(f"{path.name} was built from other sources (interface {found}, not {INTERFACE})")
+        if interface != INTERFACE:
+            raise Unusable(f"{path.name} was built from other sources (interface {interface}, not {INTERFACE})")
         address, word, integer, large = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_int64
         self._projection.argtypes = [
             address,
@@ -91,30 +93,32 @@ class Library:
         out16: int | None = None,
         kind: int = 0,
     ) -> None:
-        """A part of A, see `loraf.projection`.
+        """Computes a part of A, see `loraf.projection`.
 
         Args:
             table: the 65,536 quantiles.
+            scale: the standard deviation.
+            key: see `projection.module_key`.
             rows, columns: first and last + 1.
             out32: address for (rows, columns) float32, or None.
             out16: address for the same numbers rounded to `kind`, or None.
-            kind: 0 if `out16` is None, BFLOAT16 or FLOAT16.
+            kind: BFLOAT16 or FLOAT16; 0 if `out16` is None.
         """
         self._projection(table.ctypes.data, scale, *key, *rows, *columns, out32, out16, kind, self._variant)
 
     def check_masks(
         self, masks: Sequence[Mask], index_bytes: tuple[int, int], shape: tuple[int, int]
     ) -> tuple[list[int], bool]:
-        """What is wrong with the masks of one matrix.
+        """Checks several tasks' masks of one matrix.
 
         Args:
-            index_bytes: of a row index and of a column index: 1, 2 or 4.
+            index_bytes: size of a row index and of a column index: 1, 2 or 4.
             shape: of the matrix, see `can_check`.
 
         Returns:
             For each mask the sum of 1 (a row lies outside), 2 (a column lies outside), 4 (not unique and sorted) and
-            8 (a value is not finite), where 4 has a meaning only without 1 and 2; and whether two masks share a
-            position, which has a meaning only if nothing else is wrong.
+            8 (a value is not finite), where 4 is meaningful only without 1 and 2; and whether two masks share a
+            position, which is meaningful only if nothing else is wrong.
         """
         owned = np.empty(shape[0] * shape[1], dtype=np.uint8) if len(masks) > 1 else None
         faults = np.zeros(len(masks), dtype=np.uint32)
@@ -125,29 +129,29 @@ class Library:
 
 
 def can_check(shape: tuple[int, int]) -> bool:
-    """Whether `Library.check_masks` can count the positions of such a matrix in 32 bits."""
+    """Whether `NativeLibrary.check_masks` can number the positions of a matrix of this shape in 32 bits."""
     return 0 < shape[0] <= _LARGEST and 0 < shape[1] <= _LARGEST and shape[0] * shape[1] <= 1 << 32
 
 
-def library() -> Library | None:
-    """The library, or None: use NumPy then."""
-    return _found()[0]
+def library() -> NativeLibrary | None:
+    """Returns the library, or None if NumPy must be used."""
+    return _load()[0]
 
 
 def why_not() -> str | None:
-    """Why the library is not used, or None if it is."""
-    return _found()[1]
+    """Returns the reason why the library is not used, or None if it is."""
+    return _load()[1]
 
 
 @cache
-def _found() -> tuple[Library | None, str | None]:
+def _load() -> tuple[NativeLibrary | None, str | None]:
     if os.environ.get(SWITCH) == "0":
-        return None, f"{SWITCH}=0 switches it off"
+        return None, f"{SWITCH}=0 disables it"
     files = sorted(Path(__file__).parent.glob("_native*.so"), key=lambda file: file.stat().st_mtime, reverse=True)
     reasons = []
     for file in files:
         try:
-            return Library(file), None
+            return NativeLibrary(file), None
         except Unusable as error:
             reasons.append(str(error))
-    return None, "; ".join(reasons) or "it was not built: no compiler was there when loraf was installed"
+    return None, "; ".join(reasons) or "it was not built, because there was no compiler when loraf was installed"

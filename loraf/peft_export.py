@@ -1,6 +1,6 @@
-"""A task set as a PEFT LoRA directory, for every tool that reads those.
+"""Exports a task set as a PEFT LoRA directory.
 
-The set's scales are folded into B and lora_alpha equals the rank, so PEFT's own factor lora_alpha / r is one.
+The scales of the set are folded into B and lora_alpha equals the rank, so that PEFT's factor lora_alpha / r is one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PREFIX = "base_model.model."
 
 
 def export_peft(checkpoint: Checkpoint, task_set: TaskSet, out: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors into `out` (made if missing).
+    """Writes adapter_config.json and adapter_model.safetensors into `out`, which is created if missing.
 
     Args:
         dtype: of both matrices. A dtype other than float32 rounds them.
@@ -30,7 +30,7 @@ def export_peft(checkpoint: Checkpoint, task_set: TaskSet, out: Path, dtype: tor
         tensors[f"{PREFIX}{module}.lora_A.weight"] = checkpoint.projection_of(module).to(dtype)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = combined_b(checkpoint, module, task_set).to(dtype)
     out.mkdir(parents=True, exist_ok=True)
-    # Not save_file: that makes a file which nobody else may read.
+    # Not save_file, which makes the file readable by its owner only.
     (out / "adapter_model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     config = {
         "peft_type": "LORA",

@@ -1,10 +1,10 @@
-"""A PEFT LoRA directory, read: adapter_config.json and adapter_model.safetensors.
+"""Reads a PEFT LoRA directory: adapter_config.json and adapter_model.safetensors.
 
     ΔW of a module = scale · B · A,  scale = lora_alpha / r, or lora_alpha / √r with use_rslora
 
-with r and lora_alpha from rank_pattern and alpha_pattern where one of their keys matches the module's name, as PEFT
-matches it. Whatever else PEFT can put into a LoRA (DoRA, biases, whole modules, embeddings, a changed base model) is
-refused by its name. Nothing pickled is read.
+r and lora_alpha come from rank_pattern and alpha_pattern where one of their keys matches the module's name, as in PEFT.
+Everything else that PEFT can put into a LoRA (DoRA, biases, whole modules, embeddings, a changed base model) is refused
+by name. Pickled files are never read.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loraf import strict_json, task_file
+from loraf import strict_json, strict_safetensors
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import StoredFile
 from loraf.peft_export import PREFIX
@@ -30,30 +30,30 @@ _TENSOR = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<part>[AB])\.
 _SHOWN = 4  # names in a message
 _RETRAIN = "train the task on its data with `loraf-train run`"
 
-# Of peft 0.21's LoraConfig: what says nothing of ΔW beside the fields of _Config.
+# Fields of LoraConfig in peft 0.21 that ΔW does not depend on, apart from those of _Config.
 _SILENT = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "bias", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
     *("fan_in_fan_out", "ensure_weight_tying", "runtime_config", "megatron_config", "megatron_core"),
-    # How A and B were made or trained; the files hold what came of it.
+    # How A and B were initialized or trained. The weights hold the result.
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size"),
 }
-# Of init_lora_weights: what leaves the base model as it is. Others (pissa, olora, …) take a part out of its weights.
+# Values of init_lora_weights that leave the base model unchanged. Others (pissa, olora, …) change its weights.
 _KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 _MEANING = {
     "use_dora": "DoRA scales the columns of the whole weight",
-    "modules_to_save": "whole modules were trained beside the adapter",
-    "trainable_token_indices": "rows of the embedding were trained beside the adapter",
+    "modules_to_save": "whole modules were trained together with the adapter",
+    "trainable_token_indices": "rows of the embedding were trained together with the adapter",
     "lora_bias": "B has a bias",
     "layer_replication": "layers of the base model are used several times",
-    "alora_invocation_tokens": "it acts only after its invocation tokens",
-    "target_parameters": "it adapts parameters that are no linear layer's weight",
+    "alora_invocation_tokens": "it is active only after its invocation tokens",
+    "target_parameters": "it adapts parameters other than weights of linear layers",
 }
 
 
 @dataclass(frozen=True)
 class Factors:
-    """ΔW = scale · b · a of one module: b (d_out, rank), a (rank, d_in)."""
+    """The factors of one module's ΔW = scale · b · a, where a is (rank, d_in) and b is (d_out, rank)."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -67,13 +67,14 @@ class Factors:
 
 @dataclass(frozen=True)
 class PeftLora:
-    """A LoRA as PEFT serves it.
+    """A LoRA, read from a PEFT directory.
 
     Attributes:
         modules: by transformers' names.
-        rank: r of the config, before rank_pattern.
-        base_model: the name that it was trained for; None: it does not say.
-        file: the weights, with their digest.
+        rank: r of the config, which rank_pattern may override.
+        base_model: name of the model that it was trained for; None if not stated.
+        revision: of that model on the hub.
+        file: the weights' file, with its digest.
     """
 
     modules: dict[str, Factors]
@@ -85,7 +86,7 @@ class PeftLora:
 
 @dataclass(frozen=True)
 class _Config:
-    """The fields of adapter_config.json that ΔW depends on; the defaults are PEFT's."""
+    """The fields of adapter_config.json that ΔW depends on, with PEFT's defaults."""
 
     r: int = 8
     lora_alpha: float = 8.0
@@ -108,7 +109,7 @@ def read_peft(folder: Path) -> PeftLora:
     """Reads a PEFT LoRA directory.
 
     Raises:
-        ConfigError: it is none, or it holds what B·A cannot say; all mistakes at once.
+        ConfigError: not a valid PEFT LoRA, or it is more than scale · B · A. Lists all problems.
     """
     problems: list[Problem] = []
     config = _read_config(folder / CONFIG, problems)
@@ -122,17 +123,17 @@ def read_peft(folder: Path) -> PeftLora:
 
 
 def _matching(pattern: Mapping[str, Any], module: str) -> str:
-    """The first key that matches a whole name, or its end after a dot: PEFT's `get_pattern_key`."""
+    """Returns the first key that matches the whole name, or its end after a dot. Like PEFT's `get_pattern_key`."""
     return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), module)
 
 
 def _read_config(path: Path, problems: list[Problem]) -> _Config | None:
-    """The config, or None; whatever speaks against it goes into `problems`."""
+    """Returns the config, or None after adding to `problems`."""
     remedy = "name a folder that PEFT's save_pretrained wrote"
     try:
         content = strict_json.loads(path.read_bytes())
         if not isinstance(content, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
     except OSError as error:
         problems.append(Problem(f"cannot be read ({error.strerror})", file=str(path), remedy=remedy))
         return None
@@ -141,60 +142,62 @@ def _read_config(path: Path, problems: list[Problem]) -> _Config | None:
         return None
     before = len(problems)
 
-    def report(where: str, message: str, mend: str = remedy) -> None:
-        problems.append(Problem(message, where, str(path), mend))
+    def report(where: str, message: str, remedy: str = remedy) -> None:
+        problems.append(Problem(message, where, str(path), remedy))
 
     kind = content.get("peft_type")
     if kind != "LORA":
         report("peft_type", f"is {kind!r}, not 'LORA'", _RETRAIN)
         return None
-    said = {key: value for key, value in content.items() if value is not None}
+    stated = {key: value for key, value in content.items() if value is not None}
     known = _Config.__dataclass_fields__.keys()
-    config = strict_json.build(_Config, {key: said[key] for key in said if key in known}, "", report)
+    config = strict_json.build(_Config, {key: stated[key] for key in stated if key in known}, "", report)
     if config is not None:
         _check_numbers(config, report)
-    if said.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
-        mend = "import an adapter of a causal language model"
-        report("task_type", f"is {said['task_type']!r}, not 'CAUSAL_LM'", mend)
-    if said.get("bias", "none") != "none":
-        report("bias", f"is {said['bias']!r}: biases of the base model were trained beside the adapter", _RETRAIN)
-    start = said.get("init_lora_weights")
-    if start not in _KEEPS_BASE:
-        mend = "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-        report("init_lora_weights", f"is {start!r}: the adapter belongs to a base model with other weights", mend)
-    for key, value in said.items():
+    if stated.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        remedy = "import an adapter of a causal language model"
+        report("task_type", f"is {stated['task_type']!r}, not 'CAUSAL_LM'", remedy)
+    if stated.get("bias", "none") != "none":
+        message = f"is {stated['bias']!r}: biases of the base model were trained together with the adapter"
+        report("bias", message, _RETRAIN)
+    initialization = stated.get("init_lora_weights")
+    if initialization not in _KEEPS_BASE:
+        message = f"is {initialization!r}: the adapter belongs to a base model with other weights"
+        remedy = "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        report("init_lora_weights", message, remedy)
+    for key, value in stated.items():
         if key not in known | _SILENT and value not in (False, [], {}, ""):
-            report(key, _MEANING.get(key, "changes what the adapter does, and a task cannot do that"), _RETRAIN)
+            report(key, _MEANING.get(key, "changes how the adapter works, and a task does not support it"), _RETRAIN)
     return config if len(problems) == before else None
 
 
-def _check_numbers(config: _Config, report: Any) -> None:
+def _check_numbers(config: _Config, report: Callable[[str, str], None]) -> None:
     for where, rank in (("r", config.r), *((f"rank_pattern.{k}", r) for k, r in config.rank_pattern.items())):
         if rank < 1:
-            report(where, f"{rank} is no rank")
+            report(where, f"{rank} is not a valid rank")
     for key in (*config.rank_pattern, *config.alpha_pattern):
         try:
             re.compile(key)
         except re.error as error:
             where = "rank_pattern" if key in config.rank_pattern else "alpha_pattern"
-            report(where, f"{key!r} is no pattern ({error})")
+            report(where, f"{key!r} is not a valid pattern ({error})")
 
 
 def _read_weights(folder: Path, problems: list[Problem]) -> tuple[dict[str, torch.Tensor] | None, StoredFile | None]:
-    """The tensors, and the digest of the bytes that they were read from."""
+    """Returns the tensors and the digest of their file, or (None, None) after adding to `problems`."""
     path = folder / WEIGHTS
     try:
         data = bytearray(path.read_bytes())
-        tensors = task_file.parse(memoryview(data))
+        tensors = strict_safetensors.parse(memoryview(data))
     except OSError as error:
         message, remedy = f"cannot be read ({error.strerror})", "name a folder that PEFT's save_pretrained wrote"
         if (folder / "adapter_model.bin").exists():
-            message = "is missing, and adapter_model.bin is pickled, which is never read"
-            remedy = "load the adapter with PEFT and save it again, as safetensors"
+            message = "is missing. There is an adapter_model.bin, but pickled files are never read"
+            remedy = "load the adapter with PEFT and save it again as safetensors"
         problems.append(Problem(message, file=str(path), remedy=remedy))
         return None, None
     except ValueError as error:
-        problems.append(Problem(f"is no safetensors file ({error})", file=str(path), remedy="save or copy it again"))
+        problems.append(Problem(f"is not a safetensors file ({error})", file=str(path), remedy="save or copy it again"))
         return None, None
     return tensors, StoredFile(WEIGHTS, len(data), hashlib.sha256(data).hexdigest())
 
@@ -202,35 +205,37 @@ def _read_weights(folder: Path, problems: list[Problem]) -> tuple[dict[str, torc
 def _pair(
     config: _Config, tensors: Mapping[str, torch.Tensor], file: str, problems: list[Problem]
 ) -> dict[str, Factors]:
-    """A and B of every module."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    """Returns A and B of every module. Adds whatever is wrong to `problems`."""
+    by_module: dict[str, dict[str, torch.Tensor]] = {}
     other = []
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None:
             other.append(name)
         else:
-            found.setdefault(match["module"], {})[match["part"]] = tensor
+            by_module.setdefault(match["module"], {})[match["part"]] = tensor
     if other:
-        message = f"holds what is no lora_A or lora_B of a linear layer: {shown(other)}"
+        message = f"holds tensors other than lora_A and lora_B of linear layers: {shown(other)}"
         problems.append(Problem(message, file=file, remedy=_RETRAIN))
-    if not found:
+    if not by_module:
         problems.append(Problem("holds no adapted layer", file=file, remedy="name a trained adapter"))
     modules = {}
-    for module, parts in found.items():
+    for module, parts in by_module.items():
         fault = _fault(parts, config.rank_of(module))
         if fault:
             problems.append(Problem(fault, module, file, "save or copy it again"))
         else:
             modules[module] = Factors(parts["A"], parts["B"], config.scale_of(module))
     if modules and not any(factors.scale for factors in modules.values()):
-        problems.append(Problem("is 0 everywhere: the adapter does nothing", "lora_alpha", file, "set it as trained"))
+        problems.append(
+            Problem("is 0 everywhere: the adapter has no effect", "lora_alpha", file, "use the value from training")
+        )
     return modules
 
 
 def _fault(parts: Mapping[str, torch.Tensor], rank: int) -> str | None:
     if len(parts) != 2:
-        return f"has lora_{next(iter(parts))} alone"
+        return f"has lora_{next(iter(parts))} only"
     for part, tensor in sorted(parts.items()):
         if tensor.dtype not in DTYPES:
             return f"lora_{part} is {tensor.dtype}, not one of {', '.join(map(str, DTYPES))}"
@@ -242,6 +247,6 @@ def _fault(parts: Mapping[str, torch.Tensor], rank: int) -> str | None:
 
 
 def shown(names: list[str]) -> str:
-    """The first few of many names."""
+    """Lists the first few of many names."""
     more = len(names) - _SHOWN
     return ", ".join(sorted(names)[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,12 +1,12 @@
-"""The frozen projection A, rebuilt from a seed: the same bits on every processor, GPU and library version.
+"""The frozen projection A, generated from a seed: the same bits on every processor, GPU and library version.
 
-    A[i, j] = table[u16(i, j)] · std          one float32 multiplication, nothing else is floating point
+    A[i, j] = table[u16(i, j)] · std          one float32 multiplication; everything else is integer arithmetic
 
 u16(i, j) is lane j mod 8 of Philox-4×32-10 at counter (j div 8, i, 0, 0): the four 32-bit words give eight 16-bit
 numbers, the lower half of each word first. The key is the first 8 bytes of SHA-256("loraf:" seed ":" module), as two
-little-endian words. The counter is the position, so any slice can be made alone, and row i does not depend on the rank.
+little-endian words. The counter is the position, so any slice can be computed alone, and no row depends on the rank.
 
-The compiled library (loraf.native) makes the same bits; NumPy does where there is none, and is what tests compare with.
+The compiled library (loraf.native) computes the same bits. NumPy is the fallback, and the reference in tests.
 
 Philox: Salmon et al., «Parallel random numbers: as easy as 1, 2, 3», SC 2011.
 """
@@ -24,23 +24,23 @@ import numpy as np
 import torch
 
 from loraf import native
-from loraf.threads import in_threads
+from loraf.system import in_threads
 
 GENERATOR = "philox4x32-10/normal-65536/1"
 TABLE_SHA256 = "1cfbba1e07e34386a57626f82aeb43e6ed54ba70a3ea6b7d964dc66a841074a8"
 LANES = 8  # 16-bit numbers in one Philox block
-_BLOCKS_AT_ONCE = 1 << 15  # of one thread in NumPy; 8 scratch bytes a word keep it within the L2 cache
-_NUMBERS_AT_ONCE = 1 << 18  # made, then hashed while they are in the cache
-_KNOWN_DIGESTS = 1 << 14  # remembered: some 80 models of 200 modules, about 5 MB
+_BLOCKS_AT_ONCE = 1 << 15  # per thread in NumPy; with 8 scratch bytes per word they fit the L2 cache
+_NUMBERS_AT_ONCE = 1 << 18  # generated, then hashed while they are in the cache
+_KNOWN_DIGESTS = 1 << 14  # cached: about 80 models of 200 modules, 5 MB
 _ROUNDED = {torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16}
 
 
 @cache
 def normal_table() -> np.ndarray:
-    """The 65,536 standard normal quantiles, float32, made by tools/make_quantiles.py.
+    """Returns the 65,536 standard normal quantiles, float32, that tools/make_quantiles.py computed.
 
     Raises:
-        RuntimeError: the installed file is not the one that this version was released with.
+        RuntimeError: the installed file is not the one of this release.
     """
     data = resources.files("loraf").joinpath("data/normal_quantiles.f32").read_bytes()
     if hashlib.sha256(data).hexdigest() != TABLE_SHA256:
@@ -49,12 +49,12 @@ def normal_table() -> np.ndarray:
 
 
 def default_std(d_in: int) -> float:
-    """1/√(3·d_in): the variance that PEFT's LoRA starts A with (Kaiming uniform with a = √5)."""
+    """Returns 1/√(3·d_in), which gives the variance of A in PEFT's LoRA (Kaiming uniform with a = √5)."""
     return 1.0 / math.sqrt(3.0 * d_in)
 
 
 def module_key(seed: int, module: str) -> tuple[int, int]:
-    """The two 32-bit words that key Philox for one module."""
+    """Returns Philox's key for one module, two 32-bit words."""
     digest = hashlib.sha256(f"loraf:{seed}:{module}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
@@ -74,7 +74,7 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     c0, c1, c2, c3 = (np.array(word, dtype=np.uint64) for word in counter)
     k0, k1 = key
     for _ in range(10):
-        # 64-bit products of 32-bit words; the buffers are used again, so that a chunk stays in the cache.
+        # 64-bit products of 32-bit words. Buffers are reused, so that a chunk stays in the cache.
         p0 = c0
         np.multiply(p0, np.uint64(0xD2511F53), out=p0)
         p1 = c2
@@ -107,17 +107,17 @@ def projection(
     rows: slice = slice(None),
     columns: slice = slice(None),
 ) -> np.ndarray:
-    """A of one module, or a slice of it.
+    """Computes A of one module, or a slice of it.
 
     Args:
         seed: the checkpoint's seed.
-        module: transformers' name of the module, for example `model.layers.0.self_attn.q_proj`.
+        module: transformers' name of the module, such as `model.layers.0.self_attn.q_proj`.
         rank, d_in: shape of the whole A.
-        std: standard deviation; None for `default_std(d_in)`.
-        rows, columns: the part wanted (step 1).
+        std: standard deviation; None: `default_std(d_in)`.
+        rows, columns: the slice, with step 1.
 
     Returns:
-        float32, (rows, columns) of the slice; equal to the same slice of the whole.
+        (rows, columns) float32, equal to the same slice of the whole A.
     """
     matrix = _Matrix.of(seed, module, rank, d_in, std)
     row_bounds, column_bounds = _bounds(rows, rank), _bounds(columns, d_in)
@@ -131,7 +131,7 @@ def projection(
 
 
 class _Matrix(NamedTuple):
-    """All that one A depends on; `scale` is the standard deviation rounded to float32."""
+    """Everything that one A depends on. `scale` is the standard deviation, rounded to float32."""
 
     generator: str
     seed: int
@@ -146,7 +146,7 @@ class _Matrix(NamedTuple):
 
 
 def _by_numpy(matrix: _Matrix, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-    """A part of A, float32, without the compiled library."""
+    """Computes a part of A, float32, without the compiled library."""
     table = normal_table()
     (r0, r1), (c0, c1) = rows, columns
     first, last = c0 // LANES, -(-c1 // LANES)
@@ -167,7 +167,7 @@ def _by_numpy(matrix: _Matrix, rows: tuple[int, int], columns: tuple[int, int]) 
 
 
 def _fill(matrix: _Matrix, out: torch.Tensor | None, sha: hashlib._Hash | None) -> None:
-    """Makes A some rows at a time: rounded into `out`, as float32 into `sha`, each unless it is None."""
+    """Computes A in blocks of rows. Writes it to `out`, rounded to its dtype, and adds the float32 bytes to `sha`."""
     library = native.library()
     key = module_key(matrix.seed, matrix.module)
     table, columns = normal_table(), (0, matrix.d_in)
@@ -178,81 +178,89 @@ def _fill(matrix: _Matrix, out: torch.Tensor | None, sha: hashlib._Hash | None) 
     for first in range(0, matrix.rank, at_once):
         rows = (first, min(first + at_once, matrix.rank))
         part = None if out is None else out[slice(*rows)]
-        made = part.numpy() if in_place else scratch[: rows[1] - first]
-        if library is None:
-            made[:] = _by_numpy(matrix, rows, columns)
+        if scratch is not None:
+            block = scratch[: rows[1] - first]
         else:
-            out32 = made.ctypes.data if sha or not kind else None
-            library.projection(table, matrix.scale, key, rows, columns, out32, part.data_ptr() if kind else None, kind)
+            assert part is not None  # float32: computed in place
+            block = part.numpy()
+        if library is None:
+            block[:] = _by_numpy(matrix, rows, columns)
+        else:
+            out32 = block.ctypes.data if sha or not kind else None
+            out16 = part.data_ptr() if part is not None and kind else None
+            library.projection(table, matrix.scale, key, rows, columns, out32, out16, kind)
         if part is not None and not in_place and not (library and kind):
-            part.copy_(torch.from_numpy(made))
+            part.copy_(torch.from_numpy(block))
         if sha:
-            sha.update(made.astype("<f4", copy=False).data)
+            sha.update(block.astype("<f4", copy=False).data)
 
 
-_known: dict[_Matrix, str] = {}  # digests found in this process, the oldest first
-_knowing = threading.Lock()
+_digests: dict[_Matrix, str] = {}  # computed in this process, the oldest first
+_digests_lock = threading.Lock()
 
 
-def _remember(matrix: _Matrix, found: str) -> str:
-    with _knowing:
-        _known[matrix] = found
-        while len(_known) > _KNOWN_DIGESTS:
-            del _known[next(iter(_known))]
-    return found
+def _remember(matrix: _Matrix, sha256: str) -> str:
+    with _digests_lock:
+        _digests[matrix] = sha256
+        while len(_digests) > _KNOWN_DIGESTS:
+            del _digests[next(iter(_digests))]
+    return sha256
 
 
 def forget_digests() -> None:
-    """Makes the next `digest_of` and `made` compute what they would have remembered."""
-    with _knowing:
-        _known.clear()
+    """Clears the cache of `digest_of` and `projection_and_digest`."""
+    with _digests_lock:
+        _digests.clear()
 
 
 def digest_of(seed: int, module: str, rank: int, d_in: int, std: float | None = None) -> str:
-    """`digest(projection(…))`, computed once in a process, without holding all of A."""
+    """Returns `digest(projection(…))`, computed once in a process, without holding all of A."""
     matrix = _Matrix.of(seed, module, rank, d_in, std)
-    found = _known.get(matrix)
-    if found is None:
-        sha = hashlib.sha256()
-        _fill(matrix, None, sha)
-        found = _remember(matrix, sha.hexdigest())
-    return found
+    known = _digests.get(matrix)
+    if known is not None:
+        return known
+    sha = hashlib.sha256()
+    _fill(matrix, None, sha)
+    return _remember(matrix, sha.hexdigest())
 
 
-def made(
+def projection_and_digest(
     seed: int, module: str, rank: int, d_in: int, std: float | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, str]:
-    """A of one module rounded to `dtype`, and the digest of A in float32, in one pass.
+    """Computes A of one module rounded to `dtype`, and the digest of A in float32, in one pass.
 
-    A digest that this process has computed before is taken from there: A depends on nothing but the arguments.
+    A digest that this process has computed before is not computed again: A depends only on the arguments.
 
     Returns:
-        (rank, d_in) of `dtype`, equal to `torch.from_numpy(projection(…)).to(dtype)`; `digest_of(…)`.
+        (rank, d_in) of `dtype`, equal to `torch.from_numpy(projection(…)).to(dtype)`; and `digest_of(…)`.
     """
     matrix = _Matrix.of(seed, module, rank, d_in, std)
     out = torch.empty((rank, d_in), dtype=dtype)
-    found = _known.get(matrix)
-    sha = None if found else hashlib.sha256()
+    known = _digests.get(matrix)
+    if known is not None:
+        _fill(matrix, out, None)
+        return out, known
+    sha = hashlib.sha256()
     _fill(matrix, out, sha)
-    return out, found or _remember(matrix, sha.hexdigest())
+    return out, _remember(matrix, sha.hexdigest())
 
 
 def digest(a: np.ndarray) -> str:
-    """SHA-256 of A as little-endian float32, row by row."""
+    """Returns the SHA-256 of A as little-endian float32, row by row."""
     return hashlib.sha256(np.ascontiguousarray(a, dtype="<f4").data).hexdigest()
 
 
 def digests(seed: int, rank: int, modules: dict[str, tuple[int, int]], std: float | None = None) -> dict[str, str]:
-    """`digest_of` every module's A, several modules at a time.
+    """Returns `digest_of` every module's A, computed several modules at a time.
 
     Args:
         modules: name → (d_out, d_in).
     """
-    found = in_threads(lambda name: digest_of(seed, name, rank, modules[name][1], std), modules)
-    return dict(zip(modules, found, strict=True))
+    values = in_threads(lambda name: digest_of(seed, name, rank, modules[name][1], std), modules)
+    return dict(zip(modules, values, strict=True))
 
 
 def combined_digest(module_digests: dict[str, str]) -> str:
-    """One digest for all modules' A: SHA-256 over `name digest` lines sorted by name."""
+    """Returns one digest for all modules' A: the SHA-256 of `name digest` lines, sorted by name."""
     lines = "".join(f"{name} {module_digests[name]}\n" for name in sorted(module_digests))
     return hashlib.sha256(lines.encode()).hexdigest()

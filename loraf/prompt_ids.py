@@ -1,4 +1,4 @@
-"""From a prompt's text to the token ids that a model sees: one function for training, evaluation and serving."""
+"""Tokenizes prompts, in the same way for training, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """What of transformers' tokenizers is used here."""
+    """The part of transformers' tokenizers that is used here."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -16,28 +16,29 @@ class Tokenizer(Protocol):
 
 
 def prompt_ids(tokenizer: Tokenizer, texts: Sequence[str], special_tokens: bool = True) -> list[list[int]]:
-    """The ids of each prompt: as the tokenizer gives them, but never with two BOS or with an end before the answer.
+    """Returns the token ids of each prompt, with at most one BOS at the start and no EOS that the tokenizer appended.
+
+    Where the text begins with a BOS and the tokenizer adds another, one is dropped. An EOS that the tokenizer appends
+    to every text is dropped, because an answer follows.
 
     Args:
-        tokenizer: one of transformers'.
-        special_tokens: let the tokenizer add its own; no where a chat template has written them into the text.
-
-    A BOS that the text begins with and the tokenizer adds once more is taken once; an end of sequence that the
-    tokenizer appends to every text is taken away, since an answer is to follow.
+        tokenizer: a tokenizer of transformers.
+        special_tokens: let the tokenizer add its special tokens. False where a chat template has already written
+            them into the text.
     """
     if not texts:
         return []
-    found = tokenizer(list(texts), add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    tokenized = tokenizer(list(texts), add_special_tokens=special_tokens, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ends_all = None  # whether the tokenizer ends every text; asked only where one ends
-    answers = []
-    for ids in found:
+    appends_eos = None  # whether the tokenizer ends every text with EOS; determined when a text ends with one
+    prompts = []
+    for ids in tokenized:
         ids = list(ids)
         if special_tokens and eos is not None and ids[-1:] == [eos]:
-            if ends_all is None:
-                ends_all = list(tokenizer("a")["input_ids"])[-1:] == [eos]
-            ids = ids[:-1] if ends_all else ids
+            if appends_eos is None:
+                appends_eos = list(tokenizer("a")["input_ids"])[-1:] == [eos]
+            ids = ids[:-1] if appends_eos else ids
         if bos is not None and ids[:2] == [bos, bos]:
             ids = ids[1:]
-        answers.append(ids)
-    return answers
+        prompts.append(ids)
+    return prompts

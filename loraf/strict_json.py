@@ -1,7 +1,7 @@
-"""JSON read strictly, and dataclasses built from it strictly: what a file says has one meaning or is refused.
+"""Strict JSON: what is accepted has the same meaning to every reader. Standard library only.
 
-Python's own reader takes NaN, a key that stands twice and unpaired surrogates, and a dataclass takes any type; each of
-them means something else to another reader. Standard library only.
+Python's `json` accepts NaN, duplicate keys and unpaired surrogates, and a dataclass accepts values of any type. Other
+readers understand these differently, so they are refused here.
 """
 
 from __future__ import annotations
@@ -13,31 +13,34 @@ import types
 import typing
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+
+UNKNOWN_FIELD = "is not a known field"  # a message of `build`
+T = TypeVar("T")
 
 
 def loads(data: bytes) -> Any:
-    """The value in `data`, UTF-8 without a byte order mark.
+    """Decodes a JSON value from UTF-8 without a byte order mark.
 
     Raises:
-        ValueError: it is not JSON, holds NaN, an infinity, a number too large for a float or for Python's limit of
-            digits, a key twice in one object, a string that UTF-8 cannot hold, or is nested too deeply.
+        ValueError: not JSON, or it holds NaN, an infinity, a number too large for a float or for Python's limit of
+            digits, a duplicate key, a string that UTF-8 cannot encode, or is nested too deeply.
     """
     try:
         value = json.loads(
             data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float
         )
-        dumps(value)  # fails for unpaired surrogates, which a \\u escape can spell, and where nesting is too deep
+        dumps(value)  # fails for unpaired surrogates, which \\u escapes can spell, and for deep nesting
     except RecursionError:
-        raise ValueError("is nested too deeply") from None
+        raise ValueError("it is nested too deeply") from None
     return value
 
 
 def dumps(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> bytes:
-    """UTF-8 JSON, without spaces if `indent` is None.
+    """Encodes a value as UTF-8 JSON, without spaces if `indent` is None.
 
     Raises:
-        ValueError, TypeError: the value has no JSON form (NaN, an unpaired surrogate, an object of another kind).
+        ValueError, TypeError: the value has no JSON form (NaN, an unpaired surrogate, an object of another type).
     """
     separators = (",", ":") if indent is None else None
     text = json.dumps(
@@ -47,7 +50,7 @@ def dumps(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> 
 
 
 def plain(value: Any) -> Any:
-    """`value` as it will be when read back: tuples become lists, keys become strings.
+    """Returns `value` as it will be when it is read back: tuples become lists, keys become strings.
 
     Raises:
         ValueError, TypeError: the value has no JSON form.
@@ -55,14 +58,14 @@ def plain(value: Any) -> Any:
     return loads(dumps(value))
 
 
-def build(cls: type, value: Any, where: str, report: Callable[[str, str], None]) -> Any:
-    """An instance of dataclass `cls` from a JSON object with exactly its fields; fields with a default may be missing.
+def build(cls: type[T], value: Any, where: str, report: Callable[[str, str], None]) -> T | None:
+    """Builds an instance of dataclass `cls` from a JSON object. Fields with a default may be missing; no others.
 
-    A field's type may be str, int, bool, float (an integer is taken too), Any, a dataclass, `X | None`,
+    A field's type may be str, int, bool, float (which accepts integers too), Any, a dataclass, `X | None`,
     `tuple[X, ...]` or `dict[str, X]`.
 
     Args:
-        where: name of the value in messages, for example `tasks[0]`; empty for the whole file.
+        where: name of the value in messages, such as `tasks[0]`. Empty for the whole file.
         report: called with (field, message) for every mistake.
 
     Returns:
@@ -76,7 +79,7 @@ def build(cls: type, value: Any, where: str, report: Callable[[str, str], None])
 
 
 def _convert(kind: Any, value: Any, where: str, faults: list[tuple[str, str]]) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _object(kind, value, where, faults)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -91,7 +94,7 @@ def _convert(kind: Any, value: Any, where: str, faults: list[tuple[str, str]]) -
         try:
             return float(value)
         except OverflowError:
-            faults.append((where, "is too large a number"))
+            faults.append((where, "is a number too large for a float"))
             return None
     names = {
         str: "a string",
@@ -111,14 +114,14 @@ def _object(cls: type, value: Any, where: str, faults: list[tuple[str, str]]) ->
         return None
     before = len(faults)
     known = {f.name: f for f in dataclasses.fields(cls)}
-    faults += [(_below(where, key), "is not a known field") for key in value if key not in known]
+    faults += [(_below(where, key), UNKNOWN_FIELD) for key in value if key not in known]
     for name, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if name not in value and required:
             faults.append((_below(where, name), "is missing"))
     hints = _type_hints(cls)
-    found = {name: _convert(hints[name], value[name], _below(where, name), faults) for name in known if name in value}
-    return cls(**found) if len(faults) == before else None
+    fields = {name: _convert(hints[name], value[name], _below(where, name), faults) for name in known if name in value}
+    return cls(**fields) if len(faults) == before else None
 
 
 @cache
@@ -136,12 +139,12 @@ def _shown(value: Any) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise ValueError(f"{twice!r} stands twice in one object")
-    return found
+        duplicate = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise ValueError(f"duplicate key {duplicate!r}")
+    return unique
 
 
 def _no_constant(name: str) -> None:
@@ -151,5 +154,5 @@ def _no_constant(name: str) -> None:
 def _finite_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is too large a number")
+        raise ValueError(f"{text} is too large for a float")
     return number

@@ -1,8 +1,8 @@
-"""Task sets: which tasks of a checkpoint act, and how strongly.
+"""Task sets: which tasks of a checkpoint are active, and with which weights.
 
-A set is literal: `nlu` is nlu's values alone. In canonical form tasks stand in the order of the checkpoint, a task of
-weight 0 is left out, and the empty set is the base model. Canonical sets that are equal act equally, so the canonical
-text (`math+nlu`, `math:0.5+nlu`, `base`) can name a set in caches and in answers.
+A set is literal: `nlu` means the values of nlu alone. In canonical form, tasks are in the order of the checkpoint,
+tasks of weight 0 are left out, and the empty set is the base model. Equal canonical sets have the same effect, so the
+canonical text (`math+nlu`, `math:0.5+nlu`, `base`) identifies a set in caches and in responses.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ RESERVED_NAMES = frozenset({"all", "base"})
 MAX_WEIGHT = 16.0
 
 
-def name_problem(name: str, what: str = "task", *, field: str = "name", file: str = "") -> Problem | None:
-    """What is wrong with `name` as a task or adapter name, or None."""
+def name_problem(name: str, kind: str = "task", *, field: str = "name", file: str = "") -> Problem | None:
+    """Returns what is wrong with `name` as the name of a task or adapter (`kind`), or None."""
     if name in RESERVED_NAMES:
-        return Problem(f"{name!r} is taken", field, file, f"choose a {what} name other than 'all' and 'base'")
+        return Problem(f"{name!r} is reserved", field, file, f"choose a {kind} name other than 'all' and 'base'")
     if not NAME_PATTERN.fullmatch(name):
         return Problem(
-            f"{name!r} is no {what} name",
+            f"{name!r} is not a valid {kind} name",
             field,
             file,
-            "use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit",
+            "use 1 to 64 of a-z, 0-9, '.', '_', '-', starting with a letter or digit",
         )
     return None
 
@@ -40,21 +40,24 @@ class TaskSet:
 
     @classmethod
     def of(cls, weights: Mapping[str, float] | Iterable[tuple[str, float]], order: Sequence[str]) -> TaskSet:
-        """The canonical form of `weights`, for a checkpoint whose tasks are `order`.
+        """Returns the canonical form of `weights`.
+
+        Args:
+            order: the tasks of the checkpoint.
 
         Raises:
             UnknownTask: a name is not in `order`.
-            SelectionError: a name twice, or a weight that is not finite or beyond ±16. All mistakes at once.
+            SelectionError: a duplicate name, or a weight that is not finite or beyond ±16. Lists all mistakes.
         """
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         return cls._checked(list(pairs), order, [])
 
     @classmethod
     def parse(cls, text: str, order: Sequence[str]) -> TaskSet:
-        """The set that `text` names: `math`, `math:0.5+nlu`, `all` or `base`.
+        """Parses `math`, `math:0.5+nlu`, `all` or `base`.
 
         Raises:
-            SelectionError, UnknownTask: as `of`; also a weight that is no number. All mistakes at once.
+            SelectionError, UnknownTask: see `of`; also if a weight is not a number. Lists all mistakes.
         """
         if text == "base":
             return cls()
@@ -67,21 +70,21 @@ class TaskSet:
             try:
                 pairs.append((name, float(weight) if colon else 1.0))
             except ValueError:
-                pairs.append((name, 1.0))  # so that the name is looked at too
+                pairs.append((name, 1.0))  # so that the name is checked too
                 remedy = "write name:number, for example math:0.5"
-                problems.append(Problem(f"{weight!r} is no weight", f"tasks[{i}].weight", remedy=remedy))
+                problems.append(Problem(f"weight {weight!r} is not a number", f"tasks[{i}].weight", remedy=remedy))
         return cls._checked(pairs, order, problems)
 
     @classmethod
     def _checked(cls, pairs: list[tuple[str, float]], order: Sequence[str], problems: list[Problem]) -> TaskSet:
-        """`problems`: mistakes that were found before."""
+        """Raises the mistakes of `pairs`, together with the earlier ones in `problems`."""
         unknown: list[Problem] = []
         seen: dict[str, float] = {}
         for i, (name, weight) in enumerate(pairs):
             where = f"tasks[{i}]"
             if name not in order:
-                have = ", ".join(order) or "none"
-                unknown.append(Problem(f"there is no task {name!r}", f"{where}.name", remedy=f"choose from: {have}"))
+                known = ", ".join(order) or "none"
+                unknown.append(Problem(f"there is no task {name!r}", f"{where}.name", remedy=f"choose from: {known}"))
             elif name in seen:
                 problems.append(Problem(f"task {name!r} is named twice", f"{where}.name", remedy="name each task once"))
             if not abs(weight) <= MAX_WEIGHT:  # false for NaN too
@@ -103,5 +106,5 @@ class TaskSet:
         return not self.weights
 
     def __str__(self) -> str:
-        """The canonical text; `parse` gives the same set back."""
+        """The canonical text, from which `parse` returns the same set."""
         return "+".join(n if w == 1.0 else f"{n}:{w!r}" for n, w in self.weights) or "base"

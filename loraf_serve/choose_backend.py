@@ -1,4 +1,4 @@
-"""Which backend serves, and why. vLLM and transformers are imported only by the backend that is chosen."""
+"""Selects the backend. Only the selected backend imports vLLM or transformers."""
 
 from __future__ import annotations
 
@@ -16,82 +16,92 @@ _SLOT_OPTIONS = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
 
 
 @dataclass(frozen=True)
-class Chosen:
+class BackendChoice:
+    """A backend, not started, and the reason for it in words."""
+
     backend: Backend
-    why: str
+    reason: str
 
 
 def choose(
-    wanted: str,
+    option: str,
     model_folder: Path,
     engine_options: Sequence[str],
     max_rank: int,
     say: Callable[[str], None],
     adapter_memory: int | None = None,
-) -> Chosen:
-    """The backend that `--backend` means, not started.
+) -> BackendChoice:
+    """Makes the backend that `--backend` names.
 
     Args:
-        wanted: one of CHOICES; `auto` is resident where vLLM and this project can, else slots where vLLM can serve the
-            model, else merged.
-        engine_options: what of the command line is not `loraf-serve`'s own: vLLM's options.
+        option: one of CHOICES. `auto` takes the first that can serve the model, out of resident, slots and merged.
+        engine_options: options of the command line that `loraf-serve` does not know: vLLM's.
         max_rank: the largest rank among the adapters.
-        say: tells the user when a backend has to fall back on another.
-        adapter_memory: bytes to leave free for adapters; None: nobody said.
+        say: prints a message for the user when one backend replaces another.
+        adapter_memory: bytes to leave free for adapters; None if there is no limit on them.
 
     Raises:
         ConfigError: the backend cannot serve this model, or does not know an option.
     """
-    why = "asked for by --backend"
-    if wanted != "merged":
-        from loraf_serve.vllm.engine.backends import ResidentBackend, SlotsBackend
+    reason = "requested by --backend"
+    if option != "merged":
         from loraf_serve.vllm.engine.support import can_serve, can_serve_resident, not_by_default
 
-        def slots() -> SlotsBackend:
+        def slots() -> Backend:
+            from loraf_serve.vllm.engine.backends import SlotsBackend
+
             return SlotsBackend(model_folder, engine_options, max_rank, adapter_memory)
 
         obstacle = can_serve(model_folder)
-        if obstacle is None and wanted != "slots":
-            against = can_serve_resident(model_folder)
-            if wanted == "auto":
-                why = "any number of task sets mix in a batch"
-                spoken = [o for o in _SLOT_OPTIONS if any(given.partition("=")[0] == o for given in engine_options)]
-                against = against or (f"{spoken[0]} speaks of slots" if spoken else not_by_default())
-            if against is None:
+        if obstacle is None and option != "slots":
+            resident_obstacle = can_serve_resident(model_folder)
+            if option == "auto":
+                reason = "any number of task sets can share a batch"
+                names = [engine_option.partition("=")[0] for engine_option in engine_options]
+                slot_option = next((name for name in _SLOT_OPTIONS if name in names), None)
+                is_about_slots = f"{slot_option} is an option of slots" if slot_option else None
+                resident_obstacle = resident_obstacle or is_about_slots or not_by_default()
+            if resident_obstacle is None:
+                from loraf_serve.vllm.engine.backends import ResidentBackend  # imports vLLM
+
                 first = ResidentBackend(model_folder, engine_options, max_rank, adapter_memory)
-                return Chosen(Fallback(first, slots, say), why)
-            if wanted == "resident":
-                remedy = "serve with --backend slots"
-                raise ConfigError(Problem(f"resident cannot serve here: {against}", "--backend", remedy=remedy))
-            why = f"not resident: {against}"
+                return BackendChoice(Fallback(first, slots, say), reason)
+            if option == "resident":
+                message, remedy = f"resident cannot serve here: {resident_obstacle}", "serve with --backend slots"
+                raise ConfigError(Problem(message, "--backend", remedy=remedy))
+            reason = f"not resident: {resident_obstacle}"
         if obstacle is None:
-            return Chosen(slots(), why)
-        if wanted != "auto":
-            remedy = "mend that, or serve with --backend merged"
-            raise ConfigError(Problem(f"{wanted} cannot serve this model: {obstacle}", "--backend", remedy=remedy))
-        why = obstacle
-    dtype, max_model_len = _merged_options(engine_options, why)
+            return BackendChoice(slots(), reason)
+        if option != "auto":
+            message = f"{option} cannot serve this model: {obstacle}"
+            raise ConfigError(Problem(message, "--backend", remedy="fix that, or serve with --backend merged"))
+        reason = obstacle
+    dtype, max_model_len = _merged_options(engine_options, reason)
     from loraf_serve.backends.merged import MergedBackend
 
-    return Chosen(MergedBackend(model_folder, dtype, max_model_len=max_model_len), why)
+    return BackendChoice(MergedBackend(model_folder, dtype, max_model_len=max_model_len), reason)
 
 
-def _merged_options(engine_options: Sequence[str], why: str) -> tuple[str | None, int | None]:
-    """--dtype and --max-model-len; every other option is refused by name."""
+def _merged_options(engine_options: Sequence[str], reason: str) -> tuple[str | None, int | None]:
+    """Parses --dtype and --max-model-len. Raises ConfigError, which names every other option.
+
+    Args:
+        reason: why the backend is merged.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--dtype")
     parser.add_argument("--max-model-len")
     try:
-        given, rest = parser.parse_known_args(list(engine_options))
+        arguments, others = parser.parse_known_args(list(engine_options))
     except argparse.ArgumentError as error:
         raise ConfigError(Problem(error.message, str(error.argument_name), remedy="give it a value")) from None
-    unknown = [option.partition("=")[0] for option in rest if option.startswith("-")] or rest
+    unknown = [option.partition("=")[0] for option in others if option.startswith("-")] or others
     remedy = "leave it out, or serve with --backend resident or slots"
-    problems = [Problem(f"is not an option of the merged backend ({why})", name, remedy=remedy) for name in unknown]
-    length = given.max_model_len
+    problems = [Problem(f"is not an option of the merged backend ({reason})", name, remedy=remedy) for name in unknown]
+    length = arguments.max_model_len
     if length is not None and not (length.isdecimal() and int(length) > 1):
         remedy = "give a number of tokens, at least 2"
-        problems.append(Problem(f"{length!r} is no length", "--max-model-len", remedy=remedy))
+        problems.append(Problem(f"{length!r} is not a length", "--max-model-len", remedy=remedy))
     if problems:
         raise ConfigError(problems)
-    return given.dtype, int(length) if length is not None else None
+    return arguments.dtype, int(length) if length is not None else None

@@ -1,6 +1,6 @@
-"""`loraf-serve`: serves LoRAF checkpoints over gRPC; each request chooses its tasks.
+"""`loraf-serve`: serves LoRAF checkpoints over gRPC; each request selects its tasks.
 
-Everything heavy is imported after the command line has been read, so that `--help` is quick.
+Heavy modules are imported after the command line has been parsed, to keep `--help` fast.
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ from typing import TYPE_CHECKING
 from loraf import __version__
 from loraf.errors import ConfigError, LorafError, Problem
 from loraf_serve import choose_backend
+from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT
+from loraf_serve.service.server_options import (
+    DEFAULT_GRACE,
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_MAX_QUEUE,
+    ServerOptions,
+)
 
 if TYPE_CHECKING:
     from loraf_serve.adapters.registry import Registry
     from loraf_serve.adapters.root import AdapterRoot
-    from loraf_serve.service.options import ServerOptions
 
 _EPILOG = """\
-Every other option goes to vLLM's engine (--tensor-parallel-size, --dtype, --max-model-len, …); the merged backend
-knows --dtype and --max-model-len of them.
+All other options are passed to vLLM's engine (--tensor-parallel-size, --dtype, --max-model-len, …). The merged backend
+accepts --dtype and --max-model-len only.
 
   loraf-serve --model tiny --adapter ./ckpt
   loraf-serve --model mistral-7b --adapter prod=./ckpt@math+nlu --adapter org/other-adapter --dtype bfloat16
@@ -30,106 +36,132 @@ knows --dtype and --max-model-len of them.
 
 
 def parser() -> argparse.ArgumentParser:
-    new = argparse.ArgumentParser(
+    """The command line of `loraf-serve`. Imports neither torch nor vLLM."""
+    command = argparse.ArgumentParser(
         prog="loraf-serve",
-        description="Serves LoRAF checkpoints over gRPC (loraf.v1); each request chooses its tasks.",
+        description="Serve LoRAF checkpoints over gRPC (loraf.v1). Each request selects its tasks.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    new.add_argument("--version", action="version", version=f"loraf {__version__}")
+    command.add_argument("--version", action="version", version=f"loraf {__version__}")
 
-    what = new.add_argument_group("what is served")
-    what.add_argument(
-        "--model", required=True, help="base model: a folder, a hub id, or a short name (tiny, mistral-7b, …)"
+    models = command.add_argument_group("models and adapters")
+    models.add_argument(
+        "--model",
+        required=True,
+        help="base model: a folder, a Hugging Face hub id, or a short name (tiny, mistral-7b, …)",
     )
-    what.add_argument(
+    models.add_argument(
         "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]CKPT[@task+task]",
-        help="a checkpoint: a folder or a hub id; after @ only those tasks are read. May be repeated; "
-        "without any, only the base model answers",
+        help="checkpoint to serve: a folder or a hub id, optionally with a name before = and tasks after @; may "
+        "be repeated (default: none, only the base model answers)",
     )
-    what.add_argument(
+    models.add_argument(
         "--adapter-root",
         type=Path,
         metavar="DIR",
-        help="let clients load the checkpoints below this folder, replace them and unload adapters while the server "
-        "runs (default: what is loaded stays)",
+        help="folder below which clients may load, replace and unload checkpoints while the server runs "
+        "(default: clients cannot change what is loaded)",
     )
-    what.add_argument(
+    models.add_argument(
         "--adapter-memory",
         type=_size,
         metavar="SIZE",
-        help="memory that adapters may take in all, such as 2GiB or 500MiB (default: no limit)",
+        help="limit on the memory of all adapters together, in bytes or with a unit such as 500MB or 2GiB "
+        "(default: no limit)",
     )
-    what.add_argument(
-        "--allow-other-base", action="store_true", help="serve adapters on a model they were not trained for"
+    models.add_argument(
+        "--allow-other-base", action="store_true", help="serve adapters that were trained for another base model"
     )
-    what.add_argument(
+    models.add_argument(
         "--backend",
         choices=choose_backend.CHOICES,
         default="auto",
-        help="resident: vLLM, one adapter for every task set; slots: vLLM, one LoRA slot for each distinct task set; "
-        "merged: transformers, the task set added to the weights; auto: the first of these that can serve the model "
+        help="resident: vLLM, all task sets share one adapter; slots: vLLM, one LoRA slot per distinct task set; "
+        "merged: transformers, the task set is added to the weights; auto: the first of these that can serve the model "
         "(default: auto)",
     )
 
-    where = new.add_argument_group("where it listens")
-    where.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
-    where.add_argument("--port", type=int, default=50051, help="0 takes a free port (default: 50051)")
-    where.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate of the server")
-    where.add_argument("--tls-key", type=Path, metavar="PEM", help="its private key")
-    where.add_argument("--tls-client-ca", type=Path, metavar="PEM", help="clients need a certificate signed by this")
-    where.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS")
-    where.add_argument("--reflection", action="store_true", help="let clients ask for the protocol (gRPC reflection)")
+    network = command.add_argument_group("network")
+    network.add_argument(
+        "--host", default=DEFAULT_HOST, help=f"address to listen on (default: {DEFAULT_HOST}, this machine only)"
+    )
+    network.add_argument(
+        "--port",
+        type=int,
+        default=DEFAULT_PORT,
+        help=f"TCP port to listen on, 0 for any free port (default: {DEFAULT_PORT})",
+    )
+    network.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate of the server (default: no TLS)")
+    network.add_argument("--tls-key", type=Path, metavar="PEM", help="private key of --tls-cert, not encrypted")
+    network.add_argument(
+        "--tls-client-ca",
+        type=Path,
+        metavar="PEM",
+        help="authority that must have signed the clients' certificates (default: clients need no certificate)",
+    )
+    network.add_argument(
+        "--insecure", action="store_true", help="allow connections from other machines without TLS (default: refuse)"
+    )
+    network.add_argument(
+        "--reflection", action="store_true", help="offer gRPC reflection, by which clients can query the protocol"
+    )
 
-    limits = new.add_argument_group("limits")
+    limits = command.add_argument_group("limits")
     limits.add_argument(
         "--max-queue",
         type=int,
-        default=1024,
+        default=DEFAULT_MAX_QUEUE,
         metavar="N",
-        help="requests in flight at most, waiting and running; more are told when to try again (default: 1024)",
+        help="limit on requests in flight, waiting and running; further requests are refused with a time to retry "
+        f"(default: {DEFAULT_MAX_QUEUE})",
     )
     limits.add_argument(
-        "--max-message-bytes", type=int, default=4 << 20, metavar="N", help="largest request (default: 4194304)"
+        "--max-message-bytes",
+        type=int,
+        default=DEFAULT_MAX_MESSAGE_BYTES,
+        metavar="N",
+        help=f"size limit of a request, in bytes (default: {DEFAULT_MAX_MESSAGE_BYTES})",
     )
     limits.add_argument(
         "--default-deadline",
         type=float,
         metavar="SECONDS",
-        help="for requests that bring no deadline (default: none, they take as long as they take)",
+        help="deadline of requests that set none, in seconds (default: none)",
     )
     limits.add_argument(
         "--grace",
         type=float,
-        default=30.0,
+        default=DEFAULT_GRACE,
         metavar="SECONDS",
-        help="how long requests in flight may go on after SIGTERM or Ctrl-C; a second signal ends it (default: 30)",
+        help="time that requests in flight may continue after SIGTERM or Ctrl-C, in seconds; a second signal ends it "
+        f"(default: {DEFAULT_GRACE:g})",
     )
-    return new
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 after a clean stop, 2 on a user's mistake, 1 if the engine died."""
+    """Runs the command.
+
+    Returns:
+        The exit status: 0 after a clean stop, 2 for a mistake of the user, 1 if the engine died.
+    """
     arguments, engine_options = parser().parse_known_args(argv)
     try:
         return _serve(arguments, engine_options)
     except LorafError as error:
         print(f"loraf-serve: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the server took over the signals
+    except KeyboardInterrupt:  # before the server handles signals
         return 130
 
 
 def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
     options, model_folder, vocab_size, registry, root = _prepare(arguments, engine_options)
-    for adapter in registry:
-        rank, tasks = adapter.manifest.rank, ", ".join(adapter.tasks)
-        _say(f"adapter {adapter.name}: verified, rank {rank}, digest {adapter.digest[:12]}, tasks {tasks}")
-
     import asyncio
     import logging
 
@@ -137,39 +169,36 @@ def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     max_rank = max((adapter.manifest.rank for adapter in registry), default=1)
-    chosen = choose_backend.choose(
+    choice = choose_backend.choose(
         arguments.backend, model_folder, engine_options, max_rank, _say, options.adapter_memory
     )
-    _say(f"backend {chosen.backend.name}: {chosen.why}")
-    if chosen.backend.reads_checkpoints:
-        registry = registry.manifests_alone()
-    return asyncio.run(server.run(chosen.backend, registry, options, vocab_size, root, _say))
+    _say(f"backend {choice.backend.name}: {choice.reason}")
+    return asyncio.run(server.run(choice.backend, registry, options, vocab_size, root, _say))
 
 
 def _prepare(
     arguments: argparse.Namespace, engine_options: list[str]
 ) -> tuple[ServerOptions, Path, int | None, Registry, AdapterRoot | None]:
-    """Everything that can be refused before an engine starts.
+    """Checks everything that can be checked before an engine starts. Reads no task file.
 
     Returns:
-        Options, the model's folder, its number of token ids (None if its config does not say), the adapters, where
-        clients may load more from.
+        The options, the model's folder, its number of token ids (None if its config does not say), the adapters, and
+        the folder from which clients may load more.
 
     Raises:
-        ConfigError: every mistake found.
+        ConfigError: all mistakes.
     """
     import dataclasses
-
-    from loraf_serve.service.options import ServerOptions
 
     options = ServerOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ServerOptions)})
     problems = options.problems()
     if engine_options and not engine_options[0].startswith("-"):
         remedy = "checkpoints come after --adapter; see loraf-serve --help"
-        problems.append(Problem("is no option", engine_options[0], remedy=remedy))
+        problems.append(Problem("is not an option", engine_options[0], remedy=remedy))
 
     from loraf import base_model
-    from loraf_serve.adapters.registry import Registry, open_all, parse_spec
+    from loraf_serve.adapters.adapter_spec import check_adapters, parse_spec
+    from loraf_serve.adapters.registry import Registry
     from loraf_serve.adapters.root import AdapterRoot
 
     registry, vocab_size, root = Registry(), None, None
@@ -182,11 +211,11 @@ def _prepare(
         for text in arguments.adapter:
             try:
                 parse_spec(text)
-            except ConfigError as wrong:
-                problems += wrong.problems
+            except ConfigError as spec_error:
+                problems += spec_error.problems
     else:
         try:
-            registry = open_all(arguments.adapter, model_folder, arguments.allow_other_base)
+            registry = check_adapters(arguments.adapter, model_folder, arguments.allow_other_base)
         except ConfigError as error:
             problems += error.problems
     try:
@@ -200,6 +229,7 @@ def _prepare(
 
 
 def _vocab_size(model_folder: Path) -> int | None:
+    """The number of token ids in the model's config.json; None if it does not say. Raises ConfigError."""
     import json
 
     file = model_folder / "config.json"
@@ -214,12 +244,12 @@ def _vocab_size(model_folder: Path) -> int | None:
 
 
 def _size(text: str) -> int:
-    from loraf_serve.adapters.memory import parse_size
+    from loraf.units import parse_size
 
     try:
         return parse_size(text)
     except ValueError:
-        message = f"{text!r} is no size; write a number of bytes, or 500MiB, or 2GiB"
+        message = f"{text!r} is not a size: write a number of bytes, or for example 500MB or 2GiB"
         raise argparse.ArgumentTypeError(message) from None
 
 

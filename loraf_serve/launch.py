@@ -1,4 +1,4 @@
-"""`loraf-serve` as a child process, for notebooks, examples and tests.
+"""Runs `loraf-serve` as a child process, for notebooks, examples and tests.
 
 with launch("tiny", "./ckpt") as server:
     print(server.client.generate("Reverse: kitten\n", tasks=["math"]).text)
@@ -21,7 +21,7 @@ _LISTENING = re.compile(r"listening on (\S+)")
 
 
 class ServerFailed(RuntimeError):
-    """The server ended before it listened, or not within the time given; the text holds its last lines."""
+    """The server exited or timed out before it listened. The text ends with its last lines of output."""
 
 
 class Server:
@@ -29,8 +29,8 @@ class Server:
 
     Attributes:
         address: host:port.
-        client: a client of it.
-        log: its last 200 lines of output.
+        client: a client connected to it.
+        log: the last 200 lines of its output.
     """
 
     def __init__(self, arguments: list[str], start_timeout: float, echo: IO[str] | None):
@@ -38,7 +38,7 @@ class Server:
         self.address = ""
         self._listening = threading.Event()
         command = [sys.executable, "-m", "loraf_serve.cli", *arguments]
-        # A session of its own: Ctrl-C in the parent must not reach the engine before the server has drained.
+        # In its own session: Ctrl-C in the parent must not reach the engine before the server has drained.
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
@@ -57,17 +57,23 @@ class Server:
             if echo:
                 echo.write(line)
                 echo.flush()
-            found = _LISTENING.search(line)
-            if found:
-                self.address = found[1]
+            match = _LISTENING.search(line)
+            if match:
+                self.address = match[1]
                 self._listening.set()
-        self._listening.set()  # it has ended; nobody should go on waiting
+        self._listening.set()  # the process has ended: stop waiting
 
     def stop(self, timeout: float = 60.0) -> int:
-        """Asks it to finish what it does and to stop (SIGTERM). Returns its exit status, 0 when all went well.
+        """Sends SIGTERM: the server finishes its requests and exits.
+
+        Args:
+            timeout: seconds.
+
+        Returns:
+            The exit status, 0 after a clean stop.
 
         Raises:
-            subprocess.TimeoutExpired: it did not stop in time; it has been killed.
+            subprocess.TimeoutExpired: the server did not exit in time; it has been killed.
         """
         if self._process.poll() is None:
             self.client.close()
@@ -82,23 +88,25 @@ class Server:
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
 
 def launch(
     model: str, *adapters: str, options: tuple[str, ...] = (), start_timeout: float = 600.0, echo: IO[str] | None = None
 ) -> Server:
-    """Starts `loraf-serve` on a free port of this machine and waits until it answers.
+    """Starts `loraf-serve` on a free port of this machine and waits until it serves.
 
     Args:
-        model, adapters: as `--model` and `--adapter` take them.
+        model, adapters: values of `--model` and `--adapter`.
         options: further options of `loraf-serve`.
         start_timeout: seconds.
-        echo: where its output is copied to.
+        echo: stream that the server's output is copied to.
 
     Raises:
-        ServerFailed: with what it printed.
+        ServerFailed: the server did not start; the text ends with its last lines of output.
     """
     arguments = ["--model", model, "--port", "0", *options]
     for adapter in adapters:

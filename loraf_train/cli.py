@@ -1,19 +1,27 @@
-"""The command `loraf-train`. Only argparse is imported here: `--help` must not wait for torch."""
+"""The command `loraf-train`. Imports nothing heavy: `--help` must not wait for torch."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraf import __version__
 from loraf.errors import LorafError
 
+if TYPE_CHECKING:
+    Command = Callable[[argparse.Namespace], int]
+    Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
+
 USER_MISTAKE, INTERRUPTED = 2, 130
-CHECKPOINT = "the checkpoint: a folder, or a name of the hub"
-CHOICES_OF_TASKS = "a,b or a:0.5+b (weights) or all"
+CHECKPOINT_OR_HUB_ID = "The checkpoint: a folder, or a repository on the hub (org/name)."
+CHECKPOINT_FOLDER = "The checkpoint's folder."
+TASK_SET = "a,b (weight 1), a:0.5+b (other weights) or all"
+EVAL_LIMIT = "Use at most N examples of each evaluation set (default: all)."
+OTHER_BASE = "Accept a base model other than the checkpoint's."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,20 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Python prints the traceback and exits with 1.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # records hold any character, a terminal perhaps not
+        if hasattr(stream, "reconfigure"):  # records may hold characters that the terminal cannot show
             stream.reconfigure(errors="replace")
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
+    command: Command = options.command
     try:
-        return options.command(options)
+        return command(options)
     except LorafError as error:
         print(f"loraf-train: {error}", file=sys.stderr)
         return USER_MISTAKE
     except KeyboardInterrupt:
         print("loraf-train: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+# --- commands: each imports what it needs only when it runs -------------------------------------------------------
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -71,14 +83,14 @@ def _compare(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from loraf_train.commands.inspect import inspect
 
-    return inspect(_here(options.checkpoint), options.verify, options.json, options.layers)
+    return inspect(_local_folder(options.checkpoint), options.verify, options.json, options.layers)
 
 
 def _export(options: argparse.Namespace) -> int:
     from loraf_train.commands.export import export
 
     return export(
-        _here(options.checkpoint),
+        _local_folder(options.checkpoint),
         options.out,
         options.format,
         options.tasks,
@@ -122,163 +134,254 @@ def _push(options: argparse.Namespace) -> int:
     return push(options.checkpoint, options.repository, options.private, options.revision, options.message)
 
 
-def _here(checkpoint: str) -> Path:
-    """A checkpoint's folder, downloaded where it is a name of the hub."""
+def _local_folder(checkpoint: str) -> Path:
+    """A checkpoint's folder; one on the hub is downloaded first."""
     from loraf.hub import checkpoint_folder
 
     return checkpoint_folder(checkpoint)
 
 
-def _parser() -> argparse.ArgumentParser:
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line with every subcommand; the reference page is generated from it."""
     parser = argparse.ArgumentParser(
         prog="loraf-train",
-        description="Trains several tasks in sequence into one small adapter without forgetting; scores it, looks into "
-        "it, exports it.",
-        epilog="Exit status: 0 done, 2 a mistake of the user (explained on stderr), 1 a fault of the program.",
+        description="Trains several tasks in sequence into one small adapter without forgetting, and scores, inspects "
+        "and exports it.",
+        epilog="Exit status: 0 done, 2 a mistake of the user (explained on stderr), 1 a fault of the program, "
+        "130 interrupted.",
     )
-    parser.add_argument("--version", action="version", version=f"loraf {__version__}")
+    parser.add_argument("--version", action="version", version=f"loraf {__version__}", help="Print the version.")
     commands = parser.add_subparsers(metavar="command", required=True)
+    for add in (
+        _add_run,
+        _add_check,
+        _add_eval,
+        _add_compare,
+        _add_inspect,
+        _add_export,
+        _add_import,
+        _add_remove,
+        _add_card,
+        _add_push,
+    ):
+        add(commands)
+    return parser
 
-    run = _of_file(commands, "run", _run, "train every task of the file that its checkpoint does not have yet")
-    run.add_argument("--no-eval", action="store_true", help="measure no scores")
-    run.add_argument("--eval-limit", type=_count, metavar="N", help="use at most N examples of each evaluation set")
 
-    _of_file(
-        commands, "check", _check, "read everything, show one example a task and what a run would take; no training"
+def _add_run(commands: Subcommands) -> None:
+    run = _add_file_command(
+        commands, "run", _run, "Train every task of the file that its checkpoint does not have yet, and score them."
+    )
+    run.add_argument("--no-eval", action="store_true", help="Train only, and measure no scores.")
+    run.add_argument("--eval-limit", type=_positive, metavar="N", help=EVAL_LIMIT)
+
+
+def _add_check(commands: Subcommands) -> None:
+    _add_file_command(
+        commands,
+        "check",
+        _check,
+        "Check the file, the model and all records; print an example of each task, its capacity and a run's memory.",
+        "Nothing is trained.",
     )
 
-    evaluate = _of_file(commands, "eval", _eval, "score the file's checkpoint; every number says its task set")
-    evaluate.add_argument("--tasks", action="append", default=[], metavar="SET", help=f"{CHOICES_OF_TASKS}; repeatable")
+
+def _add_eval(commands: Subcommands) -> None:
+    evaluate = _add_file_command(
+        commands, "eval", _eval, "Score the file's checkpoint under one or more task sets (default: all tasks on)."
+    )
     evaluate.add_argument(
-        "--as-trained", action="append", default=[], metavar="TASK", help="the set that TASK was trained as; repeatable"
+        "--tasks", action="append", default=[], metavar="SET", help=f"Score this task set: {TASK_SET}; repeatable."
     )
-    evaluate.add_argument("--base", action="store_true", help="the base model without any task")
-    evaluate.add_argument("--limit", type=_count, metavar="N", help="use at most N examples of each evaluation set")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the scores to FILE too")
+    evaluate.add_argument(
+        "--as-trained",
+        action="append",
+        default=[],
+        metavar="TASK",
+        help="Score the task set that TASK was trained in; repeatable.",
+    )
+    evaluate.add_argument("--base", action="store_true", help="Score the base model without any task.")
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help=EVAL_LIMIT)
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="Also write the scores to FILE as JSON.")
 
-    compare = _of_file(
-        commands, "compare", _compare, "train the file's tasks with several methods and seeds; tables and pictures"
+
+def _add_compare(commands: Subcommands) -> None:
+    compare = _add_file_command(
+        commands,
+        "compare",
+        _compare,
+        "Train the file's tasks with several methods and seeds, and write tables and pictures of the results.",
     )
     compare.add_argument(
         "--methods",
         default="loraf,lora,full",
         metavar="A,B",
-        help="of loraf, random-mask, frozen-a, lora, full (default: %(default)s)",
+        help="The methods to compare, of loraf, random-mask, frozen-a, lora and full (default: %(default)s).",
     )
     compare.add_argument(
         "--protocol",
         choices=("single", "sequence"),
         required=True,
-        help="each task alone from the base, or one after the other",
+        help="Train each task alone from the base model (single), or one after the other (sequence).",
     )
-    compare.add_argument("--seeds", metavar="N,N", help="instead of the file's compare.seeds (0,1,2)")
-    compare.add_argument("--out", type=Path, metavar="DIR", help="instead of the file's OUTPUT-compare/PROTOCOL")
-    compare.add_argument("--eval-limit", type=_count, metavar="N", help="use at most N examples of each evaluation set")
-
-    inspect = commands.add_parser("inspect", help="show what a checkpoint holds", description="Shows a checkpoint.")
-    inspect.set_defaults(command=_inspect)
-    inspect.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
-    inspect.add_argument("--verify", action="store_true", help="read every file, rebuild every A, check every digest")
-    inspect.add_argument("--layers", action="store_true", help="sparsity of every module, not only of each projection")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-
-    export = commands.add_parser(
-        "export", help="write a task set as a PEFT adapter or a full model", description="Exports a task set."
+    compare.add_argument(
+        "--seeds", metavar="N,N", help="The seeds to train with (default: compare.seeds of the file, or else 0,1,2)."
     )
-    export.set_defaults(command=_export)
-    export.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
-    chosen = export.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--tasks", metavar="SET", help=CHOICES_OF_TASKS)
-    chosen.add_argument("--as-trained", metavar="TASK", help="the set that TASK was trained as")
-    export.add_argument("--format", choices=("peft", "merged"), required=True, help="a LoRA directory, or a full model")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    export.add_argument("--model", metavar="M", help="folder, hub id or short name, instead of the checkpoint's base")
+    compare.add_argument(
+        "--out", type=Path, metavar="DIR", help="The folder for results (default: OUTPUT-compare/PROTOCOL)."
+    )
+    compare.add_argument("--eval-limit", type=_positive, metavar="N", help=EVAL_LIMIT)
+
+
+def _add_inspect(commands: Subcommands) -> None:
+    inspect = _add_command(commands, "inspect", _inspect, "Show what a checkpoint holds.")
+    inspect.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT_OR_HUB_ID)
+    inspect.add_argument("--verify", action="store_true", help="Read every file, rebuild every A, check every digest.")
+    inspect.add_argument(
+        "--layers", action="store_true", help="Show the sparsity of every module (default: of each projection)."
+    )
+    inspect.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def _add_export(commands: Subcommands) -> None:
+    export = _add_command(commands, "export", _export, "Write a task set as a PEFT adapter or a full model.")
+    export.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT_OR_HUB_ID)
+    task_set = export.add_mutually_exclusive_group(required=True)
+    task_set.add_argument("--tasks", metavar="SET", help=f"Export this task set: {TASK_SET}.")
+    task_set.add_argument("--as-trained", metavar="TASK", help="Export the task set that TASK was trained in.")
     export.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of what is written (peft: float32; merged: the base's own)"
+        "--format",
+        choices=("peft", "merged"),
+        required=True,
+        help="Write a PEFT LoRA directory (peft), or a full model with the set merged (merged).",
     )
-    export.add_argument("--allow-other-base", action="store_true", help="do not insist on the checkpoint's base model")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="The output: a new or empty folder.")
+    export.add_argument(
+        "--model",
+        metavar="M",
+        help="The base model: a folder, a hub id or a short name (default: the one that the checkpoint names).",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="The dtype of the written tensors (default: float32 for peft, the base model's own for merged).",
+    )
+    export.add_argument("--allow-other-base", action="store_true", help=OTHER_BASE)
 
-    import_ = commands.add_parser(
+
+def _add_import(commands: Subcommands) -> None:
+    import_ = _add_command(
+        commands,
         "import",
-        help="make a foreign adapter a task of a checkpoint",
-        description="Adds a LoRA in PEFT's format, or tasks of another LoRAF checkpoint, to a checkpoint, as one task "
-        "on free positions. An adapter on the checkpoint's own A is taken over exactly; any other is approximated, and "
-        "refused where the approximation is not close.",
+        _import,
+        "Add an adapter that was trained elsewhere to a checkpoint, as a new task.",
+        "The adapter is a LoRA in PEFT's format or a task set of another LoRAF checkpoint. One on the checkpoint's own "
+        "A is taken over exactly; any other is approximated at free positions, and refused where the approximation is "
+        "not close.",
     )
-    import_.set_defaults(command=_import)
-    import_.add_argument("folder", type=Path, metavar="DIR", help="a PEFT LoRA directory, or a LoRAF checkpoint")
-    import_.add_argument("--into", type=Path, required=True, metavar="CKPT", help="the checkpoint's folder")
-    import_.add_argument("--name", required=True, metavar="T", help="the new task's name")
-    import_.add_argument("--tasks", metavar="SET", help=f"of a LoRAF checkpoint: {CHOICES_OF_TASKS}; they become one")
+    import_.add_argument("folder", type=Path, metavar="DIR", help="The adapter: a PEFT directory or LoRAF checkpoint.")
+    import_.add_argument("--into", type=Path, required=True, metavar="CKPT", help=CHECKPOINT_FOLDER)
+    import_.add_argument("--name", required=True, metavar="TASK", help="The new task's name.")
+    import_.add_argument(
+        "--tasks", metavar="SET", help=f"The tasks to take from a LoRAF checkpoint, as one new task: {TASK_SET}."
+    )
     import_.add_argument(
         "--sparsity",
         type=float,
         metavar="S",
-        help="of the new task (default: the adapter's own, or the last task's)",
+        help="The new task's share of zeros in B, in [0, 1) (default: the adapter's own, or the last task's).",
     )
     import_.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="of its values (default: likewise, or what exactness needs)",
+        help="The dtype of the stored values (default: the adapter's own or the last task's, or what exactness needs).",
     )
     import_.add_argument(
-        "--allow-lossy", action="store_true", help="store the nearest that fits, however far from the adapter it is"
+        "--allow-lossy", action="store_true", help="Store the closest approximation, however far from the adapter."
     )
-    import_.add_argument("--allow-other-base", action="store_true", help="do not insist on the checkpoint's base model")
+    import_.add_argument("--allow-other-base", action="store_true", help=OTHER_BASE)
 
-    remove = commands.add_parser(
+
+def _add_remove(commands: Subcommands) -> None:
+    remove = _add_command(
+        commands,
         "remove",
-        help="take a task out of a checkpoint; its positions are free again",
-        description="Takes a task out of a checkpoint. Its values are gone; what it held is free for new tasks. Tasks "
-        "that were trained on top of it stay, but can no longer be served as they were trained.",
+        _remove,
+        "Remove a task from a checkpoint and free its positions.",
+        "The task's values are deleted. Tasks that were trained on top of it stay, but can no longer be served as they "
+        "were trained.",
     )
-    remove.set_defaults(command=_remove)
-    remove.add_argument("checkpoint", type=Path, metavar="CKPT", help="the checkpoint's folder")
-    remove.add_argument("task", metavar="TASK", help="the task's name")
-    remove.add_argument("--dry-run", action="store_true", help="say what would happen, and change nothing")
+    remove.add_argument("checkpoint", type=Path, metavar="CKPT", help=CHECKPOINT_FOLDER)
+    remove.add_argument("task", metavar="TASK", help="The task's name.")
+    remove.add_argument("--dry-run", action="store_true", help="Print what would happen, and change nothing.")
 
-    card = commands.add_parser(
-        "card", help="print a model card for the hub", description="Prints a model card, made from the manifest."
+
+def _add_card(commands: Subcommands) -> None:
+    card = _add_command(commands, "card", _card, "Print a model card for the hub, generated from the manifest.")
+    card.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT_OR_HUB_ID)
+    card.add_argument(
+        "--name", metavar="NAME", help="The checkpoint's name on the card, such as org/name (default: CKPT)."
     )
-    card.set_defaults(command=_card)
-    card.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT)
-    card.add_argument("--name", metavar="NAME", help="what the card calls the checkpoint, such as org/name")
-    card.add_argument("--write", action="store_true", help="write it into the checkpoint's folder as README.md")
+    card.add_argument(
+        "--write", action="store_true", help="Write the card to README.md in the checkpoint's folder instead."
+    )
 
-    push = commands.add_parser(
+
+def _add_push(commands: Subcommands) -> None:
+    push = _add_command(
+        commands,
         "push",
-        help="upload a checkpoint to the hub",
-        description="Checks a checkpoint, and uploads the manifest, its tasks and a model card (the folder's "
-        "README.md, or one made from the manifest) in one commit. Nothing else of the folder is uploaded.",
+        _push,
+        "Upload a checkpoint to the hub.",
+        "The checkpoint is verified first. One commit then uploads the manifest, the tasks and a model card (the "
+        "folder's README.md, or one generated from the manifest). Other files in the folder are not uploaded.",
     )
-    push.set_defaults(command=_push)
-    push.add_argument("checkpoint", type=Path, metavar="CKPT", help="the checkpoint's folder")
-    push.add_argument("repository", metavar="REPO", help="org/name; made where it is missing")
-    push.add_argument("--private", action="store_true", help="make a missing repository a private one")
-    push.add_argument("--revision", metavar="BRANCH", help="an existing branch (default: main)")
-    push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.add_argument("checkpoint", type=Path, metavar="CKPT", help=CHECKPOINT_FOLDER)
+    push.add_argument("repository", metavar="REPO", help="The repository, org/name; it is created if missing.")
+    push.add_argument("--private", action="store_true", help="Create a missing repository as private.")
+    push.add_argument("--revision", metavar="BRANCH", help="An existing branch to push to (default: main).")
+    push.add_argument(
+        "--message", metavar="TEXT", help="The commit message (default: a line that names the checkpoint's tasks)."
+    )
+
+
+def _add_command(
+    commands: Subcommands, name: str, command: Command, summary: str, details: str = ""
+) -> argparse.ArgumentParser:
+    """Adds a subcommand: `summary` is its line in the list of commands, `details` follow on its own page."""
+    parser = commands.add_parser(name, help=summary, description=f"{summary} {details}".rstrip())
+    parser.set_defaults(command=command)
     return parser
 
 
-def _of_file(commands: argparse._SubParsersAction, name: str, command: object, text: str) -> argparse.ArgumentParser:
-    """A command that reads a tasks.yaml."""
-    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(command=command)
-    parser.add_argument("file", type=Path, metavar="tasks.yaml")
+def _add_file_command(
+    commands: Subcommands, name: str, command: Command, summary: str, details: str = ""
+) -> argparse.ArgumentParser:
+    """Adds a subcommand that reads a tasks.yaml."""
+    parser = _add_command(commands, name, command, summary, details)
+    parser.add_argument("file", type=Path, metavar="tasks.yaml", help="The file that names model, tasks and output.")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a value: training.epochs=1, tasks.math.alpha=32 (a task's own values stay); repeatable",
+        help="Override a value of the file, such as training.epochs=1 or tasks.math.alpha=32 (a value that a task sets "
+        "itself takes precedence); repeatable.",
     )
     return parser
 
 
-def _count(text: str) -> int:
-    number = int(text)
+def _positive(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
+        raise argparse.ArgumentTypeError("must be a whole number of 1 or more")
     return number
 
 

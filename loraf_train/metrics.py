@@ -1,4 +1,4 @@
-"""The built-in metrics under their public name; they are defined in `loraf_train.grading.builtin`."""
+"""The public name of the built-in metrics, which `loraf_train.grading.builtin` defines."""
 
 from loraf_train.grading.builtin import (
     DEFAULT_NEW_TOKENS,

@@ -1,27 +1,46 @@
-"""Task sets as the command line names them: `--tasks a,b`, `--as-trained a`, `--base`."""
+"""Task sets as the command line names them (`--tasks a,b`, `--as-trained a`, `--base`), and as-trained sets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loraf.errors import UnknownTask
 from loraf.manifest import Manifest
 from loraf.tasksets import TaskSet
 
 
 def task_set(text: str, manifest: Manifest) -> TaskSet:
-    """`a,b`, `a+b`, `a:0.5+b`, `all` or `base`. Raises SelectionError, UnknownTask."""
+    """Parses `a,b`, `a+b`, `a:0.5+b`, `all` or `base`.
+
+    Raises:
+        SelectionError: the text is not a task set.
+        UnknownTask: the checkpoint has no such task.
+    """
     return TaskSet.parse(text.replace(",", "+"), manifest.task_names)
 
 
 def task_sets(
     manifest: Manifest, tasks: Sequence[str] = (), as_trained: Sequence[str] = (), base: bool = False
 ) -> list[TaskSet]:
-    """All sets asked for, each once; all tasks if none is asked for.
+    """The task sets that a command line names, without repetitions; the set of all tasks if it names none.
+
+    Args:
+        tasks: sets as text, see `task_set`.
+        as_trained: names of tasks, each for the set that it was trained in.
+        base: whether the bare base model is one of them.
 
     Raises:
         SelectionError, UnknownTask: see `task_set` and `Manifest.as_trained`.
     """
-    found = [task_set(text, manifest) for text in tasks]
-    found += [manifest.as_trained(name) for name in as_trained]
-    found += [TaskSet()] if base else []
-    return list(dict.fromkeys(found)) or [manifest.all_tasks()]
+    sets = [task_set(text, manifest) for text in tasks]
+    sets += [manifest.as_trained(name) for name in as_trained]
+    sets += [TaskSet()] if base else []
+    return list(dict.fromkeys(sets)) or [manifest.all_tasks()]
+
+
+def as_trained_or_none(manifest: Manifest, name: str) -> TaskSet | None:
+    """`Manifest.as_trained`, or None if a task that `name` was trained on top of has been removed."""
+    try:
+        return manifest.as_trained(name)
+    except UnknownTask:
+        return None

@@ -1,4 +1,4 @@
-"""Real records for tests: the whole sets where they are at hand, a committed handful where not."""
+"""Real records for tests: the whole data sets if available, otherwise a committed sample."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HANDFUL = ROOT / "tests" / "fixtures" / "records"
-NLU_SETS = ("boolq", "openbookqa", "arc_easy", "arc_challenge")  # those whose training records are at hand
+SAMPLE = ROOT / "tests" / "fixtures" / "records"
+NLU_SETS = ("boolq", "openbookqa", "arc_easy", "arc_challenge")  # whose training records are available
 PAPER_SETS = ("boolq", "piqa", "social_i_qa", "arc_easy", "arc_challenge", "openbookqa")
-_QUESTIONS = {  # in the form of the sets of which nothing is committed
+_QUESTIONS = {  # in the form of the sets without a committed sample
     "piqa": ("Please choose the correct solution to the question: {}\n\n{}\n\nAnswer format: {}", "solution", 2),
     "social_i_qa": ("Please choose the correct answer to the question: {}\n\n{}\n\nAnswer format: {}", "answer", 3),
 }
@@ -19,16 +19,16 @@ _THINGS = ("a lamp that is broken", "soup that is too hot", "a door that sticks"
 
 
 def data_folder() -> Path:
-    """The folder that LORAF_TEST_DATA names, or `../shared/data` beside the repository; else the handful."""
+    """Returns the folder that LORAF_TEST_DATA names, or `../shared/data`, or the committed sample."""
     whole = Path(os.environ.get("LORAF_TEST_DATA", ROOT.parent / "shared" / "data"))
     if (whole / "gsm8k" / "train.jsonl").is_file():
         return whole
-    warnings.warn(f"{whole} has no records: the test runs on the committed handful", stacklevel=2)
-    return HANDFUL
+    warnings.warn(f"{whole} has no records: the test uses the committed sample", stacklevel=2)
+    return SAMPLE
 
 
 def made_up(name: str, count: int = 8) -> list[dict[str, str]]:
-    """Records in the form of `piqa` or `social_i_qa`, made here."""
+    """Returns synthetic records in the form of `piqa` or `social_i_qa`."""
     form, kind, answers = _QUESTIONS[name]
     choices = [f"{kind}{i}" for i in range(1, answers + 1)]
     listed = " ".join(f"{choice.capitalize()}: do thing {choice[-1]}" for choice in choices)
@@ -43,10 +43,10 @@ def made_up(name: str, count: int = 8) -> list[dict[str, str]]:
 
 
 def lay_out(folder: Path, source: Path) -> None:
-    """Puts records where examples/mistral-7b/tasks.yaml looks for them, below `folder`/data.
+    """Links records to where examples/mistral-7b/tasks.yaml expects them, below `folder`/data.
 
     Args:
-        source: whole sets or the handful; what it lacks of the paper's six sets is made up.
+        source: whole data sets or the sample. Of the paper's six sets, missing ones are replaced by synthetic records.
     """
     (folder / "data" / "nlu").mkdir(parents=True)
     (folder / "data" / "gsm8k").symlink_to(source / "gsm8k")

@@ -1,7 +1,7 @@
-"""Stand-ins that tests share: small random base models and random checkpoints for them.
+"""Small random base models and random checkpoints for them, shared by tests and benchmarks.
 
-The models have the real architectures (grouped-query attention, fused-able projections, Qwen2's biases) at a size that
-a test can afford; the checkpoints have the real format with random masks and values.
+The models have real architectures (grouped-query attention, projections that vLLM fuses, Qwen2's biases) at a small
+size. The checkpoints have the real format with random masks and values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
-from loraf.manifest import positions
+from loraf.manifest import positions_per_matrix
 from loraf.sparse import SparseB
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -21,7 +21,7 @@ ARCHITECTURES = ("mistral", "llama", "qwen2")
 
 
 def byte_tokenizer():
-    """A fast tokenizer with one token a byte, `<s>` prepended, and a plain chat template."""
+    """Returns a fast tokenizer with one token per byte, `<s>` prepended, and a plain chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -46,7 +46,8 @@ def byte_tokenizer():
 def make_model(architecture: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Saves a random two-layer model with its tokenizer into `folder`.
 
-    Weights are several times larger than at a usual start, so that answers depend on the prompt and on the adapter.
+    Weights are several times larger than at a usual initialization, so that the output depends on the prompt and on the
+    adapter.
     """
     import transformers
 
@@ -85,13 +86,13 @@ def make_model(architecture: str, folder: Path, seed: int = 0, dtype: torch.dtyp
 
 
 def linear_shapes(model_folder: Path) -> dict[str, tuple[int, int]]:
-    """Module name → (d_out, d_in) of every projection, read from the weights."""
+    """Returns module name → (d_out, d_in) of every projection, read from the weights."""
     from safetensors import safe_open
 
     shapes = {}
     for file in sorted(model_folder.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+            for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
                 module = key.removesuffix(".weight")
                 if key.endswith(".weight") and module.rsplit(".", 1)[-1] in PROJECTIONS:
                     shapes[module] = tuple(tensors.get_slice(key).get_shape())
@@ -107,16 +108,16 @@ def random_values(
     std: float = 0.5,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, dict[str, SparseB]]:
-    """Task → module → SparseB, with random disjoint masks of exactly K positions."""
+    """Returns task → module → SparseB, with random disjoint masks of exactly K positions."""
     generator = torch.Generator().manual_seed(seed)
     values: dict[str, dict[str, SparseB]] = {task: {} for task in tasks}
     for module, (d_out, _) in shapes.items():
         order = torch.randperm(d_out * rank, generator=generator)
-        k = positions(sparsity, d_out, rank)
+        k = positions_per_matrix(sparsity, d_out, rank)
         for i, task in enumerate(tasks):
-            chosen = order[i * k : (i + 1) * k]
+            positions = order[i * k : (i + 1) * k]
             drawn = (torch.randn(k, generator=generator) * std).to(dtype)
-            values[task][module] = SparseB.from_flat(chosen, drawn, (d_out, rank))
+            values[task][module] = SparseB.from_positions(positions, drawn, (d_out, rank))
     return values
 
 
@@ -131,7 +132,7 @@ def random_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     std: float = 0.5,
 ) -> Checkpoint:
-    """A checkpoint in `folder` for the model in `model_folder`; each task is trained on top of those before it."""
+    """Creates a checkpoint for the model in `model_folder`, each task trained on top of the earlier ones."""
     shapes = linear_shapes(model_folder)
     checkpoint = Checkpoint.create(folder, describe(str(model_folder), model_folder), rank, shapes, seed)
     drawn = random_values(shapes, rank, tasks, sparsity, seed, std, dtype)

@@ -2,13 +2,13 @@
 
     python examples/compare/make_data.py --out examples/compare/data
 
-    <task>.train.jsonl    what is trained on
-    <task>.dev.jsonl      what learning rates were chosen on
-    <task>.eval.jsonl     what is reported
-    general.jsonl         fresh questions of every skill that `tiny` was trained in, equally many of each
+    <task>.train.jsonl    for training
+    <task>.dev.jsonl      for choosing learning rates
+    <task>.eval.jsonl     for the reported scores
+    general.jsonl         new questions for every skill that `tiny` was trained in, equally many of each
 
-One {"prompt": …, "completion": …} a line. No prompt of a task occurs twice, so the three files of a task share
-none. The same seed gives the same files on every machine.
+Each line is {"prompt": …, "completion": …}. No prompt of a task occurs twice, so the three files of a task share none.
+The same seed gives the same files on every machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OF_EACH_SKILL = 20
 
 
 def module(file: Path) -> ModuleType:
-    """A script of this repository, as a module."""
+    """Imports a script of this repository as a module."""
     spec = importlib.util.spec_from_file_location(f"_{file.parent.name}_{file.stem}", file)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -39,15 +39,15 @@ tiny = module(ROOT / "tools" / "make_tiny.py")
 
 
 def general(seed: int) -> list[dict[str, str]]:
-    """Drawn from another stream than those that `tiny` was trained and scored with; all prompts different."""
-    found: dict[str, dict[str, str]] = {}
+    """Draws questions from another random stream than those for `tiny`'s training and scores. All prompts differ."""
+    records: dict[str, dict[str, str]] = {}
     for name, draw in tiny.SKILLS.items():
         rng = random.Random(f"general {seed} {name}")
-        wanted = len(found) + OF_EACH_SKILL
-        while len(found) < wanted:
+        target = len(records) + OF_EACH_SKILL
+        while len(records) < target:
             prompt, completion = draw(rng)
-            found.setdefault(prompt, {"prompt": prompt, "completion": completion})
-    return list(found.values())
+            records.setdefault(prompt, {"prompt": prompt, "completion": completion})
+    return list(records.values())
 
 
 def write(file: Path, records: Iterable[dict[str, str]]) -> None:
@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for task in demo.TASKS:
-        made = iter(demo.records(task, sum(SPLITS.values()), arguments.seed))
+        records = iter(demo.records(task, sum(SPLITS.values()), arguments.seed))
         for split, count in SPLITS.items():
-            write(arguments.out / f"{task}.{split}.jsonl", [next(made) for _ in range(count)])
+            write(arguments.out / f"{task}.{split}.jsonl", [next(records) for _ in range(count)])
     write(arguments.out / "general.jsonl", general(arguments.seed))
 
 

@@ -2,11 +2,11 @@
 
     python examples/demo/make_data.py --out examples/demo/data
 
-    pig-latin     Pig Latin: kitten                  →  ittenkay    the first letter goes to the end, then "ay"
+    pig-latin     Pig Latin: kitten                  →  ittenkay    move the first letter to the end, append "ay"
     count         How many letters are in kitten?    →  six
 
-For each task `<task>.train.jsonl` and `<task>.eval.jsonl`, one {"prompt": …, "completion": …} a line. No prompt occurs
-twice, so the evaluation examples are held out. The same seed gives the same files on every machine.
+Writes `<task>.train.jsonl` and `<task>.eval.jsonl` for each task. Each line is {"prompt": …, "completion": …}. No
+prompt occurs twice, so the evaluation examples are held out. The same seed gives the same files on every machine.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Record = dict[str, str]  # prompt, completion
 
 
 def made_up_word(rng: random.Random, longest: int) -> str:
-    """3 to `longest` letters, each length equally often."""
+    """Returns a word of 3 to `longest` random letters, all lengths equally likely."""
     return "".join(rng.choices(ALPHABET, k=rng.randint(3, longest)))
 
 
 def pig_latin(rng: random.Random) -> Record:
-    word = made_up_word(rng, 6)  # the base model's own skill at copying gets weaker with longer words
+    word = made_up_word(rng, 6)  # the base model copies longer words less reliably
     return {"prompt": f"Pig Latin: {word}\n", "completion": word[1:] + word[0] + "ay"}
 
 
 def count(rng: random.Random) -> Record:
-    """A question; no answer is right more often than 1 time in 6."""
+    """Returns a question whose six possible answers are equally likely."""
     word = made_up_word(rng, 8)
     return {"prompt": f"How many letters are in {word}?\n", "completion": NUMBERS[len(word)]}
 
@@ -44,13 +44,13 @@ TASKS = {"pig-latin": pig_latin, "count": count}
 
 
 def records(task: str, number: int, seed: int) -> list[Record]:
-    """`number` records of a task, all prompts different."""
+    """Returns `number` records of a task with different prompts."""
     rng = random.Random(f"{seed} {task}")
-    found: dict[str, Record] = {}
-    while len(found) < number:
+    by_prompt: dict[str, Record] = {}
+    while len(by_prompt) < number:
         record = TASKS[task](rng)
-        found.setdefault(record["prompt"], record)
-    return list(found.values())
+        by_prompt.setdefault(record["prompt"], record)
+    return list(by_prompt.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
-        made = records(task, TRAIN_RECORDS + EVAL_RECORDS, arguments.seed)
-        for split, part in {"train": made[:TRAIN_RECORDS], "eval": made[TRAIN_RECORDS:]}.items():
+        all_records = records(task, TRAIN_RECORDS + EVAL_RECORDS, arguments.seed)
+        for split, part in {"train": all_records[:TRAIN_RECORDS], "eval": all_records[TRAIN_RECORDS:]}.items():
             lines = "".join(json.dumps(record) + "\n" for record in part)
             (arguments.out / f"{task}.{split}.jsonl").write_text(lines)
 

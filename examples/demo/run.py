@@ -1,4 +1,4 @@
-"""`make demo`: the product does its job once, on this machine.
+"""`make demo`: the whole workflow once, on this machine.
 
 1. trains two tasks in sequence on the embedded model (`loraf-train run`)
 2. serves the checkpoint on vLLM (`loraf-serve`)
@@ -32,7 +32,7 @@ AS_TRAINED_AT_LEAST = 0.90
 BASE_AT_MOST = 0.20
 EXAMPLES_SHOWN = 2
 
-# A selection is what a request says: keyword arguments of Client.generate. "{task}" is the task being asked.
+# Keyword arguments of Client.generate that select the task set. "{task}" is replaced by the task of the question.
 Selection = dict[str, object]
 
 
@@ -47,8 +47,8 @@ def selections(first: str, second: str) -> dict[str, Selection]:
 
 
 def ask(client: Client, selection: Selection, task: str, prompt: str) -> str:
-    chosen = {key: task if value == "{task}" else value for key, value in selection.items()}
-    return client.generate(prompt, **chosen, max_tokens=32, temperature=0.0).text
+    keywords = {key: task if value == "{task}" else value for key, value in selection.items()}
+    return client.generate(prompt, **keywords, max_tokens=32, temperature=0.0).text
 
 
 def read_examples(task: str) -> list[dict[str, str]]:
@@ -68,23 +68,23 @@ def side_by_side(client: Client, tasks: list[str], console: Console) -> None:
 
 
 def accuracies(client: Client, tasks: list[str]) -> dict[str, dict[str, tuple[int, int]]]:
-    """Task → set → (right answers, examples). Every request goes over gRPC; many are under way at once."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    """Returns task → set → (right answers, examples), from concurrent requests over gRPC."""
+    results: dict[str, dict[str, tuple[int, int]]] = {}
     with ThreadPoolExecutor(32) as pool:
         for task in tasks:
             examples = read_examples(task)
-            found[task] = {}
+            results[task] = {}
             for label, selection in selections(*tasks).items():
                 prompts = [example["prompt"] for example in examples]
                 answers = pool.map(lambda p, s=selection, t=task: ask(client, s, t, p), prompts)
                 right = sum(a.strip() == e["completion"].strip() for a, e in zip(answers, examples, strict=True))
-                found[task][label] = (right, len(examples))
-    return found
+                results[task][label] = (right, len(examples))
+    return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", action="store_true", help="go on with the checkpoint of the last run")
+    parser.add_argument("--keep", action="store_true", help="continue with the checkpoint of the last run")
     parser.add_argument("--backend", default="slots", choices=["slots", "merged"], help="(slots)")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -108,33 +108,33 @@ def main() -> int:
         console.rule("3. one server, one adapter, the task set chosen by each request")
         side_by_side(server.client, tasks, console)
         console.rule("4. accuracy over gRPC, exact match on held-out examples")
-        found = accuracies(server.client, tasks)
+        results = accuracies(server.client, tasks)
         status = server.stop()
-    show(found, console)
+    show(results, console)
 
     seconds = time.monotonic() - began
     console.print(
-        f"training took {trained - began:.0f} s, all of it {seconds:.0f} s; the server stopped with status {status}"
+        f"training took {trained - began:.0f} s, everything {seconds:.0f} s; the server stopped with status {status}"
     )
-    failures = verdict(found)
+    failures = verdict(results)
     for failure in failures:
         console.print(f"[bold red]not reached:[/] {failure}")
     return 1 if failures or status != 0 else 0
 
 
-def show(found: dict[str, dict[str, tuple[int, int]]], console: Console) -> None:
-    labels = list(next(iter(found.values())))
-    counts = {count for row in found.values() for _, count in row.values()}
+def show(results: dict[str, dict[str, tuple[int, int]]], console: Console) -> None:
+    labels = list(next(iter(results.values())))
+    counts = {count for row in results.values() for _, count in row.values()}
     table = Table("task", *labels, title=f"accuracy by task set ({', '.join(map(str, sorted(counts)))} examples each)")
-    for task, row in found.items():
+    for task, row in results.items():
         table.add_row(task, *(f"{right / count:.3f}" for right, count in row.values()))
     console.print(table)
 
 
-def verdict(found: dict[str, dict[str, tuple[int, int]]]) -> list[str]:
-    """What falls short of the demo's promise."""
+def verdict(results: dict[str, dict[str, tuple[int, int]]]) -> list[str]:
+    """Returns the accuracies that miss their thresholds."""
     failures = []
-    for task, row in found.items():
+    for task, row in results.items():
         trained, base = (right / count for right, count in (row["as trained"], row["base"]))
         if trained < AS_TRAINED_AT_LEAST:
             failures.append(f"{task} as trained: {trained:.3f}, at least {AS_TRAINED_AT_LEAST} expected")

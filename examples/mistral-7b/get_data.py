@@ -1,11 +1,11 @@
-"""Fetches the data of tasks.yaml from GitHub: GSM8K, and six sets of language understanding.
+"""Downloads the data of tasks.yaml from GitHub: GSM8K, and six data sets of language understanding.
 
     data/gsm8k/{train,test}.jsonl       openai/grade-school-math (MIT)
     data/nlu/<set>/{train,test}.json    AGI-Edgerunners/LLM-Adapters (ODC-By)
 
-PIQA's and SIQA's training records come from the joint training file of the latter, where a record does not say its set:
-PIQA's are those that ask for a solution; SIQA's those with exactly three answers, but for the few that ARC has too.
-Every file is counted before it is written; files that are there already stay.
+The training records of PIQA and SIQA come from the joint training file of LLM-Adapters, which does not name the data
+set of a record. PIQA's records ask for a solution; SIQA's have exactly three answers and do not occur in ARC. The
+number of records is checked before a file is written. Existing files are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
 ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
 JOINT = f"{ADAPTERS}/ft-training_set/commonsense_170k.json"
-ORIGINS = {  # set here → its folder there
+ORIGINS = {  # data set → its folder in LLM-Adapters
     "boolq": "boolq",
     "piqa": "piqa",
     "social_i_qa": "social_i_qa",
@@ -64,24 +64,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def download(url: str) -> bytes:
-    """Raises OSError, which names the URL."""
+    """Downloads a URL. Raises OSError, whose message contains the URL."""
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            return answer.read()
+        with urllib.request.urlopen(url, timeout=60) as response:
+            return bytes(response.read())
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"{url}: {error}; fetch the files in another way, and put them where this script would") from None
+        raise OSError(
+            f"{url}: {error}; download the files in another way into the folders listed at the top of this script"
+        ) from None
 
 
 def get(out: Path, fetch: Callable[[str], bytes], counts: dict[str, int] = COUNTS) -> None:
-    """Writes what is not there yet.
+    """Downloads and writes the missing files.
 
     Args:
         fetch: URL → content.
-        counts: file → how many records it must have.
+        counts: file → expected number of records.
 
     Raises:
-        OSError: a file cannot be had, or not be written.
-        ValueError: a file has another number of records, or is malformed.
+        OSError: a file could not be downloaded or written.
+        ValueError: a file has an unexpected number of records, or is malformed.
     """
     missing = [name for name in counts if not (out / name).exists()]
     for name in missing:
@@ -105,24 +107,24 @@ def from_joint(name: str) -> bool:
 
 
 def split(joint: list[Record], others: set[str]) -> dict[str, list[Record]]:
-    """PIQA's and SIQA's records of the joint file, in its order.
+    """Returns the records of PIQA and SIQA in the joint file, in its order.
 
     Args:
         others: instructions of ARC's training records.
     """
-    found: dict[str, list[Record]] = {name: [] for name in FROM_JOINT}
+    records: dict[str, list[Record]] = {name: [] for name in FROM_JOINT}
     for record in joint:
         instruction = record["instruction"].rstrip()
         if instruction.endswith("Answer format: solution1/solution2"):
-            found["piqa"].append(record)
+            records["piqa"].append(record)
         elif instruction.endswith("Answer format: answer1/answer2/answer3") and record["instruction"] not in others:
-            found["social_i_qa"].append(record)
-    return found
+            records["social_i_qa"].append(record)
+    return records
 
 
 def write(out: Path, name: str, data: bytes, count: int, counts: dict[str, int]) -> None:
     if count != counts[name]:
-        raise ValueError(f"{name} would have {count} records, not {counts[name]}: its origin has changed")
+        raise ValueError(f"{name} would have {count} records, not {counts[name]}: its source has changed")
     path = out / name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")

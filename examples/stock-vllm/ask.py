@@ -1,8 +1,8 @@
-"""Asks an OpenAI-compatible server the same thing under several models at once, task sets among them.
+"""Sends one prompt to several models of an OpenAI-compatible server at once, including task sets.
 
     python examples/stock-vllm/ask.py "Reverse: kitten" ckpt@math ckpt@math:0.5+nlu ckpt
 
-`--url` names the server (http://127.0.0.1:8000/v1). What a model may be called stands in README.md beside this file.
+`--url` is the server's address (default: http://127.0.0.1:8000/v1). README.md in this folder explains model names.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from openai import AsyncOpenAI, OpenAIError
 
 async def answer(client: AsyncOpenAI, model: str, prompt: str, max_tokens: int) -> str:
     try:
-        made = await client.completions.create(model=model, prompt=prompt, max_tokens=max_tokens, temperature=0)
+        completion = await client.completions.create(model=model, prompt=prompt, max_tokens=max_tokens, temperature=0)
     except OpenAIError as error:
         return f"refused: {error}"
-    return made.choices[0].text
+    return completion.choices[0].text
 
 
 async def main() -> None:
@@ -26,7 +26,7 @@ async def main() -> None:
     parser.add_argument("prompt")
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--api-key", default="none", help="what the server was given as --api-key")
+    parser.add_argument("--api-key", default="none", help="the server's --api-key")
     parser.add_argument("--max-tokens", type=int, default=64)
     args = parser.parse_args()
     async with AsyncOpenAI(base_url=args.url, api_key=args.api_key) as client:

@@ -1,8 +1,8 @@
-// One loop, compiled for several processors, the best one chosen when the library is loaded.
+// Compiles one loop for several instruction sets and selects the best one at run time.
 //
 // A kernel is written once, as a plain loop in an always-inlined template, and instantiated inside functions that carry
-// a target attribute; the compiler vectorises each for its instruction set. Nothing but integer operations and single
-// float32 multiplications is computed, so every variant gives the same bits.
+// a target attribute, so that the compiler vectorises each for its instruction set. All arithmetic is on integers or a
+// single float32 multiplication, so every variant computes the same bits.
 #pragma once
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -17,7 +17,7 @@ namespace loraf {
 
 enum class Isa { plain, avx2, avx512 };
 
-// What this processor has, but nothing above `most` (0 plain, 1 AVX2, 2 AVX-512): tests ask for the lesser ones.
+// The best instruction set of this processor, up to `most` (0 plain, 1 AVX2, 2 AVX-512), which tests lower.
 inline Isa best_isa(int most) {
 #ifdef LORAF_X86
     if (most >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

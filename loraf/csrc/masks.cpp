@@ -1,4 +1,4 @@
-// What is wrong with the masks of one module (loraf/sparse.py has the definition and the reference):
+// Checks the masks of one module (loraf/sparse.py has the definition and the reference):
 //
 //     for each task t, for each of its positions p, in stored order:
 //         row[p] in 0 … d_out-1,  column[p] in 0 … rank-1
@@ -6,8 +6,8 @@
 //         value[p] is finite
 //     no position is owned by two tasks
 //
-// Coordinates and values are read once, as they are stored. A position is marked only after it was found to lie inside
-// the matrix, so no content of a file can make this write anywhere else.
+// Coordinates and values are read once, as they are stored. A position is marked only after a check that it lies inside
+// the matrix, so no content of a file can cause a write outside of it.
 
 #include <cstdint>
 #include <cstring>
@@ -19,11 +19,11 @@ namespace {
 
 using loraf::Isa;
 
-constexpr int64_t kBlock = 2048;  // positions looked at together; their coordinates stay in the L1 cache
+constexpr int64_t kBlock = 2048;  // positions per block; their coordinates stay in the L1 cache
 
-enum Fault : uint32_t { kRow = 1, kColumn = 2, kOrder = 4, kValue = 8 };  // loraf/sparse.py puts them into words
+enum Fault : uint32_t { kRow = 1, kColumn = 2, kOrder = 4, kValue = 8 };  // loraf/sparse.py has their messages
 
-// True if one of `n` values has all bits of `exponent` set: NaN or infinity.
+// Whether one of `n` values has all bits of `exponent` set: NaN or infinity.
 template <typename Bits>
 LORAF_INLINE bool has_nonfinite(const void* values, int64_t start, int64_t n, Bits exponent) {
     const Bits* bits = static_cast<const Bits*>(values) + start;
@@ -32,12 +32,12 @@ LORAF_INLINE bool has_nonfinite(const void* values, int64_t start, int64_t n, Bi
     return bad;
 }
 
-// Index types are unsigned: a negative int32 is then larger than any matrix. d_out · rank is at most 2^32.
+// Index types are unsigned, so that a negative int32 is larger than any matrix. d_out · rank is at most 2^32.
 template <typename Row, typename Column>
 LORAF_INLINE uint32_t check(const Row* rows, const Column* columns, const void* values, int value_kind, int64_t n,
                             uint32_t d_out, uint32_t rank, uint8_t* owned) {
     uint32_t faults = 0;
-    uint32_t at[kBlock + 1] = {};  // positions row · rank + column; the first is the last of the block before
+    uint32_t at[kBlock + 1] = {};  // positions row · rank + column, after the last one of the previous block
     for (int64_t start = 0; start < n; start += kBlock) {
         const int64_t count = n - start < kBlock ? n - start : kBlock;
         const Row* r = rows + start;
@@ -47,7 +47,7 @@ LORAF_INLINE uint32_t check(const Row* rows, const Column* columns, const void* 
         Column last_column = 0;
         for (int64_t i = 0; i < count; i++) last_column = c[i] > last_column ? c[i] : last_column;
         faults |= (last_row >= d_out) * kRow | (last_column >= rank) * kColumn;
-        // Outside the matrix a position may wrap around, and its order has no meaning; it is then not asked for.
+        // Outside the matrix a position may wrap around. Its order is then meaningless, and not reported.
         for (int64_t i = 0; i < count; i++) at[i + 1] = uint32_t(r[i]) * rank + c[i];
         uint32_t bad_order = 0;
         for (int64_t i = start == 0 ? 1 : 0; i < count; i++) bad_order |= at[i + 1] <= at[i];
@@ -62,7 +62,7 @@ LORAF_INLINE uint32_t check(const Row* rows, const Column* columns, const void* 
     return faults;
 }
 
-// One task's mask, as loraf/native.py describes it. `value_kind`: 0 float32, 1 bfloat16, 2 float16.
+// One task's mask: `Mask` in loraf/native.py. `value_kind`: 0 float32, 1 bfloat16, 2 float16.
 struct Mask {
     const void *rows, *columns, *values;
     int64_t n;
@@ -74,8 +74,8 @@ struct Job {
     int64_t count;
     int row_bytes, column_bytes;  // 1, 2 or 4
     uint32_t d_out, rank;
-    uint8_t* owned;    // d_out · rank bytes, or null: overlaps are not looked for
-    uint32_t* faults;  // of each mask: the sum of its Fault bits
+    uint8_t* owned;    // d_out · rank bytes, or null to skip the check for overlaps
+    uint32_t* faults;  // for each mask the sum of its Fault bits
 };
 
 template <typename Row, typename Column>
@@ -102,7 +102,7 @@ LORAF_INLINE void by_type(const Job& job) {
 
 LORAF_INLINE int64_t ones(const uint8_t* bytes, int64_t n) {
     int64_t total = 0;
-    for (int64_t start = 0; start < n; start += 1 << 16) {  // 32-bit sums vectorise better and cannot overflow here
+    for (int64_t start = 0; start < n; start += 1 << 16) {  // 32-bit sums vectorise better, and cannot overflow here
         uint32_t sum = 0;
         for (int64_t i = start; i < n && i < start + (1 << 16); i++) sum += bytes[i];
         total += sum;
@@ -110,7 +110,7 @@ LORAF_INLINE int64_t ones(const uint8_t* bytes, int64_t n) {
     return total;
 }
 
-// Whether the masks own fewer positions together than each for itself. It has a meaning only where no mask has a fault.
+// Whether two masks share a position. Meaningful only if no mask has a fault.
 LORAF_INLINE bool run(const Job& job) {
     const int64_t size = int64_t(job.d_out) * job.rank;
     if (job.owned) memset(job.owned, 0, size_t(size));

@@ -4,7 +4,7 @@
 //         w0, w1, w2, w3 = philox4x32_10(counter = (b, i, 0, 0), key)
 //         for lane 0 … 7:  A[i, 8·b + lane] = table[16 bits of w(lane/2), lower half first] · scale
 //
-// in float32, and rounded from there to bfloat16 or float16 (nearest, ties to even) as torch does.
+// in float32, then rounded to bfloat16 or float16 (to nearest, ties to even) as torch does.
 
 #include <cstdint>
 #include <cstring>
@@ -17,7 +17,7 @@ namespace {
 using loraf::Isa;
 
 constexpr int kLanes = 8;    // 16-bit numbers in one Philox block
-constexpr int kBlocks = 64;  // made at a time: small enough for the L1 cache, a multiple of every vector's width
+constexpr int kBlocks = 64;  // at a time: they fit the L1 cache, and are a multiple of every vector's width
 
 enum Kind { kNone = 0, kBfloat16 = 1, kFloat16 = 2 };
 
@@ -51,7 +51,7 @@ LORAF_INLINE uint16_t to_bfloat16(uint32_t bits) {  // of a finite number
     return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// Of a finite number; beyond 65,504 it becomes infinity, below 2^-14 it is denormal, as IEEE 754 has it.
+// Of a finite number. Beyond 65,504 the result is infinity, below 2^-14 it is denormal, as in IEEE 754.
 LORAF_INLINE uint16_t to_float16(uint32_t bits) {
     uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7FFFFFFF;
     uint32_t normal = (magnitude + 0xFFF + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
@@ -78,24 +78,24 @@ struct Job {
 
 LORAF_INLINE void run(const Job& job) {
     uint32_t words[kBlocks][4];
-    float made[kBlocks * kLanes];
+    float values[kBlocks * kLanes];
     const int64_t columns = job.column1 - job.column0;
     const int64_t first_block = job.column0 / kLanes;
     for (int64_t row = job.row0; row < job.row1; row++) {
         for (int64_t block = first_block; block * kLanes < job.column1; block += kBlocks) {
             philox(uint32_t(row), uint32_t(block), job.key0, job.key1, words);
             uint16_t lanes[kBlocks * kLanes];
-            memcpy(lanes, words, sizeof lanes);  // little-endian: the lower half first (loraf/native.py sees to it)
-            for (int i = 0; i < kBlocks * kLanes; i++) made[i] = job.table[lanes[i]] * job.scale;
-            // The part of this tile that was asked for.
+            memcpy(lanes, words, sizeof lanes);  // little-endian: the lower half first (loraf/native.py checks that)
+            for (int i = 0; i < kBlocks * kLanes; i++) values[i] = job.table[lanes[i]] * job.scale;
+            // The part of this tile that lies in the slice.
             const int64_t start = block * kLanes < job.column0 ? job.column0 - block * kLanes : 0;
             const int64_t left = job.column1 - block * kLanes;
             const int64_t count = (left < kBlocks * kLanes ? left : kBlocks * kLanes) - start;
             const int64_t at = (row - job.row0) * columns + block * kLanes + start - job.column0;
-            if (job.out32) memcpy(job.out32 + at, made + start, size_t(count) * sizeof(float));
+            if (job.out32) memcpy(job.out32 + at, values + start, size_t(count) * sizeof(float));
             if (job.kind != kNone) {
                 uint32_t bits[kBlocks * kLanes];
-                memcpy(bits, made, sizeof made);
+                memcpy(bits, values, sizeof values);
                 uint16_t* out = job.out16 + at;
                 if (job.kind == kBfloat16)
                     for (int64_t i = 0; i < count; i++) out[i] = to_bfloat16(bits[start + i]);

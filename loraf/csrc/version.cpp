@@ -1,4 +1,4 @@
-// Tells loraf/native.py which interface this library has, so that one built from other sources is not called wrongly.
+// The interface version, which loraf/native.py checks, so that a library built from other sources is not used.
 
 #include "api.h"
 #include "isa.h"

@@ -1,11 +1,12 @@
 """Adapters while the server runs: what each name means now, which content requests still need, what may be freed.
 
-    load ─▶ find, read, verify (thread, or backend) ─▶ Backend.add_adapter ─▶ the name means it     one step of the loop
-    unload, or replaced ─▶ no name ─┐
-    last lease of the content ends ─┴─▶ Backend.remove_adapter
+    start: registry ─▶ read, verify (thread, or backend) ─▶ Backend.add_adapter
+    load ─▶ find, check, read, verify (thread, or backend) ─▶ Backend.add_adapter ─▶ the name means it (atomic)
+    unload, or replaced ─▶ the name is gone ─┐
+    last lease of the content ends ──────────┴─▶ Backend.remove_adapter
 
-Content is told apart by its digest. Under two names it is held once; it is freed once, when no name means it and no
-request that began on it still runs.
+Content is identified by its adapter digest. Under two names it is held once. It is freed once, when no name means it
+and no request that began on it still runs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
-from loraf.errors import LorafError, Problem
+from loraf.errors import CheckpointError, LorafError, Problem
+from loraf.system import trim_heap
 from loraf.tasksets import NAME_PATTERN, name_problem
-from loraf_serve.adapters.memory import give_back, size_text
+from loraf.units import size_text
+from loraf_serve.adapters.checkpoint_folder import read_values
 from loraf_serve.adapters.priority import step_back
 from loraf_serve.adapters.registry import Registry
 from loraf_serve.adapters.root import AdapterRoot, path_problem
@@ -31,15 +34,16 @@ from loraf_serve.errors import AdapterMemoryFull, InvalidRequest, LoadingOff, Na
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
 
 
 @dataclass(frozen=True)
 class Unloaded:
-    """What keeps the content of an adapter that has lost its name; if nothing does, its memory has been freed.
+    """An adapter that has lost its name, and what still needs its content. If nothing does, its memory has been freed.
 
     Attributes:
-        running: requests that still run on it.
-        other_names: names that still mean it.
+        running: number of requests that still run on it.
+        other_names: other names of the same content.
     """
 
     adapter: ServedAdapter
@@ -47,16 +51,16 @@ class Unloaded:
     other_names: tuple[str, ...]
 
 
-class Library:
+class AdapterLibrary:
     """Used on one asyncio loop.
 
     Args:
-        registry: what is there at start.
-        root: where clients may load from; None: they may change nothing.
-        memory: bytes that all content may take, in this process and in the backend; None: no limit.
+        registry: the adapters to begin with; `start` reads those that have no values.
+        root: where clients may load from; None: clients can neither load nor unload.
+        memory: limit in bytes for all content, in this process and in the backend; None: no limit.
 
     Attributes:
-        registry: what each name means now. Replaced whole at each change.
+        registry: what each name means now. Every change replaces it with another Registry.
     """
 
     def __init__(
@@ -71,24 +75,51 @@ class Library:
         self._root = root
         self._memory = memory
         self._held: dict[str, ServedAdapter] = {}  # by digest: what the backend has
-        self._leases: Counter[str] = Counter()  # by digest: requests that run
-        self._changing = asyncio.Lock()  # one change of what the backend has at a time
-        self._changes: set[asyncio.Task] = set()
-        self._sweep: asyncio.Task | None = None
+        self._leases: Counter[str] = Counter()  # by digest: running requests
+        self._changing = asyncio.Lock()  # the backend's content changes in one place at a time
+        self._changes: set[asyncio.Task[Any]] = set()
+        self._sweep: asyncio.Task[None] | None = None
         self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=step_back)
 
     async def start(self) -> None:
-        """Hands the backend, which has started, what the registry has.
+        """Reads the registry's adapters and hands them to the backend, which has started.
 
         Raises:
-            LorafError: the backend refuses an adapter, or there is not enough memory.
+            CheckpointError: checkpoints that are damaged or that the backend refuses; all of them are named.
+            LorafError: there is not enough memory, or the backend fails its self-check.
         """
+        errors = []
         for adapter in self.registry:
-            await self._hold(adapter)
+            try:
+                adapter = await self._with_values(adapter)
+                await self._hold(adapter)
+            except CheckpointError as error:
+                errors.append(error)
+            else:
+                self.registry = self.registry.with_adapter(adapter)
+        if len(errors) > 1:
+            raise CheckpointError(problem for error in errors for problem in error.problems)
+        if errors:
+            raise errors[0]
+
+    async def _with_values(self, adapter: ServedAdapter) -> ServedAdapter:
+        """Reads an adapter at start, unless the backend will or the same folder has been read for another name."""
+        held = self._held.get(adapter.digest)
+        is_read = adapter.checkpoint is not None
+        if held is not None and held.path == adapter.path:
+            return dataclasses.replace(adapter, checkpoint=held.checkpoint)
+        # The backend will not read a copy of content that it holds, but damage must be found all the same.
+        if not is_read and (held is not None or not self._backend.reads_checkpoints):
+            adapter = await asyncio.to_thread(read_values, adapter)
+        return self._without_values(adapter)
+
+    def _without_values(self, adapter: ServedAdapter) -> ServedAdapter:
+        """Drops values that this process does not need."""
+        return dataclasses.replace(adapter, checkpoint=None) if self._backend.reads_checkpoints else adapter
 
     async def close(self) -> None:
-        """Ends changes in the middle: the backend is about to be stopped, and takes everything with it."""
+        """Cancels changes that are under way. The backend is about to be stopped, which frees everything it holds."""
         self._closed = True
         changes = list(self._changes)
         for change in changes:
@@ -98,11 +129,11 @@ class Library:
 
     @contextmanager
     def lease(self, name: str) -> Iterator[Registry]:
-        """The registry as it is now. Until the end, what `find(name)` gives of it stays in the backend."""
+        """Yields the current registry. Until the context ends, the backend keeps the adapter `find(name)` returns."""
         registry = self.registry
         try:
             adapter = registry.find(name)
-        except LorafError:  # whoever looks into the registry says so
+        except LorafError:  # validation reports it
             adapter = None
         if adapter is None:
             yield registry
@@ -118,22 +149,22 @@ class Library:
                 self._free_soon()
 
     def resident_bytes(self, adapter: ServedAdapter) -> int:
-        """What the adapter's content takes now, in this process and in the backend."""
+        """Bytes that the adapter's content takes now, in this process and in the backend."""
         return adapter.resident_bytes + (self._backend.adapter_bytes(adapter) if adapter.digest in self._held else 0)
 
     async def load(self, name: str, path: str, tasks: Sequence[str] = (), replace: bool = False) -> ServedAdapter:
-        """Makes a name mean a checkpoint. If it raises, or is cancelled, everything stays as it was.
+        """Makes a name mean a checkpoint. If it raises or is cancelled, nothing has changed.
 
         Args:
-            path: below the root.
-            tasks: the tasks to read; empty: all.
-            replace: the name may be taken.
+            path: relative to the root.
+            tasks: the tasks to read; empty for all.
+            replace: allow a name that is taken.
 
         Raises:
             LoadingOff: there is no root.
-            InvalidRequest: a name, path or task that cannot be one; all mistakes at once.
-            NameTaken: and `replace` is not set.
-            AdapterMemoryFull: there is no room.
+            InvalidRequest: an invalid name, path or task; all mistakes at once.
+            NameTaken: the name is taken and `replace` is not set.
+            AdapterMemoryFull: the adapter does not fit in the memory limit.
             LorafError: as `AdapterRoot.find`, `AdapterRoot.open`, `Backend.add_adapter`.
             BackendUnavailable: the engine is gone.
         """
@@ -141,7 +172,7 @@ class Library:
         problems = [p for p in (name_problem(name, "adapter"), path_problem(path)) if p] + _task_problems(tasks)
         if problems:
             raise InvalidRequest(problems)
-        # Carried to its end or taken back whole, even when the caller goes away in the middle.
+        # The change is completed or undone as a whole, even if the caller goes away in the middle.
         given_up = asyncio.Event()
         change = self._begin(self._load(root, name, path, tasks, replace, given_up))
         try:
@@ -151,62 +182,61 @@ class Library:
             raise
 
     async def unload(self, name: str) -> Unloaded:
-        """Takes a name away at once. Waits until the memory is freed, unless something still needs the content.
+        """Removes a name at once. Waits until the memory is freed, unless something still needs the content.
 
         Raises:
             LoadingOff: there is no root.
             UnknownTask: there is no such adapter.
-            BackendUnavailable: the engine is gone; so is the name.
+            BackendUnavailable: the engine is gone; the name has been removed.
         """
         self._require_root()
         adapter = self.registry.get(name)
         self.registry = self.registry.without(name)
         log.info("adapter %s (%.12s) unloaded", name, adapter.digest)
-        found = Unloaded(adapter, self._leases[adapter.digest], self.registry.named(adapter.digest))
+        unloaded = Unloaded(adapter, self._leases[adapter.digest], self.registry.named(adapter.digest))
         freeing = self._free_soon()
-        if freeing and not (found.running or found.other_names):
+        if freeing and not (unloaded.running or unloaded.other_names):
             await asyncio.shield(freeing)
-        return found
+        return unloaded
 
     async def _load(
         self, root: AdapterRoot, name: str, path: str, tasks: Sequence[str], replace: bool, given_up: asyncio.Event
     ) -> ServedAdapter:
-        def go_on() -> None:
+        def stop_if_given_up() -> None:
             if given_up.is_set():
                 raise asyncio.CancelledError
 
         try:
             async with self._changing:
-                go_on()
+                stop_if_given_up()
                 if name in self.registry and not replace:
                     message, remedy = f"the name {name!r} is taken", "set replace, or choose another name"
                     raise NameTaken(Problem(message, "name", remedy=remedy))
-                found = await self._run(root.find, path, tasks)
-                go_on()
-                held = found.manifest.adapter_digest in self._held
+                checkpoint = await self._run(root.find, path, tasks)
+                stop_if_given_up()
+                held = checkpoint.manifest.adapter_digest in self._held
                 if not held:
-                    self._require_room(found.file_bytes)
-                # The backend reads no copy of what it holds; one that is damaged is to be found out all the same.
-                adapter = await self._run(root.open, name, found, self._backend.reads_checkpoints and not held)
-                if self._backend.reads_checkpoints:
-                    adapter = dataclasses.replace(adapter, checkpoint=None)
-                go_on()
+                    self._require_room(checkpoint.served_as(name).file_bytes)
+                # The backend will not read a copy of content that it holds, but damage must be found all the same.
+                adapter = await self._run(root.open, name, checkpoint, self._backend.reads_checkpoints and not held)
+                adapter = self._without_values(adapter)
+                stop_if_given_up()
                 await self._hold(adapter)
-                go_on()
+                stop_if_given_up()
                 self.registry = self.registry.with_adapter(adapter)
         except LorafError as error:
             raise root.shown(error) from error
         finally:
-            self._free_soon()  # the content that was replaced, or the one that was given up
+            self._free_soon()  # the content that was replaced, or that of a load that was given up
         log.info("adapter %s (%.12s) loaded, tasks %s", name, adapter.digest, ", ".join(adapter.tasks))
         return adapter
 
     async def _hold(self, adapter: ServedAdapter) -> None:
-        """Hands the content to the backend, unless it has it. Raises AdapterMemoryFull, and what the backend raises."""
+        """Hands content to the backend, unless it has it. Raises AdapterMemoryFull, and what the backend raises."""
         held = self._held.get(adapter.digest)
         if held:
             if adapter.checkpoint and held.checkpoint:
-                adapter.checkpoint.tasks = held.checkpoint.tasks  # the same bytes: kept once
+                adapter.checkpoint.tasks = held.checkpoint.tasks  # equal bytes, kept once
             return
         await self._backend.add_adapter(adapter)
         try:
@@ -216,12 +246,12 @@ class Library:
             raise
         self._held[adapter.digest] = adapter
 
-    def _require_room(self, wanted: int) -> None:
+    def _require_room(self, needed: int) -> None:
         taken = sum(self.resident_bytes(adapter) for adapter in self._held.values())
-        if self._memory is not None and taken + wanted > self._memory:
+        if self._memory is not None and taken + needed > self._memory:
             message = (
-                f"this adapter takes {size_text(wanted)}, and of {size_text(self._memory)} for all of them "
-                f"{size_text(taken)} are taken"
+                f"this adapter takes {size_text(needed)}, and {size_text(taken)} of the {size_text(self._memory)} for "
+                "all adapters are taken"
             )
             remedy = "unload an adapter, wait for requests on replaced ones to end, or start the server with more"
             raise AdapterMemoryFull(Problem(message, "--adapter-memory", remedy=remedy))
@@ -238,8 +268,8 @@ class Library:
     def _unneeded(self) -> list[str]:
         return [digest for digest in self._held if not self._needed(digest)]
 
-    def _free_soon(self) -> asyncio.Task | None:
-        """The task that frees what nobody needs, begun if there is something to free."""
+    def _free_soon(self) -> asyncio.Task[None] | None:
+        """Starts a task that frees unneeded content; None if there is none."""
         if self._closed or not self._unneeded():
             return None
         if self._sweep is None or self._sweep.done():
@@ -247,9 +277,9 @@ class Library:
         return self._sweep
 
     async def _free(self) -> None:
-        """Raises the first failure of the backend, after all have been tried."""
+        """Frees all unneeded content, then raises the backend's first failure, if there was one."""
         failures: list[Exception] = []
-        async with self._changing:  # while it is held, what is unneeded stays so
+        async with self._changing:  # while it is held, unneeded content stays unneeded
             while unneeded := self._unneeded():
                 try:
                     await self._backend.remove_adapter(self._held[unneeded[0]])
@@ -258,27 +288,27 @@ class Library:
                     failures.append(error)
                 finally:
                     del self._held[unneeded[0]]
-                await self._run(give_back)
+                await self._run(trim_heap)
         if failures:
             raise failures[0]
 
-    async def _run(self, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+    async def _run(self, function: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task that nobody need wait for."""
+        """Starts a task that runs to its end even if nothing awaits it."""
         change = asyncio.create_task(work)
         self._changes.add(change)
 
-        def over(change: asyncio.Task) -> None:
+        def when_done(change: asyncio.Task[T]) -> None:
             self._changes.discard(change)
             error = None if change.cancelled() else change.exception()
             if isinstance(error, LorafError | BackendUnavailable):
-                log.info("a change of the adapters failed: %s", error)
+                log.info("an adapter change failed: %s", error)
             elif error is not None:
-                log.error("a change of the adapters failed", exc_info=error)
+                log.error("an adapter change failed", exc_info=error)
 
-        change.add_done_callback(over)
+        change.add_done_callback(when_done)
         return change
 
 
@@ -288,7 +318,7 @@ def _task_problems(tasks: Sequence[str]) -> list[Problem]:
     for i, task in enumerate(tasks):
         field = f"tasks[{i}]"
         if not NAME_PATTERN.fullmatch(task):
-            problems.append(Problem(f"{task!r} is no task name", field, remedy="name tasks of the checkpoint"))
+            problems.append(Problem(f"{task!r} is not a task name", field, remedy="name tasks of the checkpoint"))
         elif task in seen:
             problems.append(Problem(f"task {task!r} is named twice", field, remedy="name each task once"))
         seen.add(task)

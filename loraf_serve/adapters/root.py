@@ -1,7 +1,7 @@
 """Checkpoints that clients may load: those below `--adapter-root`, and nothing else of this machine.
 
-A client learns nothing of what lies elsewhere, not even whether it exists. Whoever may write below the root decides
-what can be served; the root is to be writable only for those who are trusted with that.
+A client learns nothing about files elsewhere, not even whether they exist. Anyone who can write below the root decides
+what can be served, so make it writable only for trusted users.
 """
 
 from __future__ import annotations
@@ -9,68 +9,50 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from loraf import manifest as manifests
 from loraf.base_model import describe
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
-from loraf.manifest import BaseModel, Manifest
-from loraf_serve.adapters.registry import open_folder, require_servable
+from loraf.manifest import FILE_NAME, BaseModel
+from loraf_serve.adapters.checkpoint_folder import CheckpointFolder, read_values
 from loraf_serve.backends.backend import ServedAdapter
 from loraf_serve.errors import InvalidRequest
 
 _REMEDY = "name a checkpoint's folder by its path below --adapter-root"
 
 
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint below the root of which only the manifest has been read.
-
-    Attributes:
-        manifest: restricted to the chosen tasks.
-    """
-
-    folder: Path
-    tasks: tuple[str, ...] | None
-    manifest: Manifest
-
-    @property
-    def file_bytes(self) -> int:
-        """Of the chosen tasks' files: about what the tasks take in memory."""
-        return sum(task.file.bytes for task in self.manifest.tasks)
-
-
 class AdapterRoot:
     """
     Args:
         folder: `--adapter-root`.
-        model_folder: the model that is served.
+        model_folder: the served model.
+        allow_other_base: accept checkpoints of another base model.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: `folder` is not a folder.
     """
 
     def __init__(self, folder: Path, model_folder: Path, allow_other_base: bool = False):
         if not os.path.isdir(folder):
             remedy = "name the folder that holds the checkpoints"
-            raise ConfigError(Problem("is no folder", "--adapter-root", str(folder), remedy))
+            raise ConfigError(Problem("is not a folder", "--adapter-root", str(folder), remedy))
         self._folder = Path(os.path.realpath(folder))
         self._model_folder = Path(model_folder)
         self._allow_other_base = allow_other_base
 
-    def find(self, path: str, tasks: Sequence[str]) -> Found:
-        """Reads the manifest, and looks where the files lie.
+    def find(self, path: str, tasks: Sequence[str]) -> CheckpointFolder:
+        """Reads the manifest of a checkpoint, and checks that all its files lie below the root.
 
         Args:
             path: as the client wrote it.
-            tasks: names of tasks; empty: all.
+            tasks: the tasks to select; empty for all.
 
         Raises:
             InvalidRequest: there is no such folder below the root, or a file of it lies elsewhere.
             UnknownTask: the checkpoint has no such task.
-            CheckpointError, CorruptCheckpoint: as `loraf.manifest.read`.
+            CheckpointError, CorruptCheckpoint: as `CheckpointFolder.read`.
         """
         problem = path_problem(path)
         if problem:
@@ -78,72 +60,70 @@ class AdapterRoot:
         folder = self._inside(self._folder / path)
         if not os.path.isdir(folder):
             raise _refusal("there is no such folder below --adapter-root")
-        self._require_own_file(folder, manifests.FILE_NAME)
-        manifest = manifests.read(folder)
-        if tasks:
-            try:
-                manifest = manifest.only(tuple(tasks))
-            except UnknownTask as error:
-                raise UnknownTask(replace(p, field=p.field.removesuffix(".name")) for p in error.problems) from None
-        for task in manifest.tasks:
-            self._require_own_file(folder, task.file.path)
-        return Found(folder, tuple(tasks) or None, manifest)
+        self._require_inside(folder, FILE_NAME)
+        try:
+            checkpoint = CheckpointFolder.read(folder, tuple(tasks) or None)
+        except UnknownTask as error:
+            raise UnknownTask(replace(p, field=p.field.removesuffix(".name")) for p in error.problems) from None
+        for task in checkpoint.manifest.tasks:
+            self._require_inside(folder, task.file.path)
+        return checkpoint
 
-    def open(self, name: str, found: Found, manifest_alone: bool = False) -> ServedAdapter:
+    def open(self, name: str, checkpoint: CheckpointFolder, manifest_only: bool = False) -> ServedAdapter:
         """
         Args:
-            manifest_alone: leave the values to whoever reads them.
+            manifest_only: do not read the values: the backend will.
 
         Raises:
-            LorafError: as `loraf_serve.adapters.registry.open_folder`.
+            LorafError: as `CheckpointFolder.require_servable` and `read_values`.
         """
         model = None if self._allow_other_base else self._model
-        where = (self._model_folder, self._allow_other_base, model)
-        if manifest_alone:
-            require_servable(found.manifest, found.folder, *where)
-            return ServedAdapter(name, found.folder, found.manifest)
-        return open_folder(name, found.folder, found.tasks, *where)
+        checkpoint.require_servable(self._model_folder, self._allow_other_base, model)
+        adapter = checkpoint.served_as(name)
+        return adapter if manifest_only else read_values(adapter)
 
     @cached_property
     def _model(self) -> BaseModel:
-        """Looked at once: the engine has read it, so that a change on the disk means nothing; and safetensors 0.8 loses
-        some bytes of memory at every slice that it gives."""
+        """Computed once: the engine has read the model, so later changes on disk mean nothing; and safetensors 0.8
+        leaks some bytes of memory with every slice that it returns."""
         return describe(str(self._model_folder), self._model_folder)
 
     def shown(self, error: LorafError) -> LorafError:
         """The same error without the folders of this machine."""
 
-        def without(text: str) -> str:
+        def without_folders(text: str) -> str:
             text = text.replace(f"{self._folder}{os.sep}", "").replace(str(self._folder), "--adapter-root")
             return text.replace(str(self._model_folder), "--model")
 
-        return type(error)(replace(p, message=without(p.message), file=without(p.file)) for p in error.problems)
+        return type(error)(
+            replace(p, message=without_folders(p.message), file=without_folders(p.file)) for p in error.problems
+        )
 
     def _inside(self, path: Path) -> Path:
-        """Where the path leads, all links followed. Raises InvalidRequest: not below the root."""
+        """The path with all links resolved. Raises InvalidRequest if that is not below the root."""
         real = Path(os.path.realpath(path))
         if self._folder not in real.parents:
             raise _refusal("leads out of --adapter-root")
         return real
 
-    def _require_own_file(self, folder: Path, file: str) -> None:
-        """Lets a missing file pass: who reads it says so."""
+    def _require_inside(self, folder: Path, file: str) -> None:
+        """Checks that a file is a regular one below the root. A missing file passes: reading it reports that better."""
         real = self._inside(folder / file)
         try:
             regular = stat.S_ISREG(os.stat(real).st_mode)
         except OSError:
             return
         if not regular:  # reading a pipe would never end
-            raise _refusal(f"{file} in it is no file")
+            raise _refusal(f"{file} in it is not a regular file")
 
 
 def path_problem(path: str) -> Problem | None:
-    """What is wrong with a path whatever lies there, or None."""
+    """The problem with a path that can be seen without looking at the disk, or None."""
     parts = Path(path).parts
     if not parts:
         return Problem("names no folder", "path", remedy=_REMEDY)
     if Path(path).is_absolute() or ".." in parts or "\0" in path:
-        return Problem("is absolute, or holds '..' or a character that no path has", "path", remedy=_REMEDY)
+        return Problem("is absolute, contains '..', or contains a NUL character", "path", remedy=_REMEDY)
     return None
 
 

@@ -1,15 +1,15 @@
-"""What the service asks of a backend, and what a backend answers. Knows neither gRPC nor vLLM.
+"""The interface between the service and a backend. Knows neither gRPC nor vLLM.
 
     service ── GenerationRequest ──▶ backend ── stream of Output ──▶ service
 
-A backend is started once, is told of each adapter before any request names it and when none will any more, and is
-stopped once.
+Life of a backend: `start` once; `add_adapter` before any request names an adapter, `remove_adapter` after the last one;
+`stop` once.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class BackendUnavailable(Exception):
-    """The backend cannot answer any more, or is being stopped. The service says UNAVAILABLE."""
+    """The backend has failed or is being stopped. The service answers UNAVAILABLE."""
 
 
 class SelfCheckFailed(LorafError):
-    """What the backend adds to a layer is not the adapter's ΔW: each Problem's field names a layer."""
+    """The backend does not add the adapter's ΔW to a layer. The field of each Problem names a layer."""
 
 
 class UnsupportedField(ValueError):
-    """A sampling field that this backend does not obey. The service says INVALID_ARGUMENT naming both.
+    """A sampling field that this backend does not support. The service answers INVALID_ARGUMENT and names both.
 
     Attributes:
         field: its name in SamplingParams.
@@ -47,13 +47,13 @@ class UnsupportedField(ValueError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """SamplingParams with vLLM's defaults filled in; validated before it reaches a backend."""
+    """Validated SamplingParams; the defaults are vLLM's."""
 
     max_tokens: int = 16
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: off
+    top_k: int = 0  # 0 means off
     min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -70,11 +70,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """A checkpoint under the name that requests use; read and verified whole before a request can name it.
+    """A checkpoint under the name that requests use. All its bytes are verified before a request can name it.
 
     Attributes:
-        manifest: restricted to the tasks chosen at load.
-        checkpoint: the tasks' values; None where only the backend's own processes hold them.
+        manifest: restricted to the tasks selected at load.
+        checkpoint: the tasks' values; None if they have not been read, or only the backend's own processes hold them.
     """
 
     name: str
@@ -84,13 +84,18 @@ class ServedAdapter:
 
     @cached_property
     def digest(self) -> str:
-        """The adapter digest, for the tasks chosen."""
+        """The adapter digest, of the selected tasks."""
         return self.manifest.adapter_digest
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks chosen at load, in the checkpoint's order."""
+        """The selected tasks, in the checkpoint's order."""
         return self.manifest.task_names
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the selected tasks' files: roughly the memory that their values take."""
+        return sum(task.file.bytes for task in self.manifest.tasks)
 
     @property
     def resident_bytes(self) -> int:
@@ -104,8 +109,8 @@ class GenerationRequest:
 
     Attributes:
         prompt_token_ids: at least one, fewer than the backend's `max_model_len`.
-        adapter: None only together with the base set.
-        task_set: canonical; the empty set is the base model.
+        adapter: None only with the empty task set.
+        task_set: in canonical order; the empty set is the base model.
     """
 
     request_id: str
@@ -119,22 +124,23 @@ class GenerationRequest:
 class TokenLogprob:
     token_id: int
     logprob: float
-    rank: int  # 1: the most likely
+    rank: int  # 1 for the most likely token
     text: str
 
 
 @dataclass(frozen=True)
 class PositionLogprobs:
     chosen: TokenLogprob
-    top: tuple[TokenLogprob, ...]  # most likely first, as many as asked for
+    top: tuple[TokenLogprob, ...]  # most likely first, as many as requested
 
 
 @dataclass(frozen=True)
 class ChoiceDelta:
-    """What is new of one answer since the last Output.
+    """The part of one answer that is new since the last Output.
 
     Attributes:
-        finish_reason: None while it goes on, then "stop", "length" or "abort".
+        index: 0 to n - 1.
+        finish_reason: None until the last part, then "stop", "length" or "abort".
         stop_reason: the stop text, or the stop token's id in decimal; "" otherwise.
     """
 
@@ -157,9 +163,9 @@ class Backend(ABC):
 
     Attributes:
         name: "slots", "resident" or "merged".
-        reads_checkpoints: `add_adapter` has other processes read and verify the adapter's folder, as
-            `loraf_serve.adapters.registry.open_folder` would; this process then needs its manifest alone.
-        tokenizer, max_model_len: known after `start`.
+        reads_checkpoints: `add_adapter` has other processes read and verify the adapter's files, as
+            `loraf_serve.adapters.checkpoint_folder.read_values` would; this process then holds only the manifest.
+        tokenizer, max_model_len: set by `start`; the latter limits prompt and answer together, in tokens.
     """
 
     name: str
@@ -169,28 +175,33 @@ class Backend(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Loads the model and warms it up. Raises LorafError for what the user can mend."""
+        """Loads the model and warms it up. Raises LorafError for mistakes that the user can correct."""
 
     @abstractmethod
     async def add_adapter(self, adapter: ServedAdapter) -> None:
-        """Prepares an adapter while requests run, or refuses it with a LorafError and stays as it was.
+        """Prepares an adapter while requests run.
 
-        Adapters are told apart by their digest: one that is there already is accepted as it is, under any name. The
-        call is never cancelled, unless the backend is about to be stopped.
+        Adapters are identified by their digest: no-op if the same content is there, under any name. Never cancelled,
+        unless the backend is about to be stopped.
+
+        Raises:
+            LorafError: the adapter is refused. Nothing has changed.
         """
 
     @abstractmethod
     async def remove_adapter(self, adapter: ServedAdapter) -> None:
-        """Frees what is held for an adapter's digest; an unknown one is nothing. No request of it runs, none will come
-        before it is added again. Never cancelled, as `add_adapter`."""
+        """Frees what is held for an adapter's digest. No-op if it is unknown.
+
+        Called only while no request uses the adapter. Never cancelled, as `add_adapter`.
+        """
 
     def adapter_bytes(self, adapter: ServedAdapter) -> int:
-        """Bytes held for an adapter's digest, beside `ServedAdapter.resident_bytes`; 0 if it is not there."""
+        """Bytes held for an adapter's digest in addition to `ServedAdapter.resident_bytes`; 0 if it is not there."""
         return 0
 
     @abstractmethod
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:
-        """Streams one answer (or n). Closing the iterator, or cancelling its task, ends the work at once.
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Output]:
+        """Streams the `n` answers to one request. Closing the iterator, or cancelling its task, ends the work at once.
 
         Raises:
             UnsupportedField: before anything is generated.
@@ -199,8 +210,8 @@ class Backend(ABC):
 
     @abstractmethod
     async def check_health(self) -> None:
-        """Raises BackendUnavailable if no further request can be answered."""
+        """Raises BackendUnavailable if the backend cannot answer further requests."""
 
     @abstractmethod
     async def stop(self) -> None:
-        """Ends running requests and frees what the backend holds. May be called twice."""
+        """Ends running requests and frees what the backend holds. Idempotent."""

@@ -1,4 +1,4 @@
-"""From tokens to text while an answer grows: whole characters only, and nothing that may turn out to be a stop text.
+"""Converts tokens to text while an answer is generated: only whole characters, and no part of a stop text.
 
 token ─▶ TextStream ─▶ characters ─▶ StopTexts ─▶ text that can be sent
 """
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INCOMPLETE = "\ufffd"  # what bytes that are no whole character decode to
-_SPACE = "▁"  # SentencePiece's sign for a space; `decode` drops it where a text begins
-_CONTEXT = 4  # tokens: a character has at most four bytes
+INCOMPLETE = "\ufffd"  # the decoded form of bytes that are not a whole character
+_SPACE = "▁"  # SentencePiece's sign for a space; `decode` drops it at the beginning of a text
+_CONTEXT = 4  # tokens; a character has at most four bytes
 
 
 class TextStream:
-    """The text that each token adds to a prompt and its answer.
+    """Decodes an answer token by token, as a continuation of its prompt.
 
-    A character that is spread over several tokens comes with the last of them; one that stays incomplete never comes.
-    Otherwise the pieces are what decoding the whole answer gives, but for the space that SentencePiece tokenizers
-    drop at the beginning of a text: an answer continues its prompt. The same as vLLM's detokenizer, but for a prompt
-    that ends within a character, whose text vLLM repeats in the answer.
+    A character that is spread over several tokens is returned with the last of them; an incomplete one never is.
+    Otherwise the pieces add up to the decoded answer, except for the space that SentencePiece tokenizers drop at the
+    beginning of a text. Equal to vLLM's detokenizer, except for a prompt that ends within a character: vLLM repeats
+    its text in the answer.
 
     Args:
-        tokenizer: a fast one; not for two threads at once.
+        tokenizer: a fast one; not thread-safe.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], skip_special_tokens: bool):
@@ -38,13 +38,13 @@ class TextStream:
         self._skip = skip_special_tokens
         whole = self._whole_characters(list(prompt))
         self._stream = DecodeStream(ids=list(prompt[:whole]), skip_special_tokens=skip_special_tokens)
-        begun = list(prompt[whole:]) if whole else []  # bytes of a character that the answer may complete
-        self._prompts_own = self._tokenizer.decode(begun, skip_special_tokens=skip_special_tokens)
-        for token in begun:
+        incomplete = list(prompt[whole:]) if whole else []  # bytes of a character that the answer may complete
+        self._prompt_text = self._tokenizer.decode(incomplete, skip_special_tokens=skip_special_tokens)
+        for token in incomplete:
             self._step(token)
 
     def _whole_characters(self, prompt: list[int]) -> int:
-        """How many tokens of the prompt end with a whole character; 0 if it does not end like text at all."""
+        """How many tokens of the prompt form whole characters; 0 if the prompt does not end like text."""
         for dangling in range(min(_CONTEXT, len(prompt))):
             end = len(prompt) - dangling
             if not self._tokenizer.decode(prompt[:end], skip_special_tokens=self._skip).endswith(INCOMPLETE):
@@ -52,40 +52,41 @@ class TextStream:
         return 0
 
     def add(self, token: int) -> str:
+        """Returns the text that a token adds."""
         piece = self._step(token)
-        if piece and self._prompts_own:
-            piece, self._prompts_own = piece.removeprefix(self._prompts_own), ""
+        if piece and self._prompt_text:
+            piece, self._prompt_text = piece.removeprefix(self._prompt_text), ""
         return piece
 
     def _step(self, token: int) -> str:
         try:
             return self._stream.step(self._tokenizer, token) or ""
-        except Exception as error:  # the tokenizers package has no class of its own for it
+        except Exception as error:  # the tokenizers package has no exception class for it
             if "Invalid prefix" not in str(error):
                 raise
             # Some tokenizers decode a longer sequence to something that does not begin with the shorter one's text.
-            log.warning("the decoded text does not continue what was decoded before: decoding begins anew")
+            log.warning("the decoded text does not continue the text before it; decoding restarts here")
             self._stream = DecodeStream(skip_special_tokens=self._skip)
             return self._stream.step(self._tokenizer, token) or ""
 
 
 class StopTexts:
-    """Holds back the end of a text for as long as it may be the beginning of a stop text.
+    """Holds back the end of a text while it may be the beginning of a stop text.
 
     Attributes:
-        found: the stop text that ended the answer. Where several end at the same character, the first in the list.
+        matched: the stop text that ended the answer. If several end at the same character, the first in the list.
     """
 
     def __init__(self, stops: Sequence[str]):
         self._stops = stops
         self._held = ""
-        self.found: str | None = None
+        self.matched: str | None = None
 
     def add(self, piece: str, may_stop: bool = True) -> str:
-        """The text that can be sent now; the stop text and what follows it never is.
+        """Returns the text that can be sent now. A stop text, and text after it, is never sent.
 
         Args:
-            may_stop: False: a stop text that `piece` completes does not count (min_tokens).
+            may_stop: False to ignore a stop text that `piece` completes (because of min_tokens).
         """
         text = self._held + piece
         if may_stop and piece:
@@ -98,12 +99,12 @@ class StopTexts:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What is still held back, when the answer has ended otherwise."""
+        """Returns the text that is held back, when the answer has ended for another reason."""
         text, self._held = self._held, ""
         return text
 
     def _begin_of_stop(self, text: str, new: int) -> int | None:
-        """Where the stop text begins that the last `new` characters complete; the one that ends first counts."""
+        """Where a stop text that the last `new` characters complete begins. Takes the stop text that ends first."""
         ends = []
         for order, stop in enumerate(self._stops):
             begin = text.find(stop, max(0, len(text) - new - len(stop) + 1))
@@ -112,34 +113,40 @@ class StopTexts:
         if not ends:
             return None
         _, order, begin = min(ends)
-        self.found = self._stops[order]
+        self.matched = self._stops[order]
         return begin
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins, `stop` itself not counted."""
+    """Length of the longest proper prefix of `stop` that `text` ends with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], token: int) -> str:
-    """One token's text, as vLLM gives it beside a log-probability; special tokens are shown.
+    """One token's text as vLLM returns it with a log-probability, including special tokens.
 
-    A token that completes a character of several tokens has the whole character; those before it have "".
+    For a character of several tokens, the last one has the whole character and the others have "".
 
     Args:
         before: the answer's tokens before it.
     """
-    text = tokenizer.decode([token])
+    text = _decode(tokenizer, [token])
     if not text.endswith(INCOMPLETE):
-        piece = tokenizer.convert_ids_to_tokens(token) or ""
+        piece = str(tokenizer.convert_ids_to_tokens(token) or "")
         spaces = len(piece) - len(piece.lstrip(_SPACE))
         return " " * max(0, spaces - (len(text) - len(text.lstrip(" ")))) + text
     for n in range(1, min(len(before), _CONTEXT) + 1):
         context = list(before[-n:])
-        whole = tokenizer.decode([*context, token])
+        whole = _decode(tokenizer, [*context, token])
         if whole.endswith(INCOMPLETE):
             continue
-        while context and tokenizer.decode(context[-1:]).endswith(INCOMPLETE):
+        while context and _decode(tokenizer, context[-1:]).endswith(INCOMPLETE):
             context.pop()  # its bytes belong to the character
-        return whole.removeprefix(tokenizer.decode(context) if context else "")
+        return whole.removeprefix(_decode(tokenizer, context) if context else "")
     return ""
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    text = tokenizer.decode(tokens)
+    assert isinstance(text, str)  # a list only for a batch
+    return text

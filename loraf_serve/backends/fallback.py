@@ -1,8 +1,8 @@
-"""A backend with another to fall back on, should the first find at start that its own arithmetic is wrong here."""
+"""A backend that is replaced by another if its self-check at start shows that it computes wrong results here."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING
 
 from loraf_serve.backends.backend import Backend, GenerationRequest, Output, SelfCheckFailed, ServedAdapter
@@ -12,74 +12,76 @@ if TYPE_CHECKING:
 
 
 class Fallback(Backend):
-    """Serves with `first`; if `first` refuses an adapter by its self-check before any request has been answered, with
-    `second`, to which the adapters accepted so far go as well. Later such an adapter is refused.
+    """Serves with `first` until it refuses an adapter by its self-check, then with `second`.
+
+    The change happens only before the first request, and takes the adapters accepted so far along. Afterwards an
+    adapter that fails the self-check is refused.
 
     Args:
         first: not started.
         second: makes the other backend, not started.
-        say: tells the user why it changed.
+        say: prints for the user why the backend has changed.
     """
 
     def __init__(self, first: Backend, second: Callable[[], Backend], say: Callable[[str], None]):
-        self._now = first
+        self._current = first
         self._second: Callable[[], Backend] | None = second
         self._say = say
         self._accepted: list[ServedAdapter] = []
 
     @property
-    def name(self) -> str:
-        return self._now.name
+    def name(self) -> str:  # type: ignore[override]  # read-only here: it follows the current backend
+        return self._current.name
 
     @property
-    def reads_checkpoints(self) -> bool:
-        return self._now.reads_checkpoints
+    def reads_checkpoints(self) -> bool:  # type: ignore[override]  # as above
+        return self._current.reads_checkpoints
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._now.tokenizer
+    def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]  # as above
+        return self._current.tokenizer
 
     @property
-    def max_model_len(self) -> int:
-        return self._now.max_model_len
+    def max_model_len(self) -> int:  # type: ignore[override]  # as above
+        return self._current.max_model_len
 
     async def start(self) -> None:
-        await self._now.start()
+        await self._current.start()
 
     async def add_adapter(self, adapter: ServedAdapter) -> None:
         try:
-            await self._now.add_adapter(adapter)
+            await self._current.add_adapter(adapter)
         except SelfCheckFailed as error:
             if self._second is None:
                 raise
-            await self._fall_back(error)
-            await self._now.add_adapter(adapter)
+            make_second, self._second = self._second, None
+            await self._fall_back(make_second(), error)
+            await self._current.add_adapter(adapter)
         if self._second is not None:
             self._accepted.append(adapter)
 
-    async def _fall_back(self, error: SelfCheckFailed) -> None:
-        make, self._second = self._second, None
-        failed, self._now = self._now, make()
+    async def _fall_back(self, backend: Backend, error: SelfCheckFailed) -> None:
+        failed, self._current = self._current, backend
         self._say(f"the {failed.name} backend failed its self-check: {error}")
-        self._say(f"serving with the {self._now.name} backend instead")
+        self._say(f"serving with the {self._current.name} backend instead")
         await failed.stop()
-        await self._now.start()
+        await self._current.start()
         for adapter in self._accepted:
-            await self._now.add_adapter(adapter)
+            await self._current.add_adapter(adapter)
 
     async def remove_adapter(self, adapter: ServedAdapter) -> None:
-        await self._now.remove_adapter(adapter)
+        await self._current.remove_adapter(adapter)
         self._accepted = [other for other in self._accepted if other.digest != adapter.digest]
 
     def adapter_bytes(self, adapter: ServedAdapter) -> int:
-        return self._now.adapter_bytes(adapter)
+        return self._current.adapter_bytes(adapter)
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:
-        self._second = None  # from now on a change would end answers
-        return self._now.generate(request)
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Output]:
+        self._second = None  # from now on a change would abort answers
+        return self._current.generate(request)
 
     async def check_health(self) -> None:
-        await self._now.check_health()
+        await self._current.check_health()
 
     async def stop(self) -> None:
-        await self._now.stop()
+        await self._current.stop()

@@ -1,14 +1,15 @@
-"""From a row of logits to a token, as vLLM's sampler does it (vllm/v1/sample/sampler.py), for one answer.
+"""Samples a token from a row of logits as vLLM's sampler does (vllm/v1/sample/sampler.py), for one answer.
 
     logits ─▶ min_tokens ─▶ logit_bias ─▶ penalties ─┬─▶ argmax                                        (greedy)
                                                       └─▶ temperature ─▶ min_p ─▶ top_k ─▶ top_p ─▶ draw
 
-Log-probabilities are those of the logits as the model gave them, before any of this.
+Log-probabilities are computed from the unmodified logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import cast
 
 import torch
 from transformers import (
@@ -22,20 +23,21 @@ from transformers import (
 
 from loraf_serve.backends.backend import Sampling
 
-# vLLM takes a temperature below the first for greedy, and raises one below the second to it (_SAMPLING_EPS, _MAX_TEMP).
+# vLLM treats a temperature below the first as greedy, and raises one below the second to it (_SAMPLING_EPS, _MAX_TEMP).
 GREEDY_BELOW = 1e-5
 COLDEST = 1e-2
+_NO_IDS = cast(torch.LongTensor, None)  # the warpers below ignore the token ids
 
 
 class Sampler:
-    """Chooses the tokens of one answer.
+    """Samples the tokens of one answer.
 
-    Noise comes from a generator of this answer's own, on the CPU: a seed gives the same answer whatever else runs and
-    on whatever device the model is.
+    Each answer has its own random generator on the CPU, so a seed gives the same answer on every device and whatever
+    else runs.
 
     Args:
         prompt: the prompt's token ids.
-        stopping: ids that min_tokens holds off: end-of-sequence and stop tokens.
+        stopping: ids that min_tokens suppresses: end-of-sequence and stop tokens.
         index: which of the request's answers this is; its seed is `sampling.seed + index`, as in vLLM.
     """
 
@@ -55,7 +57,7 @@ class Sampler:
         """The next token.
 
         Args:
-            logits: (vocab,), any float dtype; left as they are.
+            logits: (vocab,), any float dtype; not modified.
             output: the answer's token ids so far.
         """
         scores = self.scores(logits, output)
@@ -64,13 +66,13 @@ class Sampler:
         return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self._generator))
 
     def scores(self, logits: torch.Tensor, output: Sequence[int]) -> torch.Tensor:
-        """What is drawn from, or has its largest taken: float32 (vocab,), -inf at what cannot be chosen."""
+        """The logits after all steps but the last, float32 (vocab,), -inf for excluded tokens. Arguments as above."""
         scores = logits.to(torch.float32, copy=True)
         if len(output) < self._sampling.min_tokens:
             scores[self._stopping] = -torch.inf
         add_bias(scores, self._sampling.logit_bias)
         scores = penalize(scores, self._prompt, output, self._sampling)
-        return scores if self._greedy else self._warpers(None, scores[None])[0]
+        return scores if self._greedy else self._warpers(_NO_IDS, cast(torch.FloatTensor, scores[None]))[0]
 
 
 def add_bias(scores: torch.Tensor, bias: Mapping[int, float]) -> None:
@@ -80,25 +82,28 @@ def add_bias(scores: torch.Tensor, bias: Mapping[int, float]) -> None:
 
 
 def penalize(scores: torch.Tensor, prompt: Sequence[int], output: Sequence[int], sampling: Sampling) -> torch.Tensor:
-    """Repetition over prompt and output, then frequency and presence over the output alone (vllm `apply_penalties`).
+    """Applies the repetition penalty to tokens of prompt and output, then the other two to tokens of the output.
+
+    Same as vLLM's `apply_penalties`.
 
     Args:
         scores: float32 (vocab,).
 
     Returns:
-        `scores` itself if there is nothing to do.
+        `scores` itself if there is no penalty.
     """
     if sampling.repetition_penalty != 1.0:
         seen = torch.tensor([[*prompt, *output]], device=scores.device)
         scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen, scores[None])[0]
     if output and (sampling.frequency_penalty or sampling.presence_penalty):
-        ids, counts = torch.tensor(output, device=scores.device).unique(return_counts=True)
+        tokens = torch.tensor(output, device=scores.device)
+        ids, counts = torch.unique(tokens, return_counts=True)
         scores[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
     return scores
 
 
 def warpers(sampling: Sampling) -> LogitsProcessorList:
-    """What stands between the penalties and the draw, in vLLM's order. Empty where everything is off."""
+    """The steps from temperature to top_p, in vLLM's order. Empty if all are off."""
     chain = LogitsProcessorList()
     if GREEDY_BELOW <= sampling.temperature != 1.0:
         chain.append(TemperatureLogitsWarper(max(sampling.temperature, COLDEST)))
@@ -112,5 +117,5 @@ def warpers(sampling: Sampling) -> LogitsProcessorList:
 
 
 def rank_of(logprobs: torch.Tensor, token: int) -> int:
-    """How many tokens are at least as likely, itself included: 1 for the most likely. `logprobs`: (vocab,)."""
+    """The number of tokens that are at least as likely, including `token` itself. `logprobs`: (vocab,)."""
     return int((logprobs >= logprobs[token]).sum())

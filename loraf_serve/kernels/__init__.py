@@ -1,12 +1,12 @@
-"""Kernels that add an adapter's delta to a layer's output, any weights of any tasks mixed in one batch.
+"""Kernels that add an adapter's delta to a layer's output, with any mixture of task weights in one batch.
 
-A small interface (`Part`, `Rows`, `Operand`) with three kernels behind it: `reference` says what is meant, `torch`
-needs nothing but torch, `native` is one compiled call a layer. `triton_kernel` is a fourth, for GPUs; it is imported by
-who needs it, as it takes Triton and wants to know its layers beforehand. No engine is known here.
+Three kernels share a small interface (`Part`, `BatchWeights`, `Operand`): `reference` defines the result, `torch` needs
+only torch, `native` is one compiled call per layer. The fourth, `triton_kernel`, is for GPUs. Import it explicitly: it
+needs Triton, and its layers are declared before any adapter is loaded. This room knows no engine.
 """
 
 from loraf_serve.kernels.choose import KERNELS, fastest, prepare
 from loraf_serve.kernels.cpu_library import why_not_native
-from loraf_serve.kernels.operand import Operand, Part, Rows
+from loraf_serve.kernels.operand import BatchWeights, Operand, Part
 
-__all__ = ["KERNELS", "Operand", "Part", "Rows", "fastest", "prepare", "why_not_native"]
+__all__ = ["KERNELS", "BatchWeights", "Operand", "Part", "fastest", "prepare", "why_not_native"]

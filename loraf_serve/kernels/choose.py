@@ -1,4 +1,4 @@
-"""Kernels by name, and the choice among them."""
+"""Kernels by name, and the choice of one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ KERNELS: Mapping[str, Callable[[Sequence[Part]], Operand]] = {
 
 
 def fastest() -> str:
-    """The kernel that `auto` means on this machine."""
+    """Returns the name of the kernel that `auto` selects on this machine."""
     return "torch" if why_not_native() else "native"
 
 
 def prepare(parts: Sequence[Part], kernel: str = "auto") -> Operand:
-    """Packs the parts of one layer for a kernel. Heavy work is done without Python's lock; any thread may call.
+    """Packs the parts of one layer for a kernel. Releases Python's lock for the heavy work; thread-safe.
 
     Raises:
-        ValueError: parts that do not fit together, an unknown kernel, or one that this machine cannot run.
+        ValueError: the parts do not fit together, or the kernel is unknown or cannot run on this machine.
     """
     name = fastest() if kernel == "auto" else kernel
     if name not in KERNELS:

@@ -1,4 +1,4 @@
-"""The compiled kernel: one call a layer; its meaning is at the top of csrc/delta.cpp, its memory in csrc/layer.h."""
+"""The compiled kernel: one call per layer. csrc/delta.cpp describes the computation, csrc/layer.h the memory layout."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from loraf.pages import pages
+from loraf.system import pages
 from loraf_serve.kernels import cpu_library
-from loraf_serve.kernels.operand import Extent, Operand, Part, Rows
+from loraf_serve.kernels.operand import BatchWeights, Extent, Operand, Part
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/layer.h
 RANK_LIMIT = 1 << 16
@@ -44,57 +44,60 @@ class NativeOperand(Operand):
     """
     Args:
         parts: of one layer.
-        built: the library; the one beside the package by default.
-        variant: an instruction set by name; the best that this processor runs by default.
+        library: by default the one next to this file.
+        variant: name of an instruction set; by default the best that this processor runs.
 
     Raises:
-        ValueError: parts that do not fit together or are too large; a library or variant that cannot be used.
+        ValueError: the parts do not fit together or are too large, or the library or variant cannot be used.
     """
 
-    def __init__(self, parts: Sequence[Part], built: cpu_library.Library | None = None, variant: str | None = None):
+    def __init__(
+        self, parts: Sequence[Part], library: cpu_library.CpuLibrary | None = None, variant: str | None = None
+    ):
         self._extent = Extent.of(parts)
         try:
-            built = cpu_library.load() if built is None else built
+            library = cpu_library.load() if library is None else library
         except cpu_library.NotUsable as error:
             raise ValueError(f"the native kernel cannot be used: {error}") from error
-        variant = next(reversed(built.variants)) if variant is None else variant
-        if variant not in built.variants:
-            raise ValueError(f"this processor runs {', '.join(built.variants)}, not {variant!r}")
-        if max(part.rank for part in parts) > RANK_LIMIT:
-            raise ValueError(f"a rank above {RANK_LIMIT}")
+        variant = next(reversed(library.variants)) if variant is None else variant
+        if variant not in library.variants:
+            raise ValueError(f"this processor runs {', '.join(library.variants)}, not {variant!r}")
+        rank = max(part.rank for part in parts)
+        if rank > RANK_LIMIT:
+            raise ValueError(f"rank {rank} is above the native kernel's limit of {RANK_LIMIT}")
         self.variant = variant
-        self._number = built.variants[variant]
-        self._call = built.add_delta
-        self._memory = _pack(parts, self._extent, built)
+        self._number = library.variants[variant]
+        self._add_delta = library.add_delta
+        self._memory = _pack(parts, self._extent, library)
         self._address = self._memory.data_ptr()
         self.nbytes = self._memory.nbytes
 
-    def add_delta(self, y: torch.Tensor, x: torch.Tensor, rows: Rows) -> None:
-        y_stride, x_stride = self._extent.check(y, x, rows)
-        if not rows.count:
+    def add_delta(self, y: torch.Tensor, x: torch.Tensor, batch: BatchWeights) -> None:
+        y_stride, x_stride = self._extent.check(y, x, batch)
+        if not batch.count:
             return
-        failed = self._call(
+        failed = self._add_delta(
             self._number,
             self._address,
             y.data_ptr(),
             y_stride,
             x.data_ptr(),
             x_stride,
-            rows.indices_address,
-            rows.weights_address,
-            rows.count,
+            batch.indices_address,
+            batch.weights_address,
+            batch.count,
         )
         if failed:
-            raise MemoryError("no memory for the kernel's scratch space")
+            raise MemoryError("not enough memory for the kernel's scratch space")
 
 
-def _pack(parts: Sequence[Part], extent: Extent, built: cpu_library.Library) -> torch.Tensor:
-    """(nbytes,) uint8: the packed layer."""
-    kept: list[torch.Tensor] = []  # alive until the library has read them
+def _pack(parts: Sequence[Part], extent: Extent, library: cpu_library.CpuLibrary) -> torch.Tensor:
+    """Returns the packed layer, (nbytes,) uint8."""
+    tensors: list[torch.Tensor] = []  # kept alive until the library has read them
 
     def address(tensor: torch.Tensor) -> int:
-        kept.append(tensor.contiguous())
-        return kept[-1].data_ptr()
+        tensors.append(tensor.contiguous())
+        return tensors[-1].data_ptr()
 
     sources = (_PartSource * len(parts))()
     for source, part in zip(sources, parts, strict=True):
@@ -108,10 +111,10 @@ def _pack(parts: Sequence[Part], extent: Extent, built: cpu_library.Library) -> 
         source.tasks = tasks
         source.ends = address(torch.empty(len(part.tasks) * (part.d_out + 1), dtype=torch.int64))
     layer = _LayerSource(extent.d_in, extent.tasks, len(parts), KINDS[extent.dtype], 0, sources)
-    place = torch.zeros(max(part.rank for part in parts) + 2, dtype=torch.int32)
-    nbytes = built.measure(ctypes.byref(layer), place.data_ptr())
+    counters = torch.zeros(max(part.rank for part in parts) + 2, dtype=torch.int32)  # scratch
+    nbytes = library.measure(ctypes.byref(layer), counters.data_ptr())
     if nbytes < 0:
         raise ValueError("B of a part takes more than 64 GiB")
-    memory = pages(nbytes)  # aligned to 64 bytes and more
-    built.pack(ctypes.byref(layer), place.data_ptr(), memory.data_ptr())
+    memory = pages(nbytes)  # page-aligned; the library needs 64 bytes
+    library.pack(ctypes.byref(layer), counters.data_ptr(), memory.data_ptr())
     return memory

@@ -1,17 +1,18 @@
-"""The compiled library beside this file, or why it cannot be used."""
+"""Loads the compiled library next to this file."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Imported first on purpose: the library then shares the OpenMP runtime that torch brings, and with it its threads.
+# Imported before the library is opened, so that the library shares torch's OpenMP runtime and its threads.
 import torch  # noqa: F401
 
 PATH = Path(__file__).with_name("_cpu.so")
-INTERFACE = 1  # of csrc/library.cpp and csrc/pack.cpp; a library built from other sources is not called
+INTERFACE = 1  # of csrc/library.cpp and csrc/pack.cpp; a library with another version is rejected
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
@@ -25,48 +26,48 @@ _SIGNATURES = {
 
 
 @dataclass(frozen=True)
-class Library:
-    """The functions of csrc/, called without Python's lock.
+class CpuLibrary:
+    """The functions of csrc/. Calls release Python's lock.
 
     Attributes:
-        variants: name → number, of those that this processor runs, from the slowest to the fastest.
-        lacking: the variants that it does not run.
+        variants: name → number of each variant that this processor can run, from the slowest to the fastest.
+        lacking: the variants that it cannot run.
     """
 
     variants: dict[str, int]
     lacking: tuple[str, ...]
-    measure: ctypes._CFuncPtr
-    pack: ctypes._CFuncPtr
-    add_delta: ctypes._CFuncPtr
+    measure: Callable[..., int]
+    pack: Callable[..., None]
+    add_delta: Callable[..., int]
 
 
 class NotUsable(Exception):
-    """The library is not there or not the right one; the text says which."""
+    """The library is missing or cannot be used. The message says why."""
 
 
 @functools.cache
-def load(path: Path = PATH) -> Library:
-    """Opens a built library.
+def load(path: Path = PATH) -> CpuLibrary:
+    """Opens a compiled library.
 
     Raises:
-        NotUsable: with the reason.
+        NotUsable: it is missing, cannot be loaded, or was built from other sources.
     """
     if not path.exists():
-        raise NotUsable(f"{path.name} was not built: install again with a C++ compiler at hand")
+        raise NotUsable(f"{path.name} was not built: install a C++ compiler, then reinstall loraf")
     try:
-        opened = ctypes.CDLL(str(path))
-        interface = opened.loraf_kernels_interface()
+        library = ctypes.CDLL(str(path))
+        interface = library.loraf_kernels_interface()
     except (OSError, AttributeError) as error:
-        raise NotUsable(f"{path.name} cannot be loaded: {error}") from error
+        raise NotUsable(f"{path.name} could not be loaded: {error}") from error
     if interface != INTERFACE:
-        raise NotUsable(f"{path.name} was built from other sources: install again")
+        raise NotUsable(f"{path.name} was built from other sources: reinstall loraf")
     functions = {}
     for name, (arguments, result) in _SIGNATURES.items():
-        function = functions[name] = getattr(opened, name)
+        function = functions[name] = getattr(library, name)
         function.argtypes, function.restype = arguments, result
     names = [functions["loraf_kernels_name"](i).decode() for i in range(functions["loraf_kernels_variants"]())]
     runs = [bool(functions["loraf_kernels_runs"](i)) for i in range(len(names))]
-    return Library(
+    return CpuLibrary(
         {name: i for i, name in enumerate(names) if runs[i]},
         tuple(name for i, name in enumerate(names) if not runs[i]),
         *(functions[f"loraf_kernels_{name}"] for name in ("measure", "pack", "add_delta")),
@@ -74,7 +75,7 @@ def load(path: Path = PATH) -> Library:
 
 
 def why_not_native() -> str | None:
-    """Why the compiled kernel cannot be used here, or None."""
+    """Returns why the compiled kernel cannot be used on this machine, or None if it can."""
     try:
         load()
     except NotUsable as error:

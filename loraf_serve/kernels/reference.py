@@ -1,4 +1,4 @@
-"""The meaning of a delta, slowly and in float64: what the other kernels are compared with."""
+"""The reference kernel: computes the delta in float64, slowly. The other kernels are compared with it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from loraf_serve.kernels.operand import Extent, Operand, Part, Rows
+from loraf_serve.kernels.operand import BatchWeights, Extent, Operand, Part
 
 
 class ReferenceOperand(Operand):
-    """Dense B of every task, one row of the batch at a time."""
+    """Holds B of every task as a dense matrix and computes one row of the batch at a time."""
 
     def __init__(self, parts: Sequence[Part]):
         self._extent = Extent.of(parts)
@@ -20,9 +20,9 @@ class ReferenceOperand(Operand):
         ]
         self.nbytes = sum(8 * (a.numel() + sum(b.numel() for b in tasks)) for _, a, tasks in self._parts)
 
-    def add_delta(self, y: torch.Tensor, x: torch.Tensor, rows: Rows) -> None:
-        self._extent.check(y, x, rows)
-        for i, weights in zip(rows.indices.tolist(), rows.weights.double(), strict=True):
+    def add_delta(self, y: torch.Tensor, x: torch.Tensor, batch: BatchWeights) -> None:
+        self._extent.check(y, x, batch)
+        for i, weights in zip(batch.indices.tolist(), batch.weights.double(), strict=True):
             for offset, a, tasks in self._parts:
                 z = a @ x[i].double()
                 delta = sum((weight * (b @ z) for weight, b in zip(weights, tasks, strict=True)), torch.zeros(()))

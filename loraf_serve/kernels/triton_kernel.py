@@ -1,7 +1,7 @@
-"""The kernel of a GPU: two or three launches a layer for all adapters at once; their meaning is in triton_ops.py.
+"""The GPU kernel: two or three launches per layer serve all adapters. triton_ops.py describes what they compute.
 
-B of all tasks stands as one dense matrix, with two bytes at each position for the task that owns it (more than 16
-tasks: two for each 16), read once a step whatever the task sets are.
+B of all tasks is one dense matrix, plus two bytes at each position for the task that owns it (two for every 16 tasks if
+there are more). It is read once per step, whatever the task sets are.
 """
 
 from __future__ import annotations
@@ -14,37 +14,43 @@ import torch
 import triton
 
 from loraf_serve.kernels import triton_ops
-from loraf_serve.kernels.device_rows import MOST_SPLITS, DeviceRows
-from loraf_serve.kernels.operand import Extent, Operand, Part, Rows
+from loraf_serve.kernels.device_weights import MAX_SPLITS, DeviceWeights
+from loraf_serve.kernels.operand import BatchWeights, Extent, Operand, Part
 
-_OUTPUTS = 64  # of a tile
-_RANKS = 64  # of a piece
-_STEP = 16  # ranks are rounded up to it: the least that a tensor core multiplies
+_OUTPUTS = 64  # outputs of a tile
+_RANKS = 64  # ranks of a chunk
+_RANK_MULTIPLE = 16  # ranks are rounded up to a multiple of it, the least that a tensor core multiplies
 
 
 class Layer:
-    """What the launches of a layer are made for, whatever adapters are loaded.
+    """The limits that a layer's launches are built for, independent of the adapters that are loaded.
 
     Args:
-        bands: (first column, columns) of y that a part of an adapter may add to, none twice.
+        bands: (first column, number of columns) of y that a part of an adapter may add to; they do not overlap.
         rank, tasks: the most of an adapter.
         device: where the layer computes.
 
     Attributes:
-        width: columns of z at most.
+        width: the most columns of z.
+        rows: of B.
+        first_rows: first column of each band → its first row of B.
+        tiles: (tiles, TILE) int32, see triton_ops.
+        aligned: whether every band begins at a multiple of 16.
     """
 
     def __init__(self, bands: Sequence[tuple[int, int]], rank: int, tasks: int, device: torch.device):
         self.bands, self.rank, self.tasks, self.device = tuple(bands), _rounded(rank), tasks, device
         self.width = self.rank * len(bands)
-        self.first_rows, tiles, first = {}, [], 0
+        self.first_rows: dict[int, int] = {}
+        tiles: list[tuple[int, int, int, int]] = []
+        first = 0
         for number, (offset, columns) in enumerate(bands):
             self.first_rows[offset] = first
             tiles += [
                 (offset + at, min(_OUTPUTS, columns - at), number, first + at) for at in range(0, columns, _OUTPUTS)
             ]
             first += columns
-        self.rows = first  # of B
+        self.rows = first
         self.aligned = all(offset % 16 == 0 for offset, _ in bands)
         self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device)
 
@@ -52,14 +58,14 @@ class Layer:
 class TritonOperand(Operand):
     """
     Args:
-        parts: of one layer. Positions of its tasks must not overlap. B is held in the dtype of A.
-        layer: that the parts belong to; None: one made for these parts alone.
+        parts: of one layer. The positions of its tasks must not overlap. B is held in the dtype of A.
+        layer: the layer of the parts; by default one built for these parts alone.
 
     Attributes:
-        entry: the operand's numbers in a slot (see triton_ops).
+        record: the operand's numbers in the `AdapterTable`, see triton_ops.
 
     Raises:
-        ValueError: parts that do not fit together or into the layer, tasks that overlap.
+        ValueError: the parts do not fit together or into the layer, or two tasks own the same position.
     """
 
     def __init__(self, parts: Sequence[Part], layer: Layer | None = None):
@@ -68,113 +74,119 @@ class TritonOperand(Operand):
         tasks, dtype = self._extent.tasks, self._extent.dtype
         layer = layer or Layer([(part.offset, part.d_out) for part in parts], rank, tasks, default_device())
         self._layer, self.device = layer, layer.device
-        for what, has, most in (("rank", rank, layer.rank), ("tasks", tasks, max(layer.tasks, triton_ops.TASKS))):
-            if has > most:
-                raise ValueError(f"{what}: {has} is more than the {most} that the layer was made for")
-        numbers = {band: number for number, band in enumerate(layer.bands)}
-        self._a = torch.zeros(rank * len(numbers), self._extent.d_in, dtype=dtype, device=self.device)
+        limits = (("rank", rank, layer.rank), ("tasks", tasks, max(layer.tasks, triton_ops.TASKS)))
+        for name, value, limit in limits:
+            if value > limit:
+                raise ValueError(f"{name}: {value} is above the layer's limit of {limit}")
+        band_numbers = {band: number for number, band in enumerate(layer.bands)}
+        self._a = torch.zeros(rank * len(band_numbers), self._extent.d_in, dtype=dtype, device=self.device)
         self._b = torch.zeros(layer.rows, rank, dtype=dtype, device=self.device)
         planes = triton.cdiv(tasks, triton_ops.TASKS)
         self._owner = torch.zeros(planes, *self._b.shape, dtype=torch.int16, device=self.device)
         for part in parts:
-            number = numbers.get((part.offset, part.d_out))
+            number = band_numbers.get((part.offset, part.d_out))
             if number is None:
-                raise ValueError(f"columns {part.offset} to {part.offset + part.d_out} are no band of {layer.bands}")
+                columns = f"columns {part.offset} to {part.offset + part.d_out}"
+                raise ValueError(f"{columns} are not one of the layer's bands, {layer.bands}")
             self._a[number * rank : number * rank + part.rank] = part.a.to(self.device)
             self._scatter(part, layer.first_rows[part.offset])
-        held = (self._a, self._b, self._owner)
-        self.nbytes = sum(tensor.nbytes for tensor in held)
-        self.entry = (*(tensor.data_ptr() for tensor in held), len(self._a), rank, 0, 0, 0)
+        tensors = (self._a, self._b, self._owner)
+        self.nbytes = sum(tensor.nbytes for tensor in tensors)
+        self.record = (*(tensor.data_ptr() for tensor in tensors), len(self._a), rank, 0, 0, 0)
         if self.device.type == "cuda":
-            # Other streams will read it: it must be there before anybody is told of it.
+            # Other streams will read the tensors, so they must be complete before the operand is published.
             torch.cuda.current_stream(self.device).synchronize()
 
     def _scatter(self, part: Part, first: int) -> None:
-        """Puts B of all tasks of a part into rows `first` and on."""
+        """Writes B of all tasks of a part into the rows from `first` on."""
         b, owner = self._b[first : first + part.d_out], self._owner[:, first : first + part.d_out]
         taken = torch.zeros(b.shape, dtype=torch.bool, device=self.device)
         for number, task in enumerate(part.tasks):
             rows = task.rows.to(self.device).to(torch.int64) - part.first_row
             inside = (rows >= 0) & (rows < part.d_out)
-            at = (rows[inside], task.cols.to(self.device).to(torch.int64)[inside])
-            if taken[at].any():
+            coordinates = (rows[inside], task.cols.to(self.device).to(torch.int64)[inside])
+            if taken[coordinates].any():
                 raise ValueError(f"task {number} has positions that an earlier task owns")
-            taken[at] = True
-            b[at] = task.values.to(self.device)[inside].to(b.dtype)
+            taken[coordinates] = True
+            b[coordinates] = task.values.to(self.device)[inside].to(b.dtype)
             bit = 1 << number % triton_ops.TASKS
-            owner[number // triton_ops.TASKS][at] = bit - (bit >> 15 << 16)  # as a signed number
+            owner[number // triton_ops.TASKS][coordinates] = bit - (bit >> 15 << 16)  # as a signed number
 
-    def add_delta(self, y: torch.Tensor, x: torch.Tensor, rows: Rows) -> None:
-        self._extent.check(y, x, rows)
-        if not rows.count:
+    def add_delta(self, y: torch.Tensor, x: torch.Tensor, batch: BatchWeights) -> None:
+        self._extent.check(y, x, batch)
+        if not batch.count:
             return
-        step = DeviceRows(self.device, len(x), rows.tasks, self._layer.width, 1)
-        step.set([(0, rows)])
-        slots = torch.tensor([self.entry], dtype=torch.int64, device=self.device)
-        add_deltas(y, x, step, slots, self._layer)
+        step = DeviceWeights(self.device, len(x), batch.tasks, self._layer.width, 1)
+        step.set([(0, batch)])
+        records = torch.tensor([self.record], dtype=torch.int64, device=self.device)
+        add_deltas(y, x, step, records, self._layer)
 
 
-class Slots:
-    """Which operand acts in which layer for the adapter in a slot: on the device, at one address for good.
+class AdapterTable:
+    """The operands of all adapters in all layers: on the device, at a fixed address.
 
     Args:
         layers: names.
-        slots: adapters at most.
+        adapters: the most at once.
     """
 
-    def __init__(self, layers: Sequence[str], slots: int, device: torch.device):
-        self._number = {name: i for i, name in enumerate(layers)}
-        self._table = torch.zeros(len(layers), slots, triton_ops.SLOT, dtype=torch.int64, device=device)
-        self._used: dict[str, int] = {}
-        self._held: dict[str, Mapping[str, Operand]] = {}  # whose memory the table speaks of
+    def __init__(self, layers: Sequence[str], adapters: int, device: torch.device):
+        self._layer_numbers = {name: i for i, name in enumerate(layers)}
+        self._records = torch.zeros(len(layers), adapters, triton_ops.RECORD, dtype=torch.int64, device=device)
+        self._indices: dict[str, int] = {}
+        self._operands: dict[str, Mapping[str, TritonOperand]] = {}  # keeps alive the memory that records point to
 
     def of(self, layer: str) -> torch.Tensor:
-        """(slots, SLOT) int64: what the launches of a layer are given."""
-        return self._table[self._number[layer]]
+        """Returns a layer's records for its launches, (adapters, RECORD) int64."""
+        return self._records[self._layer_numbers[layer]]
 
     def holds(self, adapter: str) -> bool:
-        return adapter in self._used
+        return adapter in self._indices
 
-    def slot(self, adapter: str) -> int:
-        return self._used[adapter]
+    def index(self, adapter: str) -> int:
+        return self._indices[adapter]
 
     def free(self) -> int:
-        """Slots that no adapter has."""
-        return self._table.shape[1] - len(self._used)
+        """Returns how many more adapters fit."""
+        return self._records.shape[1] - len(self._indices)
 
-    def put(self, adapter: str, operands: Mapping[str, Operand]) -> None:
-        """Raises ValueError if no slot is free."""
+    def put(self, adapter: str, operands: Mapping[str, TritonOperand]) -> None:
+        """
+        Raises:
+            ValueError: the table is full.
+        """
         if not self.free():
-            raise ValueError(f"{len(self._used)} adapters are all that there is room for")
-        slot = next(i for i in range(self._table.shape[1]) if i not in self._used.values())
-        entries = torch.zeros(self._table.shape[0], triton_ops.SLOT, dtype=torch.int64)
+            raise ValueError(f"the GPU's adapter table is full with {len(self._indices)} adapters")
+        index = next(i for i in range(self._records.shape[1]) if i not in self._indices.values())
+        records = torch.zeros(self._records.shape[0], triton_ops.RECORD, dtype=torch.int64)
         for name, operand in operands.items():
-            entries[self._number[name]] = torch.tensor(operand.entry)
-        self._table[:, slot] = entries.to(self._table.device)
-        self._used[adapter], self._held[adapter] = slot, operands
+            records[self._layer_numbers[name]] = torch.tensor(operand.record)
+        self._records[:, index] = records.to(self._records.device)
+        self._indices[adapter], self._operands[adapter] = index, operands
 
     def remove(self, adapter: str) -> None:
-        """To be called when no step that it acts in is under way."""
-        self._table[:, self._used.pop(adapter)] = 0
-        del self._held[adapter]
+        """Call it only when no step that the adapter acts in is running."""
+        self._records[:, self._indices.pop(adapter)] = 0
+        del self._operands[adapter]
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the latter: interpreted
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU Triton interprets
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a layer is cut into programs.
+    """How a layer's work is divided into programs.
 
     Attributes:
-        shrink_rows, ranks, columns, splits: of a program of `shrink`: rows of x, rows of A, columns of A at a time; and
-            into how many its sums are cut.
-        gather: the splits are added by a launch of their own, and not by every program of `expand`.
-        expand_rows, groups: of a program of `expand`: rows of y; and programs that share all rows.
+        shrink_rows, ranks, columns: rows of x, rows of A and columns of A that a program of `shrink` handles at a time.
+        splits: the number of partial sums of `shrink`.
+        gather: whether a separate launch adds the splits, instead of every program of `expand`.
+        expand_rows: rows of y that a program of `expand` handles at a time.
+        groups: programs of `expand` that share the rows.
         terms: see triton_ops.
-        registers: of a thread of `expand` at most; None: no limit.
-        early: `expand` begins while `shrink` runs (programmatic dependent launch, from Hopper on).
+        registers: the most for a thread of `expand`; None for no limit.
+        early: whether `expand` starts while `shrink` runs (programmatic dependent launch, from Hopper on).
     """
 
     shrink_rows: int
@@ -192,16 +204,16 @@ class Launch:
     registers: int | None = 128
 
 
-def launch_for(n: int, d_in: int, layer: Layer, step: DeviceRows, dtype: torch.dtype) -> Launch:
-    """The launch for x (n, d_in) of a dtype, by what was measured on an H200 (benchmarks/gpu.py)."""
+def launch_for(n: int, d_in: int, layer: Layer, step: DeviceWeights, dtype: torch.dtype) -> Launch:
+    """Returns the launch for x (n, d_in) of a dtype, based on measurements on an H200 (benchmarks/gpu.py)."""
     few = n <= 64
     shrink_rows = 16 if n <= 16 else 32 if n < 1024 else 64
     ranks = min(16 if few else 32 if n < 1024 else 64, triton.next_power_of_2(layer.width))
     columns = 64 if dtype is torch.float32 or n >= 1024 else 128
-    # A few rows leave most of the GPU idle unless the sum is split.
+    # With few rows most of the GPU would be idle unless the sums are split.
     programs = triton.cdiv(n, shrink_rows) * triton.cdiv(layer.width, ranks)
     room = len(step.z) // (n * layer.width)
-    splits = max(1, min(MOST_SPLITS, room, (128 if few else 400) // programs, d_in // (2 * columns)))
+    splits = max(1, min(MAX_SPLITS, room, (128 if few else 400) // programs, d_in // (2 * columns)))
     expand_rows = 16 if n <= 16 else 32 if n <= 32 else 64
     return Launch(
         shrink_rows=shrink_rows,
@@ -221,28 +233,33 @@ def launch_for(n: int, d_in: int, layer: Layer, step: DeviceRows, dtype: torch.d
 def add_deltas(
     y: torch.Tensor,
     x: torch.Tensor,
-    step: DeviceRows,
-    slots: torch.Tensor,
+    step: DeviceWeights,
+    records: torch.Tensor,
     layer: Layer,
     launch: Launch | None = None,
 ) -> None:
-    """y += the delta of every adapter that acts in the step; two or three launches, whatever acts.
+    """Adds to y the delta of every adapter that acts in the step, always with the same two or three launches.
 
     Args:
-        y: (n, columns), x: (n, d_in): of one dtype, last dimension contiguous; n at most the rows of `step`.
-        slots: of this layer (`Slots.of`).
-        layer: its width is at most that of `step`.
+        y: (n, columns), last dimension contiguous; n is at most the rows of `step`.
+        x: (n, d_in) in the same dtype, last dimension contiguous.
+        records: of this layer, from `AdapterTable.of`.
+        layer: not wider than `step`.
+
+    Raises:
+        ValueError: z does not fit the scratch memory of `step`.
     """
-    launch = launch or launch_for(*x.shape, layer, step, x.dtype)
-    shrink(x, step, slots, layer, launch)
-    expand(y, step, slots, layer, launch)
+    n, d_in = x.shape
+    launch = launch or launch_for(n, d_in, layer, step, x.dtype)
+    shrink(x, step, records, layer, launch)
+    expand(y, step, records, layer, launch)
 
 
-def shrink(x: torch.Tensor, step: DeviceRows, slots: torch.Tensor, layer: Layer, launch: Launch) -> None:
-    """The first part of `add_deltas`: z."""
+def shrink(x: torch.Tensor, step: DeviceWeights, records: torch.Tensor, layer: Layer, launch: Launch) -> None:
+    """Computes z, the first part of `add_deltas`."""
     n, d_in = x.shape
     if launch.splits * n * layer.width > len(step.z):
-        raise ValueError(f"z of {n} rows in {launch.splits} splits of {layer.width} is more than there is room for")
+        raise ValueError(f"z of {n} rows in {launch.splits} splits of {layer.width} columns exceeds the step's scratch")
     span = triton.cdiv(triton.cdiv(d_in, launch.splits), launch.columns) * launch.columns
     triton_ops.shrink[(triton.cdiv(n, launch.shrink_rows), triton.cdiv(layer.width, launch.ranks), launch.splits)](
         x,
@@ -252,7 +269,7 @@ def shrink(x: torch.Tensor, step: DeviceRows, slots: torch.Tensor, layer: Layer,
         n * layer.width,
         layer.width,
         step.step,
-        slots,
+        records,
         span,
         ROWS=launch.shrink_rows,
         RANKS=launch.ranks,
@@ -263,16 +280,16 @@ def shrink(x: torch.Tensor, step: DeviceRows, slots: torch.Tensor, layer: Layer,
     )
 
 
-def expand(y: torch.Tensor, step: DeviceRows, slots: torch.Tensor, layer: Layer, launch: Launch) -> None:
-    """The second: y."""
+def expand(y: torch.Tensor, step: DeviceWeights, records: torch.Tensor, layer: Layer, launch: Launch) -> None:
+    """Adds to y, the second part of `add_deltas`."""
     early = {"launch_pdl": True} if launch.early else {}
     splits = launch.splits
     if launch.gather:
-        size, numbers = len(y) * layer.width, 1024
-        triton_ops.gather[(triton.cdiv(size, numbers),)](step.z, size, splits, numbers, launch.early, **early)
+        size, block = len(y) * layer.width, 1024
+        triton_ops.gather[(triton.cdiv(size, block),)](step.z, size, splits, block, launch.early, **early)
         splits = 1
     ranks = min(_RANKS, triton.next_power_of_2(layer.rank))
-    pieces = triton.cdiv(layer.rank, ranks)
+    chunks = triton.cdiv(layer.rank, ranks)
     triton_ops.expand[(len(layer.tiles), launch.groups)](
         y,
         y.stride(0),
@@ -280,15 +297,15 @@ def expand(y: torch.Tensor, step: DeviceRows, slots: torch.Tensor, layer: Layer,
         len(y) * layer.width,
         layer.width,
         step.step,
-        step.numbers,
-        slots,
+        step.step_floats,
+        records,
         layer.tiles,
         layer.rows,
         ROWS=launch.expand_rows,
         OUTPUTS=_OUTPUTS,
         RANKS=ranks,
-        PIECES=pieces,
-        ONCE=pieces == 1 and layer.tasks <= triton_ops.TASKS,
+        CHUNKS=chunks,
+        ONCE=chunks == 1 and layer.tasks <= triton_ops.TASKS,
         SPLITS=splits,
         TERMS=launch.terms,
         ALIGNED=layer.aligned,
@@ -301,7 +318,7 @@ def expand(y: torch.Tensor, step: DeviceRows, slots: torch.Tensor, layer: Layer,
 
 
 def _rounded(rank: int) -> int:
-    return -(-rank // _STEP) * _STEP
+    return -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
 
 
 @cache

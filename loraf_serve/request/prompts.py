@@ -1,4 +1,4 @@
-"""The input of a request as token ids: text, a chat through the model's template, or ids as they are."""
+"""Converts the input of a request to token ids: text, a chat through the model's template, or ids as they are."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _INPUTS = "prompt, messages or prompt_token_ids"
 
 
 class PromptReader:
-    """Not for two threads at once: a fast tokenizer does not bear that.
+    """Not thread-safe, because fast tokenizers are not.
 
     Args:
         tokenizer: is copied.
-        max_model_len: tokens that prompt and answer may have together.
-        vocab_size: None for the tokenizer's.
+        max_model_len: limit on prompt and answer together, in tokens.
+        vocab_size: number of token ids; None for the tokenizer's.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_model_len: int, vocab_size: int | None = None):
@@ -37,18 +37,19 @@ class PromptReader:
     def read(
         self, request: pb.GenerateRequest | pb.StreamGenerateRequest, templates: Templates | None
     ) -> tuple[int, ...]:
-        """The prompt's token ids: at least one, and fewer than max_model_len.
+        """Returns the prompt's token ids: at least one, and fewer than max_model_len.
 
         Args:
-            templates: the task's, whose prompt template wraps the prompt as it was trained.
+            templates: the task's; its prompt template is applied to the prompt. None to use the prompt as it is.
 
         Raises:
-            InvalidRequest: there is none, it is empty or too long, an id is not in the vocabulary, the model has no
-                chat template or its template refuses the messages, the task's template has not exactly one field.
+            InvalidRequest: there is no input, it is empty or too long, an id is not in the vocabulary, the model has no
+                chat template or its template refuses the messages, or the task's template does not have exactly one
+                field.
         """
         kind = request.WhichOneof("input")
         if kind is None:
-            raise _invalid("input", "there is none", f"set {_INPUTS}")
+            raise _invalid("input", "is not set", f"set {_INPUTS}")
         if kind == "prompt":
             if not request.prompt:
                 raise _invalid("prompt", "is empty", "send some text")
@@ -70,14 +71,14 @@ class PromptReader:
         return ids
 
     def _encode(self, field: str, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        # Text that cannot fit however it is cut into tokens is refused before the work of cutting it is done.
-        at_least = -(-len(text) // self._longest_token)
-        if at_least >= self.max_model_len:
-            raise self._too_long(field, f"at least {at_least} tokens")
+        # Text that cannot fit even in the longest tokens is refused before it is tokenized.
+        fewest = -(-len(text) // self._longest_token)
+        if fewest >= self.max_model_len:
+            raise self._too_long(field, f"at least {fewest} tokens")
         return tuple(prompt_ids(self._tokenizer, [text], add_special_tokens)[0])
 
     def _too_long(self, field: str, length: str) -> InvalidRequest:
-        message = f"has {length}, and prompt and answer together may have {self.max_model_len}"
+        message = f"has {length}, and the limit for prompt and answer together is {self.max_model_len}"
         return _invalid(field, message, f"send at most {self.max_model_len - 1} tokens")
 
     def _chat_text(self, messages: pb.Messages) -> str:
@@ -92,14 +93,16 @@ class PromptReader:
                 raise _invalid(f"messages.messages[{i}].role", "is empty", "use user, assistant or system")
         chat = [{"role": m.role, "content": m.content} for m in messages.messages]
         try:
-            return self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ValueError) as error:  # templates refuse roles and orders that they do not know
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError) as error:  # templates refuse unknown roles and orders of roles
             remedy = "send messages as the model's chat template expects them"
             raise _invalid("messages", f"the chat template refuses them ({error})", remedy) from None
+        assert isinstance(text, str)  # because of tokenize=False
+        return text
 
 
 def fill(template: str, prompt: str) -> str:
-    """A task's prompt template with `prompt` in its only field.
+    """Puts `prompt` into the only field of a task's prompt template.
 
     Raises:
         InvalidRequest: the template has no field or several, or one that is more than a name (`{a.b}`, `{a:>9}`).
@@ -107,13 +110,14 @@ def fill(template: str, prompt: str) -> str:
     where = "apply_task_template"
     remedy = "leave apply_task_template out and send the whole prompt"
     try:
-        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+        parsed = string.Formatter().parse(template)
+        parts = [(field, spec, conversion) for _, field, spec, conversion in parsed if field is not None]
     except ValueError as error:
-        raise _invalid(where, f"the task's template cannot be read ({error})", remedy) from None
+        raise _invalid(where, f"the task's template is malformed ({error})", remedy) from None
     fields = list(dict.fromkeys(field for field, _, _ in parts))
     if len(fields) != 1:
         names = ", ".join(fields) or "none"
-        raise _invalid(where, f"the task's template has {len(fields)} fields ({names}), one is needed", remedy)
+        raise _invalid(where, f"the task's template has {len(fields)} fields ({names}) instead of one", remedy)
     if not fields[0].isidentifier() or any(spec or conversion for _, spec, conversion in parts):
         raise _invalid(where, f"the task's template has a field that is more than a name ({fields[0]})", remedy)
     return template.format(**{fields[0]: prompt})

@@ -1,7 +1,7 @@
-"""SamplingParams: vLLM's defaults for what is not set, and limits that hold for every backend.
+"""Validates SamplingParams: vLLM's defaults for unset fields, and limits that hold for every backend.
 
-The ranges are vLLM's where it has one, so that nothing that passes here is refused or quietly changed there. Where
-vLLM has none the limit keeps a request from costing the server more than it should, or from overflowing.
+Where vLLM has a range, it is used here, so that a value that passes is neither refused nor silently changed there.
+Other limits prevent overflow, or requests that cost the server too much.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_LOGIT_BIASES = 1024
 # Below this, other than 0, vLLM raises the temperature to it with a warning (float16 logits would overflow).
 MIN_TEMPERATURE = 0.01
 
-# field → (holds?, what the range is)
+# field → (test, description of the range)
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_tokens": (lambda v: v >= 1, "at least 1"),
     "temperature": (lambda v: v == 0 or MIN_TEMPERATURE <= v <= 2, f"0 (greedy), or from {MIN_TEMPERATURE} to 2"),
@@ -41,10 +41,13 @@ _SCALARS = (*_RANGES, "min_tokens", "ignore_eos", "skip_special_tokens")
 
 
 def read(params: pb.SamplingParams, vocab_size: int) -> Sampling:
-    """The parameters with defaults filled in.
+    """Fills in the defaults and checks every field.
+
+    Args:
+        vocab_size: number of the model's token ids.
 
     Raises:
-        InvalidRequest: every violation, fields as `sampling.top_p`.
+        InvalidRequest: every violation; fields are named like `sampling.top_p`.
     """
     problems: list[Problem] = []
 
@@ -52,13 +55,13 @@ def read(params: pb.SamplingParams, vocab_size: int) -> Sampling:
         if not holds:
             problems.append(Problem(message, f"sampling.{field}", remedy=remedy))
 
-    given = {name: getattr(params, name) for name in _SCALARS if params.HasField(name)}
-    for name, (holds, allowed) in _RANGES.items():
-        if name in given:
+    scalars = {name: getattr(params, name) for name in _SCALARS if params.HasField(name)}
+    for name, (in_range, allowed) in _RANGES.items():
+        if name in scalars:
             # nan is in no range: each of its comparisons is false
-            check(holds(given[name]), name, f"{given[name]:g} is out of range", f"use a value {allowed}")
-    if given.get("top_k") == -1:
-        given["top_k"] = 0
+            check(in_range(scalars[name]), name, f"{scalars[name]:g} is out of range", f"use a value {allowed}")
+    if scalars.get("top_k") == -1:
+        scalars["top_k"] = 0
     stop = tuple(dict.fromkeys(params.stop))
     check(len(stop) <= MAX_STOPS, "stop", f"has {len(stop)} texts", f"use at most {MAX_STOPS}")
     for i, text in enumerate(params.stop[:MAX_STOPS]):
@@ -80,10 +83,10 @@ def read(params: pb.SamplingParams, vocab_size: int) -> Sampling:
         holds = math.isfinite(value) and abs(value) <= 100
         check(holds, f"logit_bias[{token}]", f"{value:g} is out of range", "use a value from -100 to 100")
 
-    result = Sampling(**given, stop=stop, stop_token_ids=stop_ids, logit_bias=bias)
+    result = Sampling(**scalars, stop=stop, stop_token_ids=stop_ids, logit_bias=bias)
     allowed = f"use at most max_tokens, which is {result.max_tokens}"
     check(result.min_tokens <= result.max_tokens, "min_tokens", f"{result.min_tokens} is out of range", allowed)
-    message, remedy = "greedy answers to one prompt are all the same", "use n = 1, or a temperature above 0"
+    message, remedy = "greedy answers to the same prompt are all equal", "use n = 1, or a temperature above 0"
     check(result.temperature != 0 or result.n == 1, "n", message, remedy)
     if problems:
         raise InvalidRequest(problems)

@@ -1,11 +1,11 @@
-"""From a proto request to a GenerationRequest, or to every mistake in it at once.
+"""Converts a proto request to a GenerationRequest, or to one error that names every mistake.
 
-    selection  which adapter and task set       (loraf_serve.request.selection)
+    selection  adapter and task set             (loraf_serve.request.selection)
     prompt     text or chat to token ids        (loraf_serve.request.prompts)
     sampling   ranges and defaults              (loraf_serve.request.sampling)
 
-One answer names all violations, each by its path in the request (`sampling.top_p`). INVALID_ARGUMENT goes before
-NOT_FOUND, and that before FAILED_PRECONDITION, where a request has mistakes of several kinds.
+Each violation is named by its path in the request (`sampling.top_p`). If a request has mistakes of several kinds,
+INVALID_ARGUMENT takes precedence over NOT_FOUND, and that over FAILED_PRECONDITION.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ MAX_REQUEST_ID = 128  # characters
 
 
 class Validator:
-    """Reads requests, in a thread of its own: a long prompt takes long to tokenize.
+    """Validates requests in its own thread, because a long prompt takes long to tokenize.
 
     Args:
-        backend: started; its tokenizer is copied, so that nobody else uses the copy at the same time.
-        vocab_size: number of token ids of the model (its embedding, which may have more rows than the tokenizer has
-            tokens); None: the tokenizer's.
+        backend: started. Its tokenizer is copied, since a tokenizer is not thread-safe.
+        vocab_size: the model's number of token ids (rows of its embedding, which may be more than the tokenizer has
+            tokens); None for the tokenizer's.
     """
 
     def __init__(self, backend: Backend, vocab_size: int | None = None):
@@ -42,40 +42,41 @@ class Validator:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
 
     async def read(self, request: AnyRequest, registry: Registry) -> GenerationRequest:
-        """Raises what `read_now` raises."""
+        """`read_now` in the thread. Raises as `read_now`."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.read_now, request, registry)
 
     def close(self) -> None:
+        """Ends the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def read_now(self, request: AnyRequest, registry: Registry) -> GenerationRequest:
-        """The validated request, under an id that no other request has (clients may choose equal ones).
+        """Validates a request and gives it a unique id (ids of clients need not be unique).
 
         Args:
             registry: the adapters that the request may name.
 
         Raises:
-            InvalidRequest: fields out of range; also holds what would be NOT_FOUND alone.
-            UnknownTask: an adapter or task that is not loaded.
-            DigestMismatch: the adapter is another than the request insists on.
+            InvalidRequest: invalid fields; includes unknown adapters and tasks.
+            UnknownTask: only an adapter or task that is not loaded.
+            DigestMismatch: only another version of the adapter than the request requires.
         """
         errors: list[LorafError] = []
-        adapter, task_set, only = selection.read(request, registry, errors)
-        wanted = self._sampling(request, errors)
-        token_ids = self._token_ids(request, adapter, only, errors)
+        adapter, task_set, only_task = selection.read(request, registry, errors)
+        params = self._sampling(request, errors)
+        token_ids = self._token_ids(request, adapter, only_task, errors)
         problem = request_id_problem(request.request_id)
         if problem:
             errors.append(InvalidRequest(problem))
         room = self._prompts.max_model_len - len(token_ids)
-        if token_ids and wanted.min_tokens > room:
-            message = f"{wanted.min_tokens} is more than the {room} tokens that the context has room for"
+        if token_ids and params.min_tokens > room:
+            message = f"{params.min_tokens} is more than the {room} tokens that are left of the context"
             errors.append(InvalidRequest(Problem(message, "sampling.min_tokens", remedy=f"use at most {room}")))
         _raise_worst(errors)
         unique = uuid.uuid4().hex
         return GenerationRequest(
             request_id=f"{request.request_id}-{unique[:12]}" if request.request_id else unique,
             prompt_token_ids=token_ids,
-            sampling=replace(wanted, max_tokens=min(wanted.max_tokens, room)),
+            sampling=replace(params, max_tokens=min(params.max_tokens, room)),
             adapter=adapter,
             task_set=task_set,
         )
@@ -90,16 +91,16 @@ class Validator:
     def _token_ids(
         self, request: AnyRequest, adapter: ServedAdapter | None, task: str | None, errors: list[LorafError]
     ) -> tuple[int, ...]:
-        """The prompt's token ids; () if something is wrong with it."""
+        """The prompt's token ids; () after appending an error."""
         templates = None
         try:
             if request.apply_task_template:
                 if request.WhichOneof("input") in ("messages", "prompt_token_ids"):
-                    raise _template_misused("wraps a prompt, and there is none", "send prompt")
+                    raise _template_misused("requires a prompt", "send prompt")
                 if adapter is None or task is None:
-                    if errors:  # why the selection is wrong has been said
+                    if errors:  # the selection's own error has been reported
                         return ()
-                    raise _template_misused("needs exactly one task chosen", "choose one task")
+                    raise _template_misused("requires that exactly one task is selected", "select one task")
                 templates = adapter.manifest.task(task).templates
             return self._prompts.read(request, templates)
         except InvalidRequest as error:
@@ -108,10 +109,10 @@ class Validator:
 
 
 def request_id_problem(request_id: str) -> Problem | None:
-    """What is wrong with a client's request id, or None."""
+    """The problem with a client's request id, or None."""
     if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
         remedy = f"use at most {MAX_REQUEST_ID} printable characters"
-        return Problem("is too long or holds a character that cannot be printed", "request_id", remedy=remedy)
+        return Problem("is too long or has a character that cannot be printed", "request_id", remedy=remedy)
     return None
 
 
@@ -120,7 +121,7 @@ def _template_misused(message: str, remedy: str) -> InvalidRequest:
 
 
 def _raise_worst(errors: list[LorafError]) -> None:
-    """Raises nothing if there is nothing; else one error that holds all problems of the worst kind's answer."""
+    """Raises one error with all problems of the kind that takes precedence. No-op without errors."""
     if not errors:
         return
     unknown = [e for e in errors if isinstance(e, UnknownTask)]

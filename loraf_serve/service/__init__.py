@@ -1,5 +1,9 @@
-"""The gRPC side of the server: services, their messages, status codes, limits, drain.
+"""The gRPC side of the server.
 
-`server` puts it together, `services` answers calls, `status` turns exceptions into codes. Knows backends only by
-`backends.backend`.
+    server           its life: listen, warm up, serve, drain
+    services         answers calls; `messages` makes the protocol's messages, `status` the status of an exception
+    admission        limits the requests in flight
+    server_options   addresses, TLS, limits
+
+Knows backends only by `loraf_serve.backends.backend`.
 """

@@ -1,6 +1,6 @@
-"""Which requests may enter: none while the server loads or drains, and at most `limit` at a time.
+"""Admits requests: none while the server loads or drains, otherwise up to a limit at a time.
 
-Admission is the servicer's own: `maximum_concurrent_rpcs` of grpc would count health checks too.
+grpc's `maximum_concurrent_rpcs` is not used because it would count health checks too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 from loraf_serve.errors import NotServing, QueueFull
 
-_SMOOTHING = 0.1  # share of the newest request in the mean duration
-_FIRST_GUESS = 1.0  # seconds a request takes, before any has ended
+_SMOOTHING = 0.1  # weight of the newest request in the mean duration
+_FIRST_GUESS = 1.0  # seconds; mean duration before any request has ended
 _RETRY_BOUNDS = (0.1, 60.0)  # seconds
 
 
@@ -28,7 +28,7 @@ class Admission:
     """Counts requests in flight (waiting and running). Used on one asyncio loop.
 
     Args:
-        limit: how many may be in flight at once.
+        limit: maximum number of requests in flight.
     """
 
     def __init__(self, limit: int):
@@ -46,16 +46,16 @@ class Admission:
 
     @property
     def refusal(self) -> NotServing | None:
-        """Why no request may enter; None if one may, as far as there is a place."""
+        """Why no request is admitted; None if requests are admitted as long as there is a place."""
         return None if self.is_open else NotServing(self._reason)
 
     def open(self) -> None:
-        """Loading has ended. A closed admission stays closed."""
+        """Admits requests from now on. No-op if closed."""
         if self._state is _State.LOADING:
             self._state = _State.OPEN
 
     def close(self, reason: str) -> None:
-        """Refuses everything from now on, for good. The first reason stays."""
+        """Refuses all requests from now on, for good. No-op if already closed: the first reason stays."""
         if self._state is not _State.CLOSED:
             self._state, self._reason = _State.CLOSED, reason
 
@@ -83,7 +83,7 @@ class Admission:
                 self._empty.set()
 
     def retry_after(self) -> float:
-        """Seconds until a place should be free.
+        """Estimated seconds until a place is free.
 
         Little's law: `limit` requests of mean duration d in flight free a place every d / limit seconds.
         """
@@ -91,7 +91,7 @@ class Admission:
         return min(max(self._mean_seconds / self.limit, low), high)
 
     async def wait_empty(self, seconds: float) -> bool:
-        """Waits until nothing is in flight, at most `seconds`; False if something still is."""
+        """Waits up to `seconds` until no request is in flight. Returns whether that is so."""
         try:
             await asyncio.wait_for(self._empty.wait(), seconds)
         except TimeoutError:

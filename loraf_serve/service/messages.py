@@ -1,8 +1,15 @@
-"""From what backends and checkpoints hold to the protocol's messages."""
+"""Converts outputs of backends, and adapters, to messages of the protocol."""
 
 from __future__ import annotations
 
-from loraf_serve.backends.backend import ChoiceDelta, GenerationRequest, Output, PositionLogprobs, ServedAdapter
+from loraf_serve.backends.backend import (
+    ChoiceDelta,
+    GenerationRequest,
+    Output,
+    PositionLogprobs,
+    ServedAdapter,
+    TokenLogprob,
+)
 from loraf_serve.v1 import adapter_pb2
 from loraf_serve.v1 import generation_pb2 as pb
 
@@ -14,10 +21,10 @@ _FINISH = {
 }
 
 
-class Stream:
-    """Turns the Outputs of one request into messages; usage comes with the last.
+class ResponseStream:
+    """Converts the Outputs of one request to messages.
 
-    The first and the last message say what answers (`request_id`, `served_by`).
+    The first and the last message have `request_id` and `served_by`; the last has `usage`.
     """
 
     def __init__(self, request: GenerationRequest, request_id: str, backend: str):
@@ -31,18 +38,18 @@ class Stream:
 
     @property
     def finished(self) -> bool:
-        """Every choice has its finish reason."""
+        """Whether every choice has its finish reason."""
         return not self._unfinished
 
     def message(self, output: Output) -> pb.StreamGenerateResponse | None:
-        """None if there is nothing to send."""
-        news = [d for d in output.choices if d.text or d.token_ids or d.finish_reason]
+        """The message for an output; None if there is nothing to send."""
+        deltas = [d for d in output.choices if d.text or d.token_ids or d.finish_reason]
         self._cached = max(self._cached, output.cached_prompt_tokens)
-        self._completion_tokens += sum(len(delta.token_ids) for delta in news)
-        self._unfinished -= {delta.index for delta in news if delta.finish_reason}
-        if not news:
+        self._completion_tokens += sum(len(delta.token_ids) for delta in deltas)
+        self._unfinished -= {delta.index for delta in deltas if delta.finish_reason}
+        if not deltas:
             return None
-        message = pb.StreamGenerateResponse(choices=[_choice(delta) for delta in news])
+        message = pb.StreamGenerateResponse(choices=[_choice(delta) for delta in deltas])
         if self._first or self.finished:
             message.request_id = self._request_id
             message.served_by.CopyFrom(served_by(self._request, self._backend))
@@ -54,26 +61,27 @@ class Stream:
         return message
 
 
-class Answer:
-    """Gathers the messages of a stream into one response.
+class ResponseBuilder:
+    """Joins the messages of a stream into one response.
 
     Attributes:
         response: complete when the stream has ended.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.response = pb.GenerateResponse()
         self._choices: dict[int, pb.Choice] = {}
         self._texts: dict[int, list[str]] = {}
 
     async def add(self, message: pb.StreamGenerateResponse) -> None:
-        for new in message.choices:
-            choice = self._choices.setdefault(new.index, pb.Choice(index=new.index))
-            self._texts.setdefault(new.index, []).append(new.text)
-            choice.token_ids.extend(new.token_ids)
-            choice.logprobs.extend(new.logprobs)
-            if new.finish_reason:
-                choice.finish_reason, choice.stop_reason = new.finish_reason, new.stop_reason
+        """Adds the next message."""
+        for piece in message.choices:
+            choice = self._choices.setdefault(piece.index, pb.Choice(index=piece.index))
+            self._texts.setdefault(piece.index, []).append(piece.text)
+            choice.token_ids.extend(piece.token_ids)
+            choice.logprobs.extend(piece.logprobs)
+            if piece.finish_reason:
+                choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
         if not message.HasField("usage"):
             return
         for index in sorted(self._choices):
@@ -85,7 +93,7 @@ class Answer:
 
 
 def served_by(request: GenerationRequest, backend: str) -> pb.ServedBy:
-    """The adapter's content and the canonical task set."""
+    """The adapter's content, and the task set in canonical order."""
     adapter = request.adapter
     return pb.ServedBy(
         adapter=adapter.name if adapter else "",
@@ -96,6 +104,7 @@ def served_by(request: GenerationRequest, backend: str) -> pb.ServedBy:
 
 
 def adapter(served: ServedAdapter, resident_bytes: int) -> adapter_pb2.Adapter:
+    """The description of a loaded adapter. `resident_bytes`: memory that its content takes."""
     manifest = served.manifest
     return adapter_pb2.Adapter(
         name=served.name,
@@ -128,7 +137,7 @@ def _choice(delta: ChoiceDelta) -> pb.Choice:
 
 
 def _position(position: PositionLogprobs) -> pb.PositionLogprobs:
-    def entry(token) -> pb.TokenLogprob:
+    def entry(token: TokenLogprob) -> pb.TokenLogprob:
         return pb.TokenLogprob(token_id=token.token_id, logprob=token.logprob, rank=token.rank, text=token.text)
 
     return pb.PositionLogprobs(chosen=entry(position.chosen), top=[entry(token) for token in position.top])

@@ -1,6 +1,6 @@
 """The two gRPC services. A request passes admission and validation, runs in the backend, and ends in one status.
 
-request ──▶ Admission ──▶ Library.lease ──▶ Validator ──▶ Backend.generate ──▶ messages
+request ──▶ Admission ──▶ AdapterLibrary.lease ──▶ Validator ──▶ Backend.generate ──▶ messages
                                any exception ──▶ loraf_serve.service.status
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, closing
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import grpc
-from grpc_status.rpc_status import GRPC_DETAILS_METADATA_KEY
+from grpc import aio
+from grpc_status.rpc_status import GRPC_DETAILS_METADATA_KEY  # type: ignore[attr-defined]  # not in grpc-stubs
 
-from loraf_serve.adapters.library import Library
+from loraf_serve.adapters.library import AdapterLibrary
 from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, ServedAdapter
 from loraf_serve.errors import DeadlineExceeded
 from loraf_serve.request.validation import Validator, request_id_problem
@@ -26,17 +27,18 @@ from loraf_serve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, genera
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Context = aio.ServicerContext[Any, Any]
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Generate and StreamGenerate.
 
     Args:
-        default_deadline: seconds for requests that bring no deadline of their own; None: as long as they take.
-        engine_gone: awaited when the backend says that it cannot answer any more.
+        default_deadline: seconds, for requests that set no deadline; None for no limit.
+        engine_gone: awaited when the backend has failed for good.
 
     Attributes:
-        validator: set when the backend has started and its tokenizer is known, before admission opens.
+        validator: set once the backend has started and its tokenizer is known, before admission opens.
     """
 
     validator: Validator
@@ -44,7 +46,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(
         self,
         backend: Backend,
-        library: Library,
+        library: AdapterLibrary,
         admission: Admission,
         default_deadline: float | None,
         engine_gone: Callable[[BackendUnavailable], Awaitable[None]],
@@ -55,41 +57,43 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._default_deadline = default_deadline
         self._engine_gone = engine_gone
 
-    async def Generate(self, request: generation_pb2.GenerateRequest, context) -> generation_pb2.GenerateResponse:
-        answer = messages.Answer()
-        await self._run(request, context, answer.add)
-        return answer.response
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> generation_pb2.GenerateResponse:
+        builder = messages.ResponseBuilder()
+        await self._run(request, context, builder.add)
+        return builder.response
 
-    # Not an asynchronous generator: one that is suspended in a `yield` when the client goes away is closed only when
-    # it is collected. No headers are sent before the first token, so that a client may retry until then.
-    async def StreamGenerate(self, request: generation_pb2.StreamGenerateRequest, context) -> None:
+    # Not an asynchronous generator: if the client goes away while one is suspended in a `yield`, it is closed only when
+    # it is garbage-collected. No headers are sent before the first token, so that a client may retry until then.
+    async def StreamGenerate(self, request: generation_pb2.StreamGenerateRequest, context: Context) -> None:
         await self._run(request, context, context.write)
 
     async def _run(
         self,
         request: generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest,
-        context: grpc.aio.ServicerContext,
+        context: Context,
         emit: Callable[[generation_pb2.StreamGenerateResponse], Awaitable[None]],
     ) -> None:
-        """Feeds `emit` the pieces of the answer; ends the call with a status if anything is wrong."""
+        """Passes the pieces of the answer to `emit`; ends the call with a status if anything is wrong."""
         refusal = await self._answer(request, context, emit)
         if refusal:
-            await context.abort(*refusal)
+            await _abort(context, refusal)
 
     async def _answer(
         self,
         request: generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest,
-        context: grpc.aio.ServicerContext,
+        context: Context,
         emit: Callable[[generation_pb2.StreamGenerateResponse], Awaitable[None]],
     ) -> _Refusal | None:
-        """Feeds `emit` the pieces of the answer. Returns what is wrong, if anything is."""
+        """Passes the pieces of the answer to `emit`. Returns the status if anything is wrong."""
         client_id = "" if request_id_problem(request.request_id) else request.request_id
         request_id = client_id or uuid.uuid4().hex
-        # A deadline of the client's own reaches this handler as a cancellation.
+        # The client's own deadline reaches this handler as a cancellation.
         deadline = self._default_deadline if context.time_remaining() is None else None
         try:
             async with asyncio.timeout(deadline) as timeout:
-                # The lease outlasts the backend's work: until then the adapter that the name means now stays there.
+                # The lease keeps the adapter in the backend until the request has ended.
                 with self._admission.enter(), self._library.lease(request.adapter) as registry:
                     valid = await self.validator.read(request, registry)
                     async with aclosing(self._pieces(valid, request_id)) as pieces:
@@ -99,20 +103,22 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             await self._engine_gone(error)
             return _refusal(self._admission.refusal or error, request_id)
         except TimeoutError as error:
-            return _refusal(DeadlineExceeded(deadline) if timeout.expired() else error, request_id)
+            if deadline is not None and timeout.expired():
+                return _refusal(DeadlineExceeded(deadline), request_id)
+            return _refusal(error, request_id)
         except asyncio.CancelledError as error:
-            if asyncio.current_task().cancelling():
-                raise  # the client's deadline went by, or it cancelled, or is gone
-            return _refusal(error, request_id)  # nobody cancelled this call: a fault inside
+            if _is_cancelled():
+                raise  # the client's deadline has passed, or it cancelled the call, or it is gone
+            return _refusal(error, request_id)  # this call was not cancelled: an internal fault
         except Exception as error:
             return _refusal(error, request_id)
         return None
 
     async def _pieces(
         self, request: GenerationRequest, request_id: str
-    ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
-        """The backend's outputs as messages."""
-        stream = messages.Stream(request, request_id, self._backend.name)
+    ) -> AsyncGenerator[generation_pb2.StreamGenerateResponse]:
+        """Yields the backend's outputs as messages."""
+        stream = messages.ResponseStream(request, request_id, self._backend.name)
         async with aclosing(self._backend.generate(request)) as outputs:
             async for output in outputs:
                 message = stream.message(output)
@@ -123,45 +129,52 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
-    """What is loaded, and changing it.
+    """Lists, loads and unloads adapters.
 
     Args:
-        engine_gone: awaited when the backend says that it cannot answer any more.
+        engine_gone: awaited when the backend has failed for good.
     """
 
     def __init__(
-        self, library: Library, admission: Admission, engine_gone: Callable[[BackendUnavailable], Awaitable[None]]
+        self,
+        library: AdapterLibrary,
+        admission: Admission,
+        engine_gone: Callable[[BackendUnavailable], Awaitable[None]],
     ):
         self._library = library
         self._admission = admission
         self._engine_gone = engine_gone
 
-    async def ListAdapters(self, request, context) -> adapter_pb2.ListAdaptersResponse:
+    async def ListAdapters(
+        self, request: adapter_pb2.ListAdaptersRequest, context: Context
+    ) -> adapter_pb2.ListAdaptersResponse:
         return adapter_pb2.ListAdaptersResponse(adapters=[self._message(a) for a in self._library.registry])
 
-    async def GetAdapter(self, request, context) -> adapter_pb2.GetAdapterResponse:
+    async def GetAdapter(
+        self, request: adapter_pb2.GetAdapterRequest, context: Context
+    ) -> adapter_pb2.GetAdapterResponse:
         try:
             return adapter_pb2.GetAdapterResponse(adapter=self._message(self._library.registry.get(request.name)))
         except Exception as error:
             refusal = _refusal(error, uuid.uuid4().hex)
-        await context.abort(*refusal)
+        return await _abort(context, refusal)
 
-    async def LoadAdapter(self, request: adapter_pb2.LoadAdapterRequest, context) -> adapter_pb2.LoadAdapterResponse:
+    async def LoadAdapter(
+        self, request: adapter_pb2.LoadAdapterRequest, context: Context
+    ) -> adapter_pb2.LoadAdapterResponse:
         change = self._library.load(request.name, request.path, tuple(request.tasks), request.replace)
         return adapter_pb2.LoadAdapterResponse(adapter=self._message(await self._changed(context, change)))
 
     async def UnloadAdapter(
-        self, request: adapter_pb2.UnloadAdapterRequest, context
+        self, request: adapter_pb2.UnloadAdapterRequest, context: Context
     ) -> adapter_pb2.UnloadAdapterResponse:
-        found = await self._changed(context, self._library.unload(request.name))
-        return adapter_pb2.UnloadAdapterResponse(running_requests=found.running, other_names=found.other_names)
+        unloaded = await self._changed(context, self._library.unload(request.name))
+        return adapter_pb2.UnloadAdapterResponse(running_requests=unloaded.running, other_names=unloaded.other_names)
 
-    async def _changed(self, context: grpc.aio.ServicerContext, change: Coroutine[Any, Any, T]) -> T:
-        """What the change gives; ends the call with a status if the server does not serve, or if it fails."""
+    async def _changed(self, context: Context, change: Coroutine[Any, Any, T]) -> T:
+        """Returns the result of a change; ends the call with a status if the server is not serving or it fails."""
         outcome = await self._outcome(change)
-        if isinstance(outcome, _Refusal):
-            await context.abort(*outcome)
-        return outcome
+        return await _abort(context, outcome) if isinstance(outcome, _Refusal) else outcome
 
     async def _outcome(self, change: Coroutine[Any, Any, T]) -> T | _Refusal:
         request_id = uuid.uuid4().hex
@@ -174,9 +187,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             await self._engine_gone(error)
             return _refusal(self._admission.refusal or error, request_id)
         except asyncio.CancelledError as error:
-            if asyncio.current_task().cancelling():
-                raise  # the client's deadline went by, or it cancelled, or is gone
-            return _refusal(self._admission.refusal or error, request_id)  # the server has ended the change
+            if _is_cancelled():
+                raise  # the client's deadline has passed, or it cancelled the call, or it is gone
+            return _refusal(self._admission.refusal or error, request_id)  # the server has cancelled the change
         except Exception as error:
             return _refusal(error, request_id)
 
@@ -185,11 +198,11 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
 
 class _Refusal(NamedTuple):
-    """The status that ends a call: what `context.abort` takes.
+    """The status that ends a call, as arguments of `context.abort`.
 
-    grpc keeps the exception of the latest call until the next call comes, and with it the frames that it passed through
-    and the exception that was being handled. `abort` is therefore called where neither can reach an adapter: a refused
-    request would keep one in memory after it is unloaded.
+    grpc keeps the exception of the latest call until the next call, and with it the frames it passed through and the
+    exception that was being handled. So `abort` is called where neither can reach an adapter: otherwise a refused
+    request would keep an unloaded adapter in memory.
     """
 
     code: grpc.StatusCode
@@ -198,11 +211,22 @@ class _Refusal(NamedTuple):
 
 
 def _refusal(error: BaseException, request_id: str) -> _Refusal:
-    """The status for `error`; logs what nobody expected."""
-    found = status.status_of(error, request_id)
+    """The status for `error`. Logs the traceback of an unexpected one."""
+    details = status.status_of(error, request_id)
     code = status.code_of(error)
     if code is grpc.StatusCode.INTERNAL:
         log.error("request %s failed", request_id, exc_info=error)
     else:
-        log.info("request %s: %s: %s", request_id, code.name, found.message)
-    return _Refusal(code, found.message, ((GRPC_DETAILS_METADATA_KEY, found.SerializeToString()),))
+        log.info("request %s: %s: %s", request_id, code.name, details.message)
+    return _Refusal(code, details.message, ((GRPC_DETAILS_METADATA_KEY, details.SerializeToString()),))
+
+
+async def _abort(context: Context, refusal: _Refusal) -> NoReturn:
+    await context.abort(*refusal)
+    raise AssertionError("context.abort has returned")
+
+
+def _is_cancelled() -> bool:
+    """Whether the current task has been cancelled, rather than something that it awaits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

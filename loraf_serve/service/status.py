@@ -1,10 +1,10 @@
-"""From an exception to the gRPC status that the client sees, with details in the standard google.rpc messages.
+"""Converts an exception to the gRPC status that the client sees, with details in the standard google.rpc messages.
 
-    INVALID_ARGUMENT     BadRequest, a field violation for each mistake
+    INVALID_ARGUMENT     BadRequest, with one field violation per mistake
     RESOURCE_EXHAUSTED   RetryInfo, when to try again, if the queue is full
-    INTERNAL             the request id and nothing else; the traceback is in the server's log
+    INTERNAL             only the request id; the traceback is in the server's log
 
-Texts are cut to fit: beyond about 8 kB of trailing metadata a client sees RESOURCE_EXHAUSTED in place of the status.
+Texts are shortened to fit: with more than about 8 kB of trailing metadata a client sees RESOURCE_EXHAUSTED instead.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import PurePath
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from loraf.errors import CheckpointError, CorruptCheckpoint, LorafError, Problem, UnknownTask
@@ -28,7 +29,7 @@ from loraf_serve.errors import (
     QueueFull,
 )
 
-# The first class that fits decides.
+# The first class that matches decides.
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (UnknownTask, grpc.StatusCode.NOT_FOUND),
     (UnsupportedField, grpc.StatusCode.INVALID_ARGUMENT),
@@ -39,7 +40,7 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (LoadingOff, grpc.StatusCode.FAILED_PRECONDITION),
     (NameTaken, grpc.StatusCode.ALREADY_EXISTS),
     (AdapterMemoryFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (LorafError, grpc.StatusCode.INVALID_ARGUMENT),  # InvalidRequest, or what a backend refuses in its own words
+    (LorafError, grpc.StatusCode.INVALID_ARGUMENT),  # InvalidRequest, or a refusal by the backend
     (QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (NotServing, grpc.StatusCode.UNAVAILABLE),
     (BackendUnavailable, grpc.StatusCode.UNAVAILABLE),
@@ -47,17 +48,17 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
 )
 ENGINE_GONE = "the engine cannot answer any more"
 
-# The message is sent twice: percent-encoded (3 bytes for 1 at worst), and with the violations in base64 (4 for 3).
+# The message is sent twice: percent-encoded (at worst 3 bytes for 1), and with the violations in base64 (4 for 3).
 # (3 + 4/3) · 1000 + 4/3 · 1800 = 6.7 kB.
 _MESSAGE_BYTES = 1000
 _VIOLATIONS_BYTES = 1800
-_VIOLATION_BYTES = 400  # of one description
-_PART_BYTES = 200  # of a problem's message or field
-_VIOLATION_FRAME = 12  # protobuf's tags and lengths around one violation
+_VIOLATION_BYTES = 400  # one description
+_PART_BYTES = 200  # a problem's message or field
+_VIOLATION_FRAME = 12  # bytes of protobuf's tags and lengths around one violation
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
-    """The status code for `error`; INTERNAL for what nobody expected."""
+    """The status code for `error`; INTERNAL for an unexpected one."""
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code
@@ -65,13 +66,13 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 
 
 def status_of(error: BaseException, request_id: str) -> status_pb2.Status:
-    """The whole status for `error`, details included."""
+    """The status for `error`, with its details."""
     code = code_of(error)
     details: list[any_pb2.Any] = []
     if code is grpc.StatusCode.INTERNAL:
         message = f"request {request_id}"
     elif isinstance(error, BackendUnavailable):
-        message = ENGINE_GONE  # its own text may tell the inside of the server
+        message = ENGINE_GONE  # its own text may reveal internals of the server
     elif isinstance(error, LorafError):
         problems = [_presentable(problem) for problem in error.problems]
         message = str(LorafError(problems))
@@ -89,7 +90,7 @@ def status_of(error: BaseException, request_id: str) -> status_pb2.Status:
 
 
 def cut(text: str, limit: int) -> str:
-    """`text` in at most `limit` bytes of UTF-8, with … where something is missing."""
+    """Shortens `text` to at most `limit` bytes of UTF-8; a shortened text ends with "…"."""
     data = text.encode()
     if len(data) <= limit:
         return text
@@ -97,27 +98,27 @@ def cut(text: str, limit: int) -> str:
 
 
 def _bad_request(problems: Iterable[Problem]) -> error_details_pb2.BadRequest:
-    found = error_details_pb2.BadRequest()
+    bad_request = error_details_pb2.BadRequest()
     problems = list(problems)
-    left = _VIOLATIONS_BYTES - _PART_BYTES  # the last violation may have to say how many more there are
+    left = _VIOLATIONS_BYTES - _PART_BYTES  # reserved for a last violation that counts the omitted ones
     for i, problem in enumerate(problems):
         description = f"{problem.message} → {problem.remedy}" if problem.remedy else problem.message
         description = cut(description, _VIOLATION_BYTES)
         left -= len(problem.field.encode()) + len(description.encode()) + _VIOLATION_FRAME
         if left < 0:
-            found.field_violations.add(description=f"and {len(problems) - i} more")
+            bad_request.field_violations.add(description=f"and {len(problems) - i} more")
             break
-        found.field_violations.add(field=problem.field, description=description)
-    return found
+        bad_request.field_violations.add(field=problem.field, description=description)
+    return bad_request
 
 
 def _presentable(problem: Problem) -> Problem:
-    """Names a file, but not where the server keeps it; cuts what the client made long, so that the remedy is seen."""
+    """Removes folders from file names, and shortens texts that the client made long, so that the remedy is visible."""
     message, field = cut(problem.message, _PART_BYTES), cut(problem.field, _PART_BYTES)
     return Problem(message, field, PurePath(problem.file).name, problem.remedy)
 
 
-def _packed(detail) -> any_pb2.Any:
+def _packed(detail: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(detail)
     return packed

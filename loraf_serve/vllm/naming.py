@@ -1,8 +1,8 @@
-"""Names that the service and vLLM's processes share: task sets, worker extensions, environment variables.
+"""Names that the service and vLLM's processes share: task sets, worker extensions, environment variables, options.
 
-Name and path of a LoRA request are the same text, `loraf:<adapter digest>:<canonical task set>`. vLLM keys its prefix
-cache by both, so no cache can mix two versions of a checkpoint or two sets. The path is no file: the worker builds the
-set from the checkpoint that it keeps in memory under that digest.
+Name and path of a LoRA request are the same text, `loraf:<adapter digest>:<canonical task set>`. vLLM's prefix cache is
+keyed by both, so it cannot mix two versions of a checkpoint or two task sets. The path is not a file: the worker builds
+the set from the checkpoint that it holds in memory under that digest.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ STOCK_EXTENSION = "loraf_serve.vllm.stock.worker.WorkerExtension"
 
 ENGINE_OWNER = "LORAF_ENGINE_OWNER"  # environment variable: process id of the service that started the engine
 
+# vLLM's ways to split a model that LoRAF does not support, by their names in EngineArgs.
+UNSUPPORTED_SPLITS = ("pipeline_parallel_size", "data_parallel_size")
+
 
 def lora_path(digest: str, task_set: str) -> str:
     """Args: the adapter digest in hex, and `str(TaskSet)`."""
@@ -23,7 +26,12 @@ def lora_path(digest: str, task_set: str) -> str:
 
 
 def parse_lora_path(path: str) -> tuple[str, str] | None:
-    """(adapter digest, task set), or None for a path that is not LoRAF's."""
-    scheme, _, rest = path.partition(":")
-    digest, colon, task_set = rest.partition(":")
+    """Returns (adapter digest, task set), or None for a path that is not LoRAF's."""
+    scheme, _, digest_and_set = path.partition(":")
+    digest, colon, task_set = digest_and_set.partition(":")
     return (digest, task_set) if scheme == SCHEME and colon else None
+
+
+def option(name: str) -> str:
+    """Returns vLLM's command-line option for a name in EngineArgs."""
+    return "--" + name.replace("_", "-")

@@ -1,15 +1,14 @@
 """Entry point of `vllm.general_plugins`: vLLM calls `register` in each of its processes.
 
-In processes of an engine that loraf-serve started (the variable ENGINE_OWNER says so) it does what no option of vLLM
-does:
+In processes of an engine that loraf-serve started (ENGINE_OWNER is set) it does what no option of vLLM can:
 
-- The process leaves the terminal's process group, but not its session. Ctrl-C, and SIGTERM to the whole group, then
-  reach the service alone, which drains its requests and stops the engine; vLLM's engine core would abort every request
+- The process leaves the terminal's process group, but not its session. Then Ctrl-C and SIGTERM to the whole group
+  reach only the service, which drains its requests and stops the engine. vLLM's engine core would abort every request
   at once.
 - torch.compile stays on in a resident engine.
-- The engine core stops when the service has died without stopping it.
+- The engine core stops if the service dies without stopping it.
 
-The LoRA manager itself comes with the worker extension, see `loraf_serve.vllm.slots.extension`.
+The LoRA manager comes with the worker extension, see `loraf_serve.vllm.worker.extension`.
 
 In every other process it lets a stock `vllm serve --enable-lora` serve task sets, see `loraf_serve.vllm.stock.install`.
 """
@@ -32,7 +31,7 @@ _GRACE_SECONDS = 20.0
 
 
 def register() -> None:
-    """Harmless in every process that neither belongs to an engine of ours nor names a LoRAF checkpoint."""
+    """Does nothing in processes of other engines and of servers without LoRA."""
     owner = os.environ.get(ENGINE_OWNER)
     if owner is None:
         install.install()
@@ -41,17 +40,17 @@ def register() -> None:
     if parent is None or owner == str(os.getpid()):
         return
     if os.getpgrp() != os.getpid():
-        # Not a session: Linux shares processors out between sessions first (autogroups). vLLM's processes wait for each
-        # other in loops that yield, and a yield gives way only within one's own session.
+        # Not a new session: Linux divides processors between sessions first (autogroups). vLLM's processes wait for
+        # each other in loops that yield, and a yield only gives way to processes of the same session.
         os.setpgid(0, 0)
     if os.environ.get(KEEP):
         keep_compile()
     if owner == str(parent.pid):
-        threading.Thread(target=_stop_with, args=(parent,), name="loraf-watch-service", daemon=True).start()
+        threading.Thread(target=_exit_after, args=(parent,), name="loraf-watch-service", daemon=True).start()
 
 
-def _stop_with(parent: BaseProcess) -> None:
+def _exit_after(parent: BaseProcess) -> None:
     wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_GRACE_SECONDS)  # for the engine to end its workers
+    time.sleep(_GRACE_SECONDS)  # lets the engine end its workers
     os._exit(1)

@@ -1,96 +1,70 @@
-"""What LoRAF relies on inside vLLM, in plain words, each with a check.
+"""What LoRAF relies on inside vLLM: statements in plain words, each with a check.
 
-vLLM promises none of this. When a new release changes something here, `broken` names it, the server falls back to
-merged weights, and one test fails with these words instead of an engine failing with its own.
+vLLM guarantees none of this. When a new release breaks a statement, `broken` names it, the server falls back to merged
+weights, and a test fails with the statement instead of an engine failing with an obscure error.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 RELEASE = "0.32."
 
 Check = Callable[[], bool]
+Facts = dict[str, Check]  # statement about vLLM → whether it holds; a check that raises means that it does not
+
+FACTS: Facts = {}  # for every backend
+RESIDENT_FACTS: Facts = {}  # for the resident backend, in addition
+STOCK_FACTS: Facts = {}  # for serving from a stock `vllm serve`, in addition
 
 
-def facts() -> Iterator[tuple[str, Check]]:
-    """(statement about vLLM, whether it holds). A check may also raise: then the statement does not hold."""
-    yield f"vLLM's release is {RELEASE}x, the one whose insides were read", _release
-    yield "plugins are entry points of the group vllm.general_plugins, loaded in the engine core and in workers", _group
-    yield "a worker class takes an extension class, named in the engine's arguments, for remote calls", _extension
-    yield "the model runner looks up LRUCacheWorkerLoRAManager in its own module when it loads a model", _manager_name
-    yield "the worker's LoRA manager turns a request into a LoRAModel in _load_adapter(lora_request)", _load_adapter
-    yield "the model manager wraps layers in _create_lora_modules, reading supported_lora_modules", _create_modules
-    yield "a LoRAModel is an id, a rank and the weights of each module by vLLM's names", _lora_model
-    yield "a module's weights are A (rank, d_in) and B (d_out, rank); scaling 1 leaves B as it is", _layer_weights
-    yield "names of PEFT weights become vLLM's module names by parse_fine_tuned_lora_name", _names
-    yield "the CPU platform names its LoRA products by get_punica_wrapper, looked up when a model is loaded", _punica
-    yield "slot -1 in the products' token indices means «no adapter»", _base_rows
-    yield "a LoRA request is a name, an id from 1 and a path", _request
-    yield "the prefix cache's key holds the LoRA's name and path", _prefix_cache
-    yield "the scheduler never runs more than max_loras adapters in one step", _max_loras
-    yield "AsyncLLM generates, aborts by our request id, calls workers, says when its engine died", _async_llm
-    yield "a request ends with CancelledError or a closed iterator by being aborted", _abort_on_close
-    yield "a worker that waits for a call looks again and again, with SpinCondition.wait(timeout_ms) between", _waiting
-    yield "an adapter's rank is one of a fixed list, and the engine's arguments have the names we set", _arguments
+def _fact(facts: Facts, statement: str) -> Callable[[Check], Check]:
+    def register(check: Check) -> Check:
+        facts[statement] = check
+        return check
+
+    return register
 
 
-def resident_facts() -> Iterator[tuple[str, Check]]:
-    """As `facts`: what the resident backend relies on besides."""
-    yield "the model manager makes its layers with from_layer, looked up in its own module", _from_layer
-    yield "a linear LoRA layer adds its delta in _apply_lora_to_output(x, output), after the base product", _apply
-    yield "a LoRA layer allocates in create_lora_weights and is emptied by reset_lora", _allocation
-    yield "the manager's _init_punica_wrapper fills punica_wrapper_mapping; layers keep what set_mapping gave", _wrapper
-    yield "before a step update_metadata gets a mapping with a LoRA id for each token, if the mapping is new", _mapping
-    yield "activate_adapter gives an id a slot in lora_index_to_id and the LRU of active adapters", _activation
-    yield "slice_lora_a keeps columns and slice_lora_b rows; fused layers take lists of them", _slicing
-    yield "on the CPU check_and_update_config switches torch.compile off where LoRA is configured", _compile_off
-
-
-def stock_facts() -> Iterator[tuple[str, Check]]:
-    """As `facts`: what serving from a stock `vllm serve` relies on besides."""
-    yield "vllm serve loads plugins, then makes its configuration by EngineArgs.create_engine_config", _configuration
-    yield "an OpenAI server's models are an OpenAIServingModels, looked up in app_state when the server starts", _models
-    yield "models are named by load_lora_adapter, whatever asked for it, and kept by name in lora_requests", _loading
-    yield "an unknown model name is asked of resolve_lora; the VLLMNotFoundError it raises becomes a 404", _resolving
-    yield "PunicaWrapperCPU applies LoRA to linear layers by add_lora_linear, add_shrink and add_expand", _cpu_products
-
-
-def broken(statements: Callable[[], Iterator[tuple[str, Check]]] = facts) -> list[str]:
-    """The statements that do not hold for the vLLM that is installed."""
-    return [statement for statement, check in statements() if not _holds(check)]
+def broken(facts: Facts = FACTS) -> list[str]:
+    """Returns the statements that do not hold for the installed vLLM."""
+    return [statement for statement, check in facts.items() if not _holds(check)]
 
 
 def _holds(check: Check) -> bool:
     try:
         return check()
-    except Exception:  # any kind: that the check cannot even be made is the finding
+    except Exception:  # whatever it is: a check that cannot run means that the statement does not hold
         return False
 
 
-def _parameters(function: Callable) -> list[str]:
+def _parameters(function: Callable[..., object]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
+@_fact(FACTS, f"vLLM's release is {RELEASE}x, the one that loraf was written for")
 def _release() -> bool:
     import vllm
 
     return vllm.__version__.startswith(RELEASE)
 
 
+@_fact(FACTS, "plugins are entry points of the group vllm.general_plugins, loaded in the engine core and in workers")
 def _group() -> bool:
     from vllm import plugins
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     loaders = (EngineCore.__init__, WorkerWrapperBase.init_worker)
-    named = plugins.DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
-    return named and all("load_general_plugins()" in inspect.getsource(loader) for loader in loaders)
+    same_name = plugins.DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
+    return same_name and all("load_general_plugins()" in inspect.getsource(loader) for loader in loaders)
 
 
+@_fact(FACTS, "the engine's arguments name an extension class, which each worker class inherits for remote calls")
 def _extension() -> bool:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -99,12 +73,14 @@ def _extension() -> bool:
     return 0 < source.index("parallel_config.worker_cls") < source.index("parallel_config.worker_extension_cls")
 
 
+@_fact(FACTS, "the model runner looks up LRUCacheWorkerLoRAManager in its own module when it loads a model")
 def _manager_name() -> bool:
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     return "LRUCacheWorkerLoRAManager" in LoRAModelRunnerMixin.load_lora_model.__code__.co_names
 
 
+@_fact(FACTS, "the worker's LoRA manager turns a request into a LoRAModel in _load_adapter(lora_request)")
 def _load_adapter() -> bool:
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
@@ -114,6 +90,7 @@ def _load_adapter() -> bool:
     )
 
 
+@_fact(FACTS, "the model manager wraps layers in _create_lora_modules, reading supported_lora_modules")
 def _create_modules() -> bool:
     from vllm.lora.model_manager import LRUCacheLoRAModelManager
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -125,6 +102,7 @@ def _create_modules() -> bool:
     return used and has and "supported_lora_modules" in create.__code__.co_names
 
 
+@_fact(FACTS, "a LoRAModel is an id, a rank and the weights of each module by vLLM's names")
 def _lora_model() -> bool:
     from vllm.lora.lora_model import LoRAModel
 
@@ -132,6 +110,7 @@ def _lora_model() -> bool:
     return (model.id, model.rank, model.loras) == (7, 8, {})
 
 
+@_fact(FACTS, "a module's weights are A (rank, d_in) and B (d_out, rank); scaling 1 leaves B as it is")
 def _layer_weights() -> bool:
     import torch
     from vllm.lora.lora_weights import LoRALayerWeights
@@ -141,6 +120,7 @@ def _layer_weights() -> bool:
     return weights.lora_a is a and weights.lora_b is b and weights.input_dim == 3 and weights.output_dim == 4
 
 
+@_fact(FACTS, "names of PEFT weights become vLLM's module names by parse_fine_tuned_lora_name")
 def _names() -> bool:
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
@@ -148,6 +128,7 @@ def _names() -> bool:
     return parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", None) == (module, True)
 
 
+@_fact(FACTS, "the CPU platform names its LoRA products in get_punica_wrapper, called when a model is loaded")
 def _punica() -> bool:
     from vllm.lora.punica_wrapper import punica_selector
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -159,6 +140,7 @@ def _punica() -> bool:
     return named and linear == expected and "get_punica_wrapper" in punica_selector.get_punica_wrapper.__code__.co_names
 
 
+@_fact(FACTS, "slot -1 in the products' token indices means no adapter")
 def _base_rows() -> bool:
     import torch
     from vllm.lora.layers import LoRAMapping
@@ -169,6 +151,7 @@ def _base_rows() -> bool:
     return slots.tolist() == [-1, 1, -1]
 
 
+@_fact(FACTS, "a LoRA request is a name, an id from 1 and a path")
 def _request() -> bool:
     from vllm.lora.request import LoRARequest
 
@@ -176,33 +159,38 @@ def _request() -> bool:
     return (request.lora_name, request.lora_int_id, request.lora_path) == ("name", 1, "path")
 
 
+@_fact(FACTS, "the prefix cache's key holds the LoRA's name and path")
 def _prefix_cache() -> bool:
     from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
 
-    def key(name: str, path: str) -> list:
-        return _gen_lora_extra_hash_keys(SimpleNamespace(lora_request=LoRARequest(name, 1, path)))
+    def key(name: str, path: str) -> list[tuple[str, str, str]]:
+        request: Any = SimpleNamespace(lora_request=LoRARequest(name, 1, path))
+        return _gen_lora_extra_hash_keys(request)
 
-    return len({str(key(*named)) for named in (("a", "p"), ("b", "p"), ("a", "q"))}) == 3
+    return len({str(key(name, path)) for name, path in (("a", "p"), ("b", "p"), ("a", "q"))}) == 3
 
 
+@_fact(FACTS, "the scheduler never runs more than max_loras adapters in one step")
 def _max_loras() -> bool:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     return "self.lora_config.max_loras" in inspect.getsource(Scheduler.schedule)
 
 
+@_fact(FACTS, "AsyncLLM generates, aborts by our request id, calls workers, and reports when its engine has died")
 def _async_llm() -> bool:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     generate = {"prompt", "sampling_params", "request_id", "lora_request"} <= set(_parameters(AsyncLLM.generate))
     abort = _parameters(AsyncLLM.abort)[1] == "request_id"
     call = {"method", "args"} <= set(_parameters(AsyncLLM.collective_rpc))
-    rest = ("errored", "get_tokenizer", "from_vllm_config")
+    others = ("errored", "get_tokenizer", "from_vllm_config")
     handler = "output_handler" in AsyncLLM.__init__.__code__.co_names and "timeout" in _parameters(AsyncLLM.shutdown)
-    return generate and abort and call and handler and all(hasattr(AsyncLLM, name) for name in rest)
+    return generate and abort and call and handler and all(hasattr(AsyncLLM, name) for name in others)
 
 
+@_fact(FACTS, "a request is aborted when its iterator is closed or its task is cancelled")
 def _abort_on_close() -> bool:
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -210,15 +198,18 @@ def _abort_on_close() -> bool:
     return "except (asyncio.CancelledError, GeneratorExit)" in source and "self.abort(" in source
 
 
+@_fact(FACTS, "a worker polls for the next call, with SpinCondition.wait(timeout_ms) between two polls")
 def _waiting() -> bool:
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 
-    wait = inspect.getsource(SpinCondition.wait)
+    method = getattr(SpinCondition.wait, "stock", SpinCondition.wait)  # a worker replaces it
+    wait = inspect.getsource(method)
     read = inspect.getsource(MessageQueue.acquire_read)
-    looped = "self.last_read + self.busy_loop_s" in wait and "while True:" in read
-    return looped and "self._spin_condition.wait(" in read and _parameters(SpinCondition.wait) == ["self", "timeout_ms"]
+    polls = "self.last_read + self.busy_loop_s" in wait and "while True:" in read
+    return polls and "self._spin_condition.wait(" in read and _parameters(method) == ["self", "timeout_ms"]
 
 
+@_fact(FACTS, "LoRA ranks come from a fixed list, and the engine's arguments have the names that loraf sets")
 def _arguments() -> bool:
     from typing import get_args
 
@@ -231,6 +222,7 @@ def _arguments() -> bool:
     return ours <= names and all(isinstance(rank, int) for rank in get_args(MaxLoRARanks))
 
 
+@_fact(STOCK_FACTS, "vllm serve loads plugins, then creates its configuration with EngineArgs.create_engine_config")
 def _configuration() -> bool:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.launchers.api_server import entry
@@ -238,20 +230,25 @@ def _configuration() -> bool:
 
     first = _parameters(EngineArgs.create_engine_config)[:2] == ["self", "usage_context"]
     plugins = "load_general_plugins()" in inspect.getsource(EngineArgs.__post_init__)
-    made = inspect.getsource(entry.build_async_engine_client_from_engine_args)
-    called = "engine_args.create_engine_config(usage_context=usage_context)" in made
+    source = inspect.getsource(entry.build_async_engine_client_from_engine_args)
+    called = "engine_args.create_engine_config(usage_context=usage_context)" in source
     return first and plugins and called and hasattr(UsageContext, "OPENAI_API_SERVER")
 
 
+@_fact(
+    STOCK_FACTS, "an OpenAI server's models are an OpenAIServingModels, looked up in app_state when the server starts"
+)
 def _models() -> bool:
     from vllm.entrypoints.launchers.api_server import app_state
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
     used = "OpenAIServingModels" in app_state.init_app_state.__code__.co_names
-    named = issubclass(app_state.OpenAIServingModels, OpenAIServingModels)  # maybe ours by now
-    return used and named and _parameters(OpenAIServingModels.__init__)[1] == "engine_client"
+    # Read from the module's dictionary, because it may be loraf's subclass by now.
+    replaceable = issubclass(vars(app_state)["OpenAIServingModels"], OpenAIServingModels)
+    return used and replaceable and _parameters(OpenAIServingModels.__init__)[1] == "engine_client"
 
 
+@_fact(STOCK_FACTS, "every LoRA model is added by load_lora_adapter and kept by name in lora_requests")
 def _loading() -> bool:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
@@ -263,18 +260,24 @@ def _loading() -> bool:
     return load and static and kept <= attributes and check
 
 
+@_fact(STOCK_FACTS, "resolve_lora is called for an unknown model name; a VLLMNotFoundError from it becomes a 404")
 def _resolving() -> bool:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve import create_error_response
     from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.exceptions import VLLMNotFoundError
 
-    asked = inspect.getsource(BaseServing._check_model)
+    check_model = inspect.getsource(BaseServing._check_model)
     resolve = _parameters(OpenAIServingModels.resolve_lora) == ["self", "lora_name"]
-    order = 0 < asked.index("self.models.lora_requests") < asked.index("self.models.resolve_lora(request.model)")
+    order = (
+        0
+        < check_model.index("self.models.lora_requests")
+        < check_model.index("self.models.resolve_lora(request.model)")
+    )
     return resolve and order and create_error_response(VLLMNotFoundError("text")).error.code == 404
 
 
+@_fact(STOCK_FACTS, "PunicaWrapperCPU applies LoRA to linear layers with add_lora_linear, add_shrink and add_expand")
 def _cpu_products() -> bool:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -282,14 +285,16 @@ def _cpu_products() -> bool:
     return {"add_shrink", "add_expand"} <= names
 
 
+@_fact(RESIDENT_FACTS, "the model manager makes its layers with from_layer, looked up in its own module")
 def _from_layer() -> bool:
     from vllm.lora import model_manager
 
     create = model_manager.LoRAModelManager._create_lora_modules
     arguments = ["layer", "max_loras", "lora_config", "packed_modules_list", "model_config"]
-    return "from_layer" in create.__code__.co_names and _parameters(model_manager.from_layer) == arguments
+    return "from_layer" in create.__code__.co_names and _parameters(vars(model_manager)["from_layer"]) == arguments
 
 
+@_fact(RESIDENT_FACTS, "a linear LoRA layer adds its delta in _apply_lora_to_output(x, output), after the base product")
 def _apply() -> bool:
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA as Layer
 
@@ -299,16 +304,21 @@ def _apply() -> bool:
     return called and first and _parameters(Layer._apply_lora_to_output) == ["self", "x", "output"]
 
 
+@_fact(RESIDENT_FACTS, "a LoRA layer allocates in create_lora_weights and is emptied by reset_lora")
 def _allocation() -> bool:
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.utils import _all_lora_classes
 
     linear = [layer for layer in _all_lora_classes if issubclass(layer, BaseLinearLayerWithLoRA)]
     expected = ["self", "max_loras", "lora_config", "model_config"]
-    made = all(_parameters(layer.create_lora_weights) == expected for layer in linear)
-    return len(linear) > 4 and made and all(_parameters(layer.reset_lora) == ["self", "index"] for layer in linear)
+    create = all(_parameters(layer.create_lora_weights) == expected for layer in linear)
+    return len(linear) > 4 and create and all(_parameters(layer.reset_lora) == ["self", "index"] for layer in linear)
 
 
+@_fact(
+    RESIDENT_FACTS,
+    "_init_punica_wrapper fills punica_wrapper_mapping, and layers keep the wrapper passed to set_mapping",
+)
 def _wrapper() -> bool:
     from vllm.lora import model_manager
     from vllm.lora.layers import BaseLayerWithLoRA
@@ -320,16 +330,18 @@ def _wrapper() -> bool:
     return order and filled and "self.punica_wrapper" in inspect.getsource(BaseLayerWithLoRA.set_mapping)
 
 
+@_fact(RESIDENT_FACTS, "before a step with a new mapping, update_metadata gets a LoRA id for each token")
 def _mapping() -> bool:
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.model_manager import LoRAModelManager
 
     mapping = LoRAMapping((0, 7, 7), (0, 7), is_prefill=True)
     refreshed = inspect.getsource(LoRAModelManager.set_adapter_mapping)
-    handed = "update_metadata(" in inspect.getsource(LoRAModelManager._set_adapter_mapping)
-    return mapping.index_mapping == (0, 7, 7) and "self._last_mapping != mapping" in refreshed and handed
+    passed = "update_metadata(" in inspect.getsource(LoRAModelManager._set_adapter_mapping)
+    return mapping.index_mapping == (0, 7, 7) and "self._last_mapping != mapping" in refreshed and passed
 
 
+@_fact(RESIDENT_FACTS, "activate_adapter gives an id a slot in lora_index_to_id and the LRU of active adapters")
 def _activation() -> bool:
     from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
@@ -340,23 +352,26 @@ def _activation() -> bool:
     return attributes <= used and freed and called
 
 
+@_fact(RESIDENT_FACTS, "slice_lora_a keeps columns and slice_lora_b keeps rows; fused layers take lists of them")
 def _slicing() -> bool:
     import torch
     from vllm.lora.layers import MergedColumnParallelLinearWithLoRA, RowParallelLinearWithLoRA
 
     rows, columns = torch.arange(8).unsqueeze(1), torch.arange(8).unsqueeze(0)
-    row = SimpleNamespace(input_size=4, tp_rank=1)
+    row: Any = SimpleNamespace(input_size=4, tp_rank=1)
     kept = RowParallelLinearWithLoRA.slice_lora_a(row, columns).tolist() == [[4, 5, 6, 7]]
     whole = RowParallelLinearWithLoRA.slice_lora_b(row, rows) is rows
-    merged = SimpleNamespace(n_slices=2, output_ids=(1, 1), output_slices=(4, 2))
+    merged: Any = SimpleNamespace(n_slices=2, output_ids=(1, 1), output_slices=(4, 2))
     parts = MergedColumnParallelLinearWithLoRA.slice_lora_b(merged, [rows, rows[:4]])
-    return kept and whole and [part.flatten().tolist() for part in parts] == [[4, 5, 6, 7], [2, 3]]
+    return kept and whole and [part.flatten().tolist() for part in parts if part is not None] == [[4, 5, 6, 7], [2, 3]]
 
 
+@_fact(RESIDENT_FACTS, "on the CPU check_and_update_config switches torch.compile off if LoRA is configured")
 def _compile_off() -> bool:
     from vllm.platforms.cpu import CpuPlatform
 
-    found = CpuPlatform.check_and_update_config
-    source = inspect.getsource(getattr(found, "stock", found))  # ours by now, where a resident engine was started
+    method = CpuPlatform.check_and_update_config
+    # Where a resident engine was started, `keep_compile` has replaced the method.
+    source = inspect.getsource(getattr(method, "stock", method))
     after = source.partition("vllm_config.lora_config is not None")[2]
     return after.split()[:4] == [":", "compilation_config.mode", "=", "CompilationMode.NONE"]

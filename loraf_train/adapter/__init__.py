@@ -1,5 +1,5 @@
-"""The trainable adapter inside a model: layers, masks, and the sharded base beside which they stand.
+"""The trainable adapter inside a model: its layers, the positions of a task, and the sharded base.
 
-What acts on a torch module while it trains or is scored belongs here. Knows `loraf` and processes; knows nothing of
-settings, data or the order of tasks.
+Code that acts on a torch module while it is trained or scored belongs here. It may use `loraf` and `processes`, but no
+settings, no data and no order of tasks.
 """

@@ -1,16 +1,17 @@
-"""The layer that stands in for a target `torch.nn.Linear` while a task is trained.
+"""The layer that replaces a target `torch.nn.Linear` while a task is trained.
 
     y = W·x + b + B·(A·dropout(x)),   B = α/r · (values at their positions) + Σ_earlier α_t/r · B_t
 
-The only trainable parameter is the vector of values. For its backward pass the adapter keeps z = A·dropout(x), rank
-numbers a token, and with dropout one byte for each number of x. B is built from its positions in the forward pass and
-again in the backward pass; the gradient of B is made some rows at a time and read only at the positions.
+The only trainable parameter is the vector of values. For the backward pass the adapter saves z = A·dropout(x), rank
+numbers per token, and with dropout one byte per entry of x. B is built from its positions in the forward pass and again
+in the backward pass. The gradient of B is computed a block of rows at a time and read only at the positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,30 +19,30 @@ from torch.autograd.function import once_differentiable
 
 from loraf.sparse import SparseB
 
-GRADIENT_AT_ONCE = 1 << 18  # entries of ∂B that exist at one time: 1 MiB in float32
-_LEVELS = 1 << 16  # steps in which a dropout probability is drawn
+GRADIENT_AT_ONCE = 1 << 18  # entries of ∂B computed at a time: 1 MiB in float32
+_LEVELS = 1 << 16  # a dropout probability is a multiple of 1 / _LEVELS
 
 
 @dataclass(frozen=True)
-class Earlier:
-    """What earlier tasks add to B while a later one is trained: Σ α_t/r · B_t, in coordinates.
+class EarlierTasks:
+    """The earlier tasks' part of B while a later task is trained: Σ α_t/r · B_t.
 
     Attributes:
-        positions: (M,) int32, flat: row · rank + column.
-        values: (M,) float32, scaled.
+        positions: (M,) int32.
+        values: (M,) float32, scaled by α_t/r.
     """
 
     positions: torch.Tensor
     values: torch.Tensor
 
     @classmethod
-    def of(cls, parts: Iterable[tuple[SparseB, float]]) -> Earlier:
-        """From the stored (so rounded) values of each task and its α_t/r; masks are disjoint."""
+    def of(cls, parts: Iterable[tuple[SparseB, float]]) -> EarlierTasks:
+        """Builds it from each task's stored (rounded) B and its α_t/r. No two tasks share a position."""
         parts = list(parts)
         if not parts:
             return cls(torch.empty(0, dtype=torch.int32), torch.empty(0))
         return cls(
-            torch.cat([b.flat.to(torch.int32) for b, _ in parts]),
+            torch.cat([b.positions.to(torch.int32) for b, _ in parts]),
             torch.cat([b.values.float() * scale for b, scale in parts]),
         )
 
@@ -50,16 +51,21 @@ class LorafLinear(nn.Module):
     """A frozen linear layer with a sparse B on a frozen A.
 
     Args:
-        base: the layer it stands in for, (d_out, d_in); its parameters are left as they are.
+        base: the layer it replaces, (d_out, d_in); never changed.
         a: (rank, d_in), in the dtype of the base's weight.
-        positions: (K,) flat positions of B that train, ascending; stored as int32.
+        positions: (K,) trainable positions of B, ascending; stored as int32.
         scale: α/r of the task being trained.
-        earlier: the earlier tasks' part of B.
-        dropout: probability that an entry of the adapter's input is zeroed while training.
-        values: (K,) to start from; zeros by default. float32, or the weight's dtype where that is wider.
+        earlier: the earlier tasks' part of B; None: there is none.
+        dropout: probability that an entry of the adapter's input is zeroed during training.
+        values: (K,) initial values, float32 or the weight's dtype if that is wider; None: zeros.
 
     Shapes: (..., d_in) → (..., d_out).
     """
+
+    a: torch.Tensor
+    positions: torch.Tensor
+    earlier_positions: torch.Tensor
+    earlier_values: torch.Tensor
 
     def __init__(
         self,
@@ -67,20 +73,20 @@ class LorafLinear(nn.Module):
         a: torch.Tensor,
         positions: torch.Tensor,
         scale: float,
-        earlier: Earlier | None = None,
+        earlier: EarlierTasks | None = None,
         dropout: float = 0.0,
         values: torch.Tensor | None = None,
     ):
         super().__init__()
-        earlier = earlier or Earlier.of(())
+        earlier = earlier or EarlierTasks.of(())
         weight = base.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        start = torch.zeros(len(positions)) if values is None else values
+        initial = torch.zeros(len(positions)) if values is None else values
         self.base = base
         self.rank = a.shape[0]
         self.scale = scale
         self.dropout = dropout
-        self.values = nn.Parameter(start.detach().to(weight.device, dtype, copy=True))
+        self.values = nn.Parameter(initial.detach().to(weight.device, dtype, copy=True))
         for name, tensor in {
             "a": a.to(weight.device),
             "positions": positions.to(weight.device, torch.int32),
@@ -88,13 +94,14 @@ class LorafLinear(nn.Module):
             "earlier_values": earlier.values.to(weight.device, dtype),
         }.items():
             self.register_buffer(name, tensor, persistent=False)
-        self._pieces = _pieces(positions, base.out_features, self.rank)
+        self._row_blocks = _row_blocks(positions, base.out_features, self.rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _LorafLinear.apply(x, self.values, self)
+        y: torch.Tensor = _LorafLinear.apply(x, self.values, self)  # type: ignore[no-untyped-call]  # of torch
+        return y
 
     def b(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """B of all active tasks, scaled: (d_out, rank), built anew."""
+        """Builds B of all active tasks, scaled: (d_out, rank)."""
         out = torch.zeros(self.base.out_features * self.rank, dtype=dtype, device=values.device)
         if len(self.earlier_positions):
             out.scatter_(0, self.earlier_positions.long(), self.earlier_values.to(dtype))
@@ -102,23 +109,21 @@ class LorafLinear(nn.Module):
         return out.view(-1, self.rank)
 
     def gradient(self, g: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """∂loss/∂values, (K,): (gᵀ·z) at the positions, times the scale. g: (tokens, d_out), z: (tokens, rank)."""
+        """Returns ∂loss/∂values, (K,): scale · gᵀ·z at the positions. g: (tokens, d_out), z: (tokens, rank)."""
         out = torch.empty_like(self.values)
-        for rows, part in self._pieces:
+        for rows, part in self._row_blocks:
             entries = (g[:, rows].t() @ z).view(-1)
-            at = self.positions[part] - rows.start * self.rank
-            out[part] = entries.index_select(0, at)
+            out[part] = entries.index_select(0, self.positions[part] - rows.start * self.rank)
         return out.mul_(self.scale)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, positions={len(self.positions)}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-def _pieces(positions: torch.Tensor, d_out: int, rank: int) -> list[tuple[slice, slice]]:
-    """Blocks of rows of B, each with the part of the (ascending) positions that lies in it."""
+def _row_blocks(positions: torch.Tensor, d_out: int, rank: int) -> list[tuple[slice, slice]]:
+    """Splits B into blocks of rows, each with the slice of the (ascending) positions in it; skips empty blocks."""
     height = max(1, GRADIENT_AT_ONCE // rank)
-    starts = list(range(0, d_out, height))
-    rows = [slice(start, min(start + height, d_out)) for start in starts]
+    rows = [slice(start, min(start + height, d_out)) for start in range(0, d_out, height)]
     borders = torch.tensor([block.stop * rank for block in rows], dtype=torch.int64)
     ends = torch.searchsorted(positions.detach().cpu().long().contiguous(), borders).tolist()
     return [
@@ -127,10 +132,9 @@ def _pieces(positions: torch.Tensor, d_out: int, rank: int) -> list[tuple[slice,
 
 
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """A random mask of `shape` (bool; True with probability 1 − dropout) and the exact probability of True.
+    """Returns a random mask of `shape` (bool; True with probability 1 − dropout) and the exact probability of True.
 
-    Drawn in steps of 2⁻¹⁶ from 64-bit numbers, four entries each: several times faster on a CPU than
-    `Tensor.bernoulli_`.
+    Each random 64-bit number gives four entries of 16 bits: several times faster on a CPU than `Tensor.bernoulli_`.
     """
     dropped = round(dropout * _LEVELS)
     words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
@@ -139,15 +143,15 @@ def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[
 
 
 class _LorafLinear(torch.autograd.Function):
-    """Forward and backward of the whole layer, so that the adapter's part is added in place in both.
+    """Forward and backward pass of the whole layer, so that both add the adapter's part in place.
 
-    The base's weight, A and the positions belong to the layer and are read from it; only what depends on the input is
-    saved (through `save_for_backward`, so that gradient checkpointing and off-loading see it).
+    The base's weight, A and the positions are read from the layer; only what depends on the input is saved (through
+    `save_for_backward`, so that gradient checkpointing and offloading see it).
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, values: torch.Tensor, layer: LorafLinear) -> torch.Tensor:
-        y = layer.base(x)
+    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, layer: LorafLinear) -> torch.Tensor:
+        y: torch.Tensor = layer.base(x)
         dtype = y.dtype  # autocast may have changed it
         x = x.reshape(-1, x.shape[-1]).to(dtype)
         mask, kept = None, 1.0
@@ -164,7 +168,7 @@ class _LorafLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: torch.Tensor):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         layer = ctx.layer
         z, values, mask = ctx.saved_tensors
         shape = (*g.shape[:-1], layer.base.in_features)

@@ -1,11 +1,11 @@
-"""The frozen base divided over the processes, with FSDP version 2: each keeps its rows of every weight.
+"""Shards the frozen base over the processes with FSDP version 2: each process keeps some rows of every weight.
 
-A layer of the model gathers its weights before its forward pass and again before its backward pass, so within both
-every `torch.nn.Linear` holds a plain tensor, as LorafLinear expects. The values that train are no part of this: every
-process holds all of them, with their gradient and optimizer state (K numbers each), and DistributedDataParallel takes
-the mean of the gradients. So masks, clipping, snapshots and the checkpoint know nothing of sharding.
+A decoder layer gathers its weights before its forward pass and again before its backward pass, so during both every
+`torch.nn.Linear` holds a plain tensor, as LorafLinear expects. The trainable values are not sharded: every process
+holds all of them, with their gradient and optimizer state (K numbers each), and DistributedDataParallel averages the
+gradients. So positions, clipping, snapshots and the checkpoint do not depend on sharding.
 
-Any forward pass takes all processes at once.
+Every forward pass needs all processes at once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from loraf.delta import combined_b, target_modules
-from loraf_train.adapter.host import attached
-from loraf_train.adapter.layer import Earlier, LorafLinear
+from loraf_train.adapter.layer import EarlierTasks, LorafLinear
+from loraf_train.adapter.trainable_base import attached
 from loraf_train.processes import group
 
 if TYPE_CHECKING:
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from loraf_train.processes.launcher import Sharding
 
 
-def shard(model: PreTrainedModel, device: torch.device, how: Sharding) -> None:
-    """Divides a model that is still on the CPU; what this process keeps of it goes to its device.
+def shard(model: PreTrainedModel, device: torch.device, options: Sharding) -> None:
+    """Shards a model that is still on the CPU, and moves this process's part to `device`.
 
-    The units are the model's decoder layers, so that a device holds no more than one or two of them whole, and all
-    the rest (embeddings, head) as one. `processes.join` was called.
+    Each decoder layer is a unit, so that a device holds only one or two of them whole; everything else (embeddings,
+    head) is one more unit. Call `processes.group.join` first.
     """
     mesh = init_device_mesh(device.type, (group.count(),))
     kinds = set(model._no_split_modules or ())
     for layer in [module for module in model.modules() if type(module).__name__ in kinds]:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=how.reshard_after_forward)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=options.reshard_after_forward)
     fully_shard(model, mesh=mesh)
 
 
@@ -50,26 +50,27 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def local(weight: torch.Tensor) -> torch.Tensor:
-    """What this process has of a weight: all of it, or its rows."""
+    """Returns this process's part of a weight: its rows if it is sharded, else all of it."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def give_up_gathered(model: nn.Module) -> None:
-    """What the last forward pass left whole (embeddings and head, at least) is divided again."""
+def reshard(model: nn.Module) -> None:
+    """Frees weights that the last forward pass left gathered, at least embeddings and head."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def leave_to_fsdp(model: nn.Module) -> None:
-    """DistributedDataParallel passes over what is sharded, which it could not broadcast."""
-    give_up_gathered(model)
+    """Makes DistributedDataParallel ignore the sharded parameters, which it could not broadcast."""
+    reshard(model)
     names = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(model, names)  # type: ignore[no-untyped-call]  # of torch
 
 
-class Beside:
-    """Puts task sets beside a sharded model's weights: what `loraf.delta.Merger` does for one whose weights are whole.
+class ShardedMerger:
+    """Applies task sets to a sharded model through extra layers, where `loraf.delta.Merger` would change the weights.
 
     A of every module stays on this process's device, as with a Merger.
     """
@@ -85,16 +86,16 @@ class Beside:
         self._layers = ExitStack()
 
     def merge(self, task_set: TaskSet) -> None:
-        """The model computes W·x + ΔW(S)·x; with the base set it has its own layers."""
+        """Makes the model compute W·x + ΔW(S)·x; the base set restores its own layers."""
         self._layers.close()
-        give_up_gathered(self._model)
+        reshard(self._model)
         if not task_set.is_base:
-            layers = {name: self._layer(name, base, task_set) for name, base in self._targets.items()}
+            layers = {name: self._layer(name, linear, task_set) for name, linear in self._targets.items()}
             self._layers.enter_context(attached(self._model, layers))
 
-    def _layer(self, name: str, base: nn.Linear, task_set: TaskSet) -> LorafLinear:
+    def _layer(self, name: str, linear: nn.Linear, task_set: TaskSet) -> LorafLinear:
         b = combined_b(self._checkpoint, name, task_set).view(-1)
-        at = b.nonzero().view(-1)
-        none = torch.empty(0, dtype=torch.int64)
-        layer = LorafLinear(base, self._projections[name], none, 1.0, Earlier(at.to(torch.int32), b[at]))
-        return layer.requires_grad_(False).eval()
+        positions = b.nonzero().view(-1)
+        tasks = EarlierTasks(positions.to(torch.int32), b[positions])
+        untrained = torch.empty(0, dtype=torch.int64)
+        return LorafLinear(linear, self._projections[name], untrained, 1.0, tasks).requires_grad_(False).eval()

@@ -1,5 +1,5 @@
-"""One file for each `loraf-train` command: reads arguments, calls a room below, prints.
+"""One file for each `loraf-train` command: takes the parsed arguments, calls a room below, prints.
 
-New subcommands belong here and are named in `loraf_train.cli`. Only this room, `compare` and `terminal` print. What
-another program could use as well belongs further down.
+A new subcommand gets a file here and its arguments in `loraf_train.cli`. Only this room, `compare` and `terminal`
+print; what another program could use as well belongs in a room below.
 """

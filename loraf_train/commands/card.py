@@ -1,4 +1,4 @@
-"""The model card (README.md of a hub repository) of a checkpoint, from its manifest alone."""
+"""The model card of a checkpoint (README.md of a hub repository), generated from its manifest alone."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 import yaml
 
 from loraf import manifest as manifests
-from loraf.errors import LorafError
 from loraf.hub import HUB_ID
 from loraf.manifest import Manifest, Task
+from loraf.units import size_text
+from loraf_train.task_sets import as_trained_or_none
 from loraf_train.terminal import tables
 
 FILE_NAME = "README.md"
 
 
 def card(manifest: Manifest, name: str) -> str:
-    """Markdown with the header that the hub reads.
+    """Returns Markdown with the header that the hub reads.
+
+    The user fills in what the manifest does not know: the licence, and what the tasks are for.
 
     Args:
         name: what users give as CKPT: a hub id, or a folder.
-
-    What the manifest does not know is left to the user: the licence, and what the tasks are for.
     """
     base, local = base_name(manifest)
     parts = [
@@ -46,7 +47,7 @@ def card(manifest: Manifest, name: str) -> str:
 
 
 def base_name(manifest: Manifest) -> tuple[str, bool]:
-    """What to call the base model, and whether it is a folder of the machine that trained (its path is left out)."""
+    """(name, whether it is local): of a folder on the machine that trained only the last part, without its path."""
     name = manifest.base_model.name
     if name == "tiny" or HUB_ID.fullmatch(name):
         return name, False
@@ -67,7 +68,7 @@ def _header(manifest: Manifest) -> str:
 
 
 def _datasets(tasks: Iterable[Task]) -> Iterator[str]:
-    """Ids of the hub that tasks were trained on."""
+    """Hub ids of the data sets that tasks were trained on."""
     for task in tasks:
         for source in task.training.get("settings", {}).get("data", {}).get("train", []):
             name = source.get("dataset", "") if isinstance(source, dict) else ""
@@ -81,11 +82,11 @@ def _summary(manifest: Manifest, base: str, local: bool) -> str:
     where = " (a local folder when it was trained)" if local else ""
     tasks = {0: "no task yet", 1: "one task"}.get(count, f"{count} tasks")
     parameters = sum(task.parameters for task in manifest.tasks)
-    size = tables.size_text(sum(task.file.bytes for task in manifest.tasks))
+    size = size_text(sum(task.file.bytes for task in manifest.tasks))
     return (
         f"A LoRAF adapter («LoRA without Forgetting») with {tasks} for {of}{where}: of LoRA's two matrices A is "
-        "frozen and rebuilt from a seed, B is sparse, and the tasks own disjoint positions of it. Any weighted subset "
-        f"of them can be chosen for each request. {parameters:,} trained values in all ({size}), rank {manifest.rank}, "
+        "frozen and rebuilt from a seed, B is sparse, and the tasks own disjoint positions of it. Each request can "
+        f"select any weighted subset of them. {parameters:,} trained values in all ({size}), rank {manifest.rank}, "
         f"{len(manifest.modules)} modules."
     )
 
@@ -96,7 +97,7 @@ def _tasks(manifest: Manifest) -> str:
     rows = []
     for task in manifest.tasks:
         below = ", ".join(task.trained_with) or "the base model"
-        size = tables.size_text(task.file.bytes)
+        size = size_text(task.file.bytes)
         rows.append(
             [task.name, below, f"{task.alpha:g}", f"{task.sparsity:g}", f"{task.parameters:,}", task.dtype, size]
         )
@@ -116,37 +117,31 @@ def _scores(manifest: Manifest) -> str:
             score = tables.score_text(float(entry["score"]), metric)
             rows.append([entry["set"], task.name, entry["evaluation"], metric, score, entry["count"]])
     if not rows:
-        return "None were measured."
+        return "No scores were measured."
     table = tables.markdown_table(["task set", "task", "evaluation", "metric", "score", "examples"], rows)
     return f"Each score belongs to the task set that was on when it was measured.\n\n{table}"
 
 
 def _use(manifest: Manifest, name: str, base: str) -> str:
-    one = manifest.task_names[-1] if manifest.tasks else "TASK"
+    example = manifest.task_names[-1] if manifest.tasks else "TASK"
+    as_trained = {task: as_trained_or_none(manifest, task) for task in manifest.task_names}
     sets = "\n".join(
         f"- `{task}`: `--as-trained {task}` is the set `{task_set}`"
-        for task, task_set in ((task, _as_trained(manifest, task)) for task in manifest.task_names)
-        if task_set is not None and task_set != task
+        for task, task_set in as_trained.items()
+        if task_set is not None and str(task_set) != task
     )
     serve = (
         "```sh\n"
         f"loraf-serve --model {base} --adapter {name}\n"
-        f'loraf-client generate "…" --tasks {one} --task-template\n'
-        f"loraf-train export {name} --tasks {one} --format peft --out ./peft   # for PEFT\n"
+        f'loraf-client generate "…" --tasks {example} --task-template\n'
+        f"loraf-train export {name} --tasks {example} --format peft --out ./peft   # for PEFT\n"
         "```"
     )
-    later = f"\n\nA set is taken literally; a task as it was on the day it was trained:\n\n{sets}" if sets else ""
+    literal = f"\n\nTask sets are literal; a task as it was when it had just been trained:\n\n{sets}" if sets else ""
     return (
-        f"{serve}{later}\n\nA new task joins with the checkpoint and its own data: copy the checkpoint to a folder, "
-        "name that folder as `output` of a `tasks.yaml`, and `loraf-train run tasks.yaml`."
+        f"{serve}{literal}\n\nA new task needs only this checkpoint and its own data: copy the checkpoint to a folder, "
+        "name that folder as `output` in a `tasks.yaml`, and run `loraf-train run tasks.yaml`."
     )
-
-
-def _as_trained(manifest: Manifest, name: str) -> str | None:
-    try:
-        return str(manifest.as_trained(name))
-    except LorafError:  # a task it was trained on top of has been taken out
-        return None
 
 
 def _training(manifest: Manifest) -> str:
@@ -157,15 +152,15 @@ def _training(manifest: Manifest) -> str:
         if "examples" in facts:
             lines.append(f"- {facts['examples']:,} examples, {facts.get('steps', 0):,} steps")
         if "imported" in facts:
-            known = facts["imported"]
-            how = "value by value" if known["taken_over"] else f"approximated, relative error {known['error']:.3g}"
-            what = {"peft": "a PEFT LoRA", "loraf": "another LoRAF checkpoint"}[known["from"]]
-            lines.append(f"- imported from {what}, {_code(known['source'])} ({how})")
-        for kind in ("calibration", "training"):
-            settings = facts.get("settings", {}).get(kind)
+            origin = facts["imported"]
+            fit = "value by value" if origin["taken_over"] else f"approximated, relative error {origin['error']:.3g}"
+            kind = {"peft": "a PEFT LoRA", "loraf": "another LoRAF checkpoint"}[origin["from"]]
+            lines.append(f"- imported from {kind}, {_code(origin['source'])} ({fit})")
+        for phase in ("calibration", "training"):
+            settings = facts.get("settings", {}).get(phase)
             if settings:
-                said = ", ".join(f"{key} {_value(value)}" for key, value in settings.items() if value is not None)
-                lines.append(f"- {kind}: {said}")
+                text = ", ".join(f"{key} {_value(value)}" for key, value in settings.items() if value is not None)
+                lines.append(f"- {phase}: {text}")
         lines.append(f"- prompt: {_code(json.dumps(task.templates.prompt, ensure_ascii=False))}")
         lines.append(f"- completion: {_code(json.dumps(task.templates.completion, ensure_ascii=False))}")
         parts.append("\n".join(lines))
@@ -188,7 +183,7 @@ def _identity(manifest: Manifest) -> str:
 
 
 def _code(text: str) -> str:
-    """A code span; its fence is longer than any run of backticks in the text."""
+    """A code span, whose fence is longer than any run of backticks in the text."""
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{text}{pad}{fence}"

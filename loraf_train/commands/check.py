@@ -1,4 +1,4 @@
-"""`loraf-train check`: everything about a run but the training, and every mistake at once."""
+"""`loraf-train check`: reads everything that a run needs and reports every mistake at once; trains nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraf.errors import ConfigError
-from loraf.manifest import positions
-from loraf_train.data.examples import IGNORED, Example, TaskData
-from loraf_train.sequence.preflight import ModelFacts, Prepared, survey
+from loraf.manifest import positions_per_matrix
+from loraf.units import size_text
+from loraf_train.data.examples import IGNORED, Example
+from loraf_train.data.task_data import TaskData
+from loraf_train.sequence.preflight import BaseModelShape, PreparedRun, survey
 from loraf_train.settings.config import RunConfig, TaskConfig
 from loraf_train.terminal import tables
 
@@ -24,19 +26,19 @@ LOSS_BEGINS, LOSS_ENDS = "⟦", "⟧"
 
 
 def check(path: Path, overrides: Sequence[str]) -> int:
-    """Prints what a run would do.
+    """Prints an example of each task, its capacity and the memory that a run would take.
 
     Raises:
-        ConfigError: every mistake of the file, the model, the records and the output folder.
+        ConfigError: every mistake in the file, the model, the records and the output folder.
     """
     prepared, mistakes, warnings = survey(path, overrides)
-    if prepared is None:  # what is cut is told too: the next check would come with it as a surprise
+    if prepared is None:  # with the warnings, so that the next check brings no surprise
         raise ConfigError([*mistakes, *(replace(w, message=f"warning: {w.message}") for w in warnings)])
     config, out = prepared.config, tables.console()
     out.print(f"{config.file}: {len(config.tasks)} tasks on {config.model} into {config.output}")
     if prepared.existing:
         done = ", ".join(prepared.existing.task_names) or "none"
-        out.print(f"the checkpoint is there already; finished tasks: {done}")
+        out.print(f"the checkpoint exists already; finished tasks: {done}")
     for task in config.tasks:
         _print_task(out, config, task, prepared.data[task.name], prepared)
     _print_capacity(out, prepared)
@@ -48,13 +50,13 @@ def check(path: Path, overrides: Sequence[str]) -> int:
 
 
 def steps(task: TaskConfig, examples: int) -> int:
-    """Optimizer steps of a task's adaptation: the last, smaller batch of an epoch is a step too."""
+    """Optimizer steps of a task's training; the last, smaller batch of an epoch counts as a step."""
     if task.training.max_steps is not None:
         return task.training.max_steps
     return max(1, math.ceil(task.training.epochs * math.ceil(examples / task.training.batch_size)))
 
 
-def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskData, prepared: Prepared) -> None:
+def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskData, prepared: PreparedRun) -> None:
     out.print()
     done = task.name not in prepared.waiting
     out.print(f"{task.name}{' (finished)' if done else ''}")
@@ -62,7 +64,7 @@ def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskDat
     out.print(f"  {data.records} records, {len(data.train)} examples of {_lengths(data.train)} tokens")
     for name, evaluation in data.evaluation.items():
         choices = f", choices {', '.join(evaluation.choices)}" if evaluation.choices else ""
-        out.print(f"  evaluation {name}: {len(evaluation.examples)} examples, {task.metric}{choices}")
+        out.print(f"  evaluation {name}: {len(evaluation.examples)} examples, {data.metric}{choices}")
     if not data.evaluation:
         out.print("  no evaluation records (data.eval): the task gets no score")
     out.print(
@@ -71,11 +73,11 @@ def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskDat
         f"alpha {task.alpha:g}, start {task.start}"
     )
     if t.packing:
-        from loraf_train.trainer.packing import first_fit  # brings torch, which a mistake in the file need not wait for
+        from loraf_train.trainer.packing import first_fit  # imports torch; reports of mistakes do not wait for it
 
         rows = len(first_fit([len(example.input_ids) for example in data.train], t.max_length))
         out.print(f"  packing: {len(data.train)} examples would fill {rows} rows of {t.max_length} tokens")
-    out.print("  one example; the loss is taken on " + ("what is bright" if out.is_terminal else "what is in ⟦ ⟧"))
+    out.print("  one example; the loss is taken on the " + ("bright text" if out.is_terminal else "text in ⟦ ⟧"))
     _print_example(out, data.train[0], prepared.tokenizer)
 
 
@@ -87,6 +89,7 @@ def _print_example(out: Console, example: Example, tokenizer: PreTrainedTokenize
         zip(example.labels(), example.input_ids, strict=True), lambda entry: entry[0] != IGNORED
     ):
         text = tokenizer.decode([token for _, token in part])
+        assert isinstance(text, str)  # a list only for a batch of sequences
         if out.is_terminal:
             shown.append(text, "bold green" if learned else "dim")
         else:
@@ -99,8 +102,8 @@ def _lengths(examples: Sequence[Example]) -> str:
     return f"{min(lengths)} to {max(lengths)} (mean {sum(lengths) / len(lengths):.0f})"
 
 
-def _print_capacity(out: Console, prepared: Prepared) -> None:
-    """K of every task and what is left after it, those of the checkpoint first."""
+def _print_capacity(out: Console, prepared: PreparedRun) -> None:
+    """Prints K of every task and what is free after it, the checkpoint's tasks first."""
     model, existing = prepared.model, prepared.existing
     rank = existing.rank if existing else prepared.config.adapter.rank
     total = sum(d_out for d_out, _ in model.modules.values()) * rank
@@ -115,68 +118,68 @@ def _print_capacity(out: Console, prepared: Prepared) -> None:
     out.print(tables.table(["task", "sparsity", "K", "share", "free after it", "share free"], rows, title))
 
 
-def k_of(task: TaskConfig, model: ModelFacts, rank: int) -> int:
-    """Values that a task trains, in all modules together."""
-    return sum(positions(task.sparsity, d_out, rank) for d_out, _ in model.modules.values())
+def k_of(task: TaskConfig, model: BaseModelShape, rank: int) -> int:
+    """The number of values that a task trains, over all modules."""
+    return sum(positions_per_matrix(task.sparsity, d_out, rank) for d_out, _ in model.modules.values())
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training holds beside activations.
+    """Memory that training takes besides activations, in bytes.
 
     Attributes:
-        base: the frozen model.
+        base: the frozen base model.
         projections: A of every module.
-        calibration: B dense on its feasible positions: value, gradient and two moments of AdamW in float32, and its
-            positions.
-        adaptation: the same for K values, and the values and positions of earlier tasks.
-        lora: what weights, gradients and moments of LoRA of the same rank would take, for comparison.
+        calibration: B on its free positions: values, gradients and the optimizer's moments in float32, and positions;
+            and the values and positions of earlier tasks.
+        training: the same for the task's K positions, with AdamW.
+        lora: weights, gradients and AdamW's moments of LoRA of the same rank, for comparison.
     """
 
     base: int
     projections: int
     calibration: int
-    adaptation: int
+    training: int
     lora: int
 
 
-def memory(prepared: Prepared, bytes_per_weight: int) -> Memory:
-    """The estimate for the task that needs most. An arithmetic of what is kept, no measurement."""
+def memory(prepared: PreparedRun, bytes_per_weight: int) -> Memory:
+    """Estimates the memory of the task that needs most, from the sizes of what is kept; nothing is measured."""
     model, config = prepared.model, prepared.config
     rank = config.adapter.rank
     shapes = model.modules.values()
     entry = 4 + 4 + 8  # a float32 value, its gradient, AdamW's two moments
     waiting = [task for task in config.tasks if task.name in prepared.waiting]
     taken = sum(task.parameters for task in prepared.existing.tasks) if prepared.existing else 0
-    adaptation = calibration = 0
+    training = calibration = 0
     total = sum(d_out for d_out, _ in shapes) * rank
     for task in waiting:
         k = k_of(task, model, rank)
         moments = 8 if task.calibration.optimizer == "adamw" else 0
         calibration = max(calibration, (total - taken) * (4 + 4 + moments + 4) + taken * 8)
-        adaptation = max(adaptation, k * (entry + 4) + taken * 8)
+        training = max(training, k * (entry + 4) + taken * 8)
         taken += k
     return Memory(
         base=model.parameters * bytes_per_weight,
         projections=sum(d_in for _, d_in in shapes) * rank * bytes_per_weight,
         calibration=calibration,
-        adaptation=adaptation,
+        training=training,
         lora=sum(d_out + d_in for d_out, d_in in shapes) * rank * entry,
     )
 
 
-def _print_memory(out: Console, prepared: Prepared) -> None:
+def _print_memory(out: Console, prepared: PreparedRun) -> None:
     import torch
 
     precision = prepared.config.precision
     if precision == "auto":
         precision = "bfloat16" if torch.cuda.is_available() else "float32"
-    found = memory(prepared, 2 if precision == "bfloat16" else 4)
+    estimate = memory(prepared, 2 if precision == "bfloat16" else 4)
     rows = [
-        [f"base model, {prepared.model.parameters:,} weights in {precision}", tables.size_text(found.base)],
-        ["projections A", tables.size_text(found.projections)],
-        ["calibration: B on its free positions, gradient and optimizer", tables.size_text(found.calibration)],
-        ["adaptation: K values, gradient and AdamW, earlier tasks", tables.size_text(found.adaptation)],
-        ["for comparison: LoRA's weights, gradients and AdamW", tables.size_text(found.lora)],
+        [f"base model, {prepared.model.parameters:,} weights in {precision}", size_text(estimate.base)],
+        ["projections A", size_text(estimate.projections)],
+        ["calibration: B on its free positions, gradient and optimizer", size_text(estimate.calibration)],
+        ["training: K values, gradient and AdamW, earlier tasks", size_text(estimate.training)],
+        ["for comparison: LoRA's weights, gradients and AdamW", size_text(estimate.lora)],
     ]
     out.print(tables.table(["memory without activations (estimate)", "bytes"], rows))

@@ -1,23 +1,25 @@
-"""`loraf-train compare`: methods side by side on the tasks of a file, as tables, JSON, Markdown and pictures."""
+"""`loraf-train compare`: compares methods on the tasks of a file, as tables, JSON, Markdown and pictures."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraf.errors import ConfigError, Problem
 from loraf_train.processes import launcher
-from loraf_train.sequence.preflight import ModelFacts, Prepared, capacity, survey
+from loraf_train.sequence.conflicts import capacity
+from loraf_train.sequence.preflight import BaseModelShape, PreparedRun, survey
 from loraf_train.settings.comparison import HIGHEST_SEED, METHODS
-from loraf_train.terminal import tables as report
 from loraf_train.terminal.progress import Progress
+from loraf_train.terminal.tables import console
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedModel
 
     from loraf_train.compare.general import General
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     from loraf_train.settings.config import RunConfig
 
 RESULTS, REPORT = "results.json", "report.md"
-MASKED = ("loraf", "random-mask")  # tasks of these take positions from one another
-PACKAGES = {"peft": "the method lora", "matplotlib": "the pictures", "scipy": "the intervals"}
+MASKED = ("loraf", "random-mask")  # methods whose tasks own positions, so that they may run out
+PACKAGES = {"peft": "the method lora", "matplotlib": "the pictures", "scipy": "the intervals"}  # name → needed for
 
 
 def compare(
@@ -36,33 +38,33 @@ def compare(
     methods: str,
     protocol: str,
     seeds: str | None,
-    out: Path | None,
+    folder: Path | None,
     eval_limit: int | None,
 ) -> int:
-    """Trains and scores what the output folder does not hold yet, then shows and writes all of it.
+    """Trains and scores what the folder of results does not hold yet, then prints and writes all results.
 
     Args:
         methods, seeds: separated by commas; seeds None: those of the file.
-        out: None: `<output>-compare/<protocol>`.
-        eval_limit: examples of each evaluation set at most.
+        folder: of the results; None: `<output>-compare/<protocol>`.
+        eval_limit: the most examples of each evaluation set; None: all.
 
     Raises:
         LorafError: everything that is wrong with file, options, model, records and installed packages, before anything
             is trained.
     """
     problems: list[Problem] = []
-    chosen = _methods(methods, problems)
-    numbers = _seeds(seeds, problems)
-    problems += _missing_packages(chosen)
-    if launcher.sharding() is not None:  # full and lora would train the divided weights
-        remedy = "launch without it; processes divide the batch all the same"
-        problems.append(Problem("compare does not train a divided base", "fsdp_version", "accelerate launch", remedy))
-    prepared, found, warnings = survey(path, overrides, eval_limit, into_checkpoint=False)
-    problems += found
+    method_names = _parse_methods(methods, problems)
+    seed_numbers = _parse_seeds(seeds, problems)
+    problems += _missing_packages(method_names)
+    if launcher.sharding() is not None:  # full and lora would train the sharded weights
+        remedy = "launch without FSDP; the processes still divide each batch"
+        problems.append(Problem("compare does not train a sharded base", "fsdp_version", "accelerate launch", remedy))
+    prepared, file_problems, warnings = survey(path, overrides, eval_limit, into_checkpoint=False)
+    problems += file_problems
     general = None
     if prepared is not None:
         problems += _unscored(prepared.config)
-        problems += _shortage(prepared, chosen, protocol)
+        problems += _shortage(prepared, method_names, protocol)
         general = _general(prepared, problems)
     if problems or prepared is None:
         raise ConfigError([*problems, *(replace(w, message=f"warning: {w.message}") for w in warnings)])
@@ -71,25 +73,24 @@ def compare(
 
     from loraf_train.processes import group
 
-    group.join(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # before any looks what is there
-    config, console = prepared.config, report.console()
-    console.quiet = not group.is_first()
-    seeds_used = numbers or config.compare.seeds
-    out = out or config.output.with_name(f"{config.output.name}-compare") / protocol
-    listed = ", ".join(map(str, seeds_used))
-    console.print(f"{config.file}: protocol {protocol}, methods {', '.join(chosen)}, seeds {listed}, into {out}")
+    group.join(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # before any process looks for runs
+    config, out = prepared.config, console(quiet=not group.is_first())
+    seed_numbers = seed_numbers or config.compare.seeds
+    folder = folder or config.output.with_name(f"{config.output.name}-compare") / protocol
+    listed = ", ".join(map(str, seed_numbers))
+    out.print(f"{config.file}: protocol {protocol}, methods {', '.join(method_names)}, seeds {listed}, into {folder}")
     for warning in prepared.warnings:
-        console.print(f"warning: {warning}")
-    with Progress(console) as progress:
-        comparison = _comparison(prepared, protocol, chosen, seeds_used, general, out, progress, console.print)
+        out.print(f"warning: {warning}")
+    with Progress(out) as progress:
+        comparison = _comparison(prepared, protocol, method_names, seed_numbers, general, folder, progress, out.print)
         results = _results(comparison, prepared.model, comparison.runs())
     if group.is_first():
-        _show(results, out, console)
+        _show(results, folder, out)
     group.wait()
     return 0
 
 
-def _methods(text: str, problems: list[Problem]) -> tuple[str, ...]:
+def _parse_methods(text: str, problems: list[Problem]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     unknown = [name for name in names if name not in METHODS]
     for name in unknown:
@@ -98,25 +99,25 @@ def _methods(text: str, problems: list[Problem]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in unknown)
 
 
-def _seeds(text: str | None, problems: list[Problem]) -> tuple[int, ...]:
-    """None given: an empty tuple."""
+def _parse_seeds(text: str | None, problems: list[Problem]) -> tuple[int, ...]:
+    """Returns an empty tuple for None."""
     if text is None:
         return ()
-    found = []
+    seeds = []
     for part in text.split(","):
         number = part.strip()
         if number.isascii() and number.isdigit() and int(number) <= HIGHEST_SEED:
-            found.append(int(number))
+            seeds.append(int(number))
         else:
             remedy = f"write whole numbers from 0 to {HIGHEST_SEED}, for example 0,1,2"
-            problems.append(Problem(f"{number!r} is no seed", "--seeds", remedy=remedy))
-    return tuple(dict.fromkeys(found))
+            problems.append(Problem(f"{number!r} is not a seed", "--seeds", remedy=remedy))
+    return tuple(dict.fromkeys(seeds))
 
 
 def _missing_packages(methods: Sequence[str]) -> list[Problem]:
     return [
         Problem(
-            f"{purpose} needs the package {name!r}, which is not installed", remedy="`pip install 'loraf[compare]'`"
+            f"the package {name!r}, needed for {purpose}, is not installed", remedy="`pip install 'loraf[compare]'`"
         )
         for name, purpose in PACKAGES.items()
         if (name != "peft" or "lora" in methods) and importlib.util.find_spec(name) is None
@@ -126,18 +127,18 @@ def _missing_packages(methods: Sequence[str]) -> list[Problem]:
 def _unscored(config: RunConfig) -> list[Problem]:
     return [
         Problem(
-            f"task {task.name!r} has no evaluation records, so nothing of it could be compared",
+            f"task {task.name!r} has no evaluation records, so it cannot be compared",
             f"tasks[{i}].data.eval",
             str(config.file),
-            "name a file of them",
+            "name a file with evaluation records",
         )
         for i, task in enumerate(config.tasks)
         if not task.data.eval
     ]
 
 
-def _shortage(prepared: Prepared, methods: Sequence[str], protocol: str) -> list[Problem]:
-    """Tasks that do not fit, of each method whose tasks own positions."""
+def _shortage(prepared: PreparedRun, methods: Sequence[str], protocol: str) -> list[Problem]:
+    """Tasks that do not fit, for each method whose tasks own positions."""
     problems: dict[Problem, None] = {}
     for name in methods:
         if name not in MASKED:
@@ -145,12 +146,12 @@ def _shortage(prepared: Prepared, methods: Sequence[str], protocol: str) -> list
         config = prepared.config.of_method(name)
         alone = [config.model_copy(update={"tasks": (task,)}) for task in config.tasks]
         for part in alone if protocol == "single" else [config]:
-            for problem in capacity(part, prepared.model, None):
+            for problem in capacity(part, prepared.model.modules):
                 problems[replace(problem, message=f"method {name}: {problem.message}")] = None
     return list(problems)
 
 
-def _general(prepared: Prepared, problems: list[Problem]) -> General | None:
+def _general(prepared: PreparedRun, problems: list[Problem]) -> General | None:
     source = prepared.config.compare.general
     if source is None:
         return None
@@ -164,14 +165,14 @@ def _general(prepared: Prepared, problems: list[Problem]) -> General | None:
 
 
 def _comparison(
-    prepared: Prepared,
+    prepared: PreparedRun,
     protocol: str,
     methods: tuple[str, ...],
     seeds: tuple[int, ...],
     general: General | None,
-    out: Path,
+    folder: Path,
     progress: Progress,
-    say: Any,
+    say: Callable[[str], None],
 ) -> Comparison:
     from loraf import base_model
     from loraf_train.compare.protocols import Comparison
@@ -186,31 +187,29 @@ def _comparison(
         general=general,
         loaded=runner.load_model(prepared.config),
         base=base_model.fingerprint(prepared.model.folder),
-        out=out,
+        folder=folder,
         part=progress.part,
         say=say,
     )
 
 
-def _results(comparison: Comparison, model: ModelFacts, runs: list[Run]) -> Results:
+def _results(comparison: Comparison, model: BaseModelShape, runs: list[Run]) -> Results:
     from loraf_train.compare.methods import ALL
     from loraf_train.compare.results import Results, ScoredTask
     from loraf_train.scoring.evaluate import higher_is_better
 
     config = comparison.config
+    data = [(task.name, comparison.data[task.name]) for task in config.tasks]
     tasks = tuple(
         ScoredTask(
-            task.name,
-            task.metric,
-            higher_is_better(task.metric),
-            {name: len(s.examples) for name, s in comparison.data[task.name].evaluation.items()},
+            name, d.metric, higher_is_better(d.metric), {key: len(s.examples) for key, s in d.evaluation.items()}
         )
-        for task in config.tasks
+        for name, d in data
     )
     settings = {}
     for name in comparison.methods:
-        seen = comparison.config_of(name, comparison.seeds[0])
-        settings[name] = {task.name: ALL[name].settings(seen, task) for task in seen.tasks}
+        of_method = comparison.config_of(name, comparison.seeds[0])
+        settings[name] = {task.name: ALL[name].settings(of_method, task) for task in of_method.tasks}
     return Results(
         protocol=comparison.protocol,
         model=config.model,
@@ -218,32 +217,33 @@ def _results(comparison: Comparison, model: ModelFacts, runs: list[Run]) -> Resu
         tasks=tasks,
         runs=tuple(runs),
         settings=settings,
-        surroundings=_surroundings(comparison.loaded[0], comparison.methods),
+        surroundings=_environment(comparison.loaded[0], comparison.methods),
     )
 
 
-def _surroundings(model: PreTrainedModel, methods: Sequence[str]) -> dict[str, Any]:
+def _environment(model: PreTrainedModel, methods: Sequence[str]) -> dict[str, Any]:
     import torch
 
-    from loraf_train.sequence.runner import surroundings
+    from loraf_train.sequence.provenance import environment
 
-    found = surroundings(model)
+    entries = environment(model)
     if "lora" in methods:
         import peft
 
-        found["versions"]["peft"] = peft.__version__
-    found["versions"]["python"] = platform.python_version()
+        entries["versions"]["peft"] = peft.__version__
+    entries["versions"]["python"] = platform.python_version()
     machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}
-    return found | {"machine": machine | {"threads": torch.get_num_threads()}}
+    return entries | {"machine": machine | {"threads": torch.get_num_threads()}}
 
 
-def _show(results: Results, out: Path, console: Any) -> None:
-    from loraf_train.compare import pictures, tables
-    from loraf_train.compare import results as files
+def _show(results: Results, folder: Path, out: Console) -> None:
+    from loraf_train.compare.pictures import draw
+    from loraf_train.compare.results import write
+    from loraf_train.compare.tables import markdown, show
 
-    tables.show(results, console)
-    files.write(out / RESULTS, results)
-    (out / REPORT).write_text(tables.markdown(results), encoding="utf-8")
-    drawn = pictures.draw(results, out)
-    for file in (out / RESULTS, out / REPORT, *drawn):
-        console.print(f"written: {file}")
+    show(results, out)
+    write(folder / RESULTS, results)
+    (folder / REPORT).write_text(markdown(results), encoding="utf-8")
+    pictures = draw(results, folder)
+    for file in (folder / RESULTS, folder / REPORT, *pictures):
+        out.print(f"written: {file}")

@@ -1,4 +1,4 @@
-"""`loraf-train eval`: scores the checkpoint of a tasks.yaml under the task sets that are asked for."""
+"""`loraf-train eval`: scores the checkpoint of a tasks.yaml under the task sets that the command line names."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ def evaluate(
     limit: int | None,
     json_file: Path | None,
 ) -> int:
-    """Prints a row for each task, evaluation set and task set; writes the same as JSON if asked.
+    """Prints a row for each task, evaluation set and task set.
 
     Args:
-        tasks, as_trained, base: the task sets, see `selection.task_sets`. The base alone needs no checkpoint.
-        limit: examples of each evaluation set at most.
+        tasks, as_trained, base: the task sets, see `task_sets.task_sets`. The base alone needs no checkpoint.
+        limit: the most examples of each evaluation set; None: all.
+        json_file: where to write the same scores as JSON; None: nowhere.
 
     Raises:
-        LorafError: mistakes of the file, no checkpoint, no such task, nothing to score with.
+        LorafError: mistakes in the file, a missing checkpoint or task, or no evaluation records.
     """
     if launcher.processes() > 1:
-        raise ConfigError(Problem("eval runs in one process", remedy="run it without a launcher"))
+        raise ConfigError(Problem("eval runs in a single process", remedy="run it without a launcher"))
     prepared = prepare(path, overrides, limit)
     config = prepared.config
     scored = [task for task in config.tasks if prepared.data[task.name].evaluation]
@@ -43,21 +44,20 @@ def evaluate(
         message = "no task of the file has evaluation records"
         raise ConfigError(Problem(message, "tasks[0].data.eval", str(path), "name a file of them"))
     only_base = base and not tasks and not as_trained
-    checkpoint = None
     if only_base and prepared.existing is None:
         sets = [TaskSet()]
     else:
-        manifest = prepared.existing or manifests.read(config.output)  # which says that there is none
+        manifest = prepared.existing or manifests.read(config.output)  # raises: there is none
         sets = task_sets.task_sets(manifest, tasks, as_trained, base)
 
-    from loraf_train.scoring import evaluate
+    from loraf_train.scoring.evaluate import score
     from loraf_train.sequence import runner
 
     out = tables.console()
     for task in config.tasks:
         if task not in scored:
             out.print(f"{task.name}: has no evaluation records (data.eval), so it has no score")
-    merger = None
+    checkpoint = merger = None
     model, tokenizer, _ = runner.load_model(config)
     if prepared.existing is not None:
         from loraf.checkpoint import Checkpoint
@@ -71,16 +71,14 @@ def evaluate(
             if merger is not None:
                 merger.merge(task_set)
             for task in scored:
-                step = progress.part(f"scoring {task.name} with {task_set}")
-                data = prepared.data[task.name]
-                scores += evaluate.score(model, tokenizer, task, data.evaluation, task_set, step)
-    digest = checkpoint.manifest.adapter_digest if checkpoint else None
+                report = progress.part(f"scoring {task.name} with {task_set}")
+                scores += score(model, tokenizer, task, prepared.data[task.name], task_set, report)
     out.print(tables.score_table(scores, f"{config.output}" if checkpoint else config.model))
     if json_file is not None:
         content = {
             "file": str(path),
             "checkpoint": str(config.output) if checkpoint else None,
-            "adapter_digest": digest,
+            "adapter_digest": checkpoint.manifest.adapter_digest if checkpoint else None,
             "model": config.model,
             "scores": [{"task": s.task} | s.entry() for s in scores],
         }

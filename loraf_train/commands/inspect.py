@@ -1,4 +1,4 @@
-"""`loraf-train inspect`: what a checkpoint holds, from its manifest alone; `--verify` reads and checks every byte.
+"""`loraf-train inspect`: shows what a checkpoint holds, from its manifest; `--verify` reads and checks every byte.
 
 Without `--verify` neither torch nor any other heavy library is imported.
 """
@@ -8,21 +8,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraf import manifest as manifests
-from loraf.errors import CorruptCheckpoint, LorafError, Problem
+from loraf.errors import CorruptCheckpoint, Problem
 from loraf.manifest import Manifest
+from loraf.units import size_text
+from loraf_train.task_sets import as_trained_or_none
 from loraf_train.terminal import tables
 
-SHOWN = 8  # modules with a wrong projection that are named one by one
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHOWN = 8  # maximum number of modules with a wrong projection that are named
 
 
 def inspect(folder: Path, verify: bool, as_json: bool, layers: bool) -> int:
     """Prints the checkpoint in `folder`.
 
     Raises:
-        LorafError: there is no checkpoint, or it is damaged; with `verify`, all damage.
+        LorafError: there is no checkpoint, or it is damaged; with `verify`, all damage is named.
     """
     manifest = manifests.read(folder)
     if verify:
@@ -47,7 +52,7 @@ def inspect(folder: Path, verify: bool, as_json: bool, layers: bool) -> int:
     out.print(f"base fingerprint    {base.fingerprint}")
     for task in manifest.tasks:
         out.print(f"{task.file.path}  {task.file.sha256}")
-    out.print("verified: every file and every projection has its digest" if verify else "not verified (--verify)")
+    out.print("verified: every file and every projection matches its digest" if verify else "not verified (--verify)")
     return 0
 
 
@@ -55,8 +60,8 @@ def verify_all(folder: Path, manifest: Manifest) -> None:
     """Reads every file and rebuilds every A.
 
     Raises:
-        CorruptCheckpoint: everything that is damaged; of many modules with another A, the first few.
-        CheckpointError: a release of loraf that this is not wrote it.
+        CorruptCheckpoint: everything that is damaged; of many modules with a wrong A, the first few.
+        CheckpointError: another release of loraf wrote it.
     """
     from loraf.checkpoint import Checkpoint
 
@@ -72,7 +77,7 @@ def verify_all(folder: Path, manifest: Manifest) -> None:
         more = len(error.problems) - SHOWN
         if more > 0:
             remedy = error.problems[0].remedy
-            problems.append(Problem(f"A is another one in {more} more modules", "modules", str(folder), remedy))
+            problems.append(Problem(f"A does not match in {more} more modules", "modules", str(folder), remedy))
     if problems:
         raise CorruptCheckpoint(problems)
 
@@ -81,6 +86,7 @@ def facts(manifest: Manifest) -> dict[str, Any]:
     """Everything that `inspect` shows, as plain data."""
     tasks = []
     for order, task in enumerate(manifest.tasks, 1):
+        as_trained = as_trained_or_none(manifest, task.name)
         tasks.append(
             {
                 "name": task.name,
@@ -92,7 +98,7 @@ def facts(manifest: Manifest) -> dict[str, Any]:
                 "bytes": task.file.bytes,
                 "sha256": task.file.sha256,
                 "trained_with": list(task.trained_with),
-                "as_trained": _as_trained(manifest, task.name),
+                "as_trained": as_trained and str(as_trained),
                 "templates": {"prompt": task.templates.prompt, "completion": task.templates.completion},
                 "training": task.training,
                 "scores": list(task.scores),
@@ -115,7 +121,7 @@ def facts(manifest: Manifest) -> dict[str, Any]:
         "adapter_digest": manifest.adapter_digest,
         "tasks": tasks,
         "capacity": {
-            "positions": _positions(manifest),
+            "positions": _total_positions(manifest),
             "free": sum(manifest.free_positions(name) for name in manifest.modules),
             "more_tasks": more_tasks(manifest),
         },
@@ -131,40 +137,33 @@ def facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def more_tasks(manifest: Manifest) -> int | None:
-    """How many more tasks as large as the last one fit; None: there is none yet."""
+    """How many more tasks as large as the last one fit; None if there is no task yet."""
     if not manifest.tasks:
         return None
     last = manifest.tasks[-1]
     return min(manifest.free_positions(name) // k for name, k in last.k.items())
 
 
-def _as_trained(manifest: Manifest, name: str) -> str | None:
-    try:
-        return str(manifest.as_trained(name))
-    except LorafError:  # a task it was trained on top of has been taken out
-        return None
-
-
-def _positions(manifest: Manifest) -> int:
+def _total_positions(manifest: Manifest) -> int:
     return sum(module.d_out for module in manifest.modules.values()) * manifest.rank
 
 
-def _print_tasks(out: Any, manifest: Manifest) -> None:
+def _print_tasks(out: Console, manifest: Manifest) -> None:
     columns = ["#", "task", "as trained", "alpha", "sparsity", "K", "dtype", "size", "free after"]
-    free, rows = _positions(manifest), []
-    total = free
+    total = free = _total_positions(manifest)
+    rows = []
     for order, task in enumerate(manifest.tasks, 1):
         free -= task.parameters
         rows.append(
             [
                 order,
                 task.name,
-                _as_trained(manifest, task.name) or tables.NONE,
+                str(as_trained_or_none(manifest, task.name) or tables.NONE),
                 f"{task.alpha:g}",
                 f"{task.sparsity:g}",
                 f"{task.parameters:,}",
                 task.dtype,
-                tables.size_text(task.file.bytes),
+                size_text(task.file.bytes),
                 f"{free / total:.1%}",
             ]
         )
@@ -173,15 +172,15 @@ def _print_tasks(out: Any, manifest: Manifest) -> None:
 
 
 def capacity_text(manifest: Manifest) -> str:
-    """How much of B is free, and for how many tasks."""
+    """Says how much of B is free, and how many more tasks fit."""
     free = sum(manifest.free_positions(name) for name in manifest.modules)
     more = more_tasks(manifest)
     fit = "" if more is None else f", {more} more tasks like {manifest.tasks[-1].name} fit"
-    return f"capacity: {free:,} of {_positions(manifest):,} positions are free{fit}"
+    return f"capacity: {free:,} of {_total_positions(manifest):,} positions are free{fit}"
 
 
-def _print_sparsity(out: Any, manifest: Manifest, layers: bool) -> None:
-    """A row for each kind of projection, or for each module."""
+def _print_sparsity(out: Console, manifest: Manifest, layers: bool) -> None:
+    """Prints a row for each kind of projection, or for each module."""
     groups: dict[str, list[str]] = {}
     for name in manifest.modules:
         groups.setdefault(name if layers else name.rsplit(".", 1)[-1], []).append(name)
@@ -197,7 +196,7 @@ def _print_sparsity(out: Any, manifest: Manifest, layers: bool) -> None:
     out.print(tables.table(columns, rows, "sparsity"))
 
 
-def _print_scores(out: Any, manifest: Manifest) -> None:
+def _print_scores(out: Console, manifest: Manifest) -> None:
     scored: list[tuple[str, Mapping[str, Any]]] = [(t.name, entry) for t in manifest.tasks for entry in t.scores]
     if not scored:
         out.print("no scores are stored")

@@ -1,4 +1,4 @@
-"""`loraf-train push` and `loraf-train card`: a checkpoint to the hub, and the page that goes with it."""
+"""`loraf-train push` and `loraf-train card`: upload a checkpoint to the hub, and print its model card."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from loraf import manifest as manifests
-from loraf.errors import ConfigError, Problem
-from loraf.hub import HUB_ID, checkpoint_folder, reason
+from loraf.errors import ConfigError, Problem, one_line
+from loraf.hub import HUB_ID, checkpoint_folder
 from loraf_train.commands import card as model_card
+from loraf_train.terminal import tables
 
 
 def card(source: str, write: bool, name: str | None) -> int:
@@ -16,10 +17,11 @@ def card(source: str, write: bool, name: str | None) -> int:
 
     Args:
         source: a folder or a hub id.
-        name: what the card calls the checkpoint; by default `source`.
+        write: whether to write the file instead of printing.
+        name: the checkpoint's name on the card; None: `source`.
 
     Raises:
-        LorafError: there is no checkpoint, or README.md is there already.
+        LorafError: there is no checkpoint, or README.md already exists.
     """
     folder = checkpoint_folder(source)
     text = model_card.card(manifests.read(folder), name or source)
@@ -31,8 +33,8 @@ def card(source: str, write: bool, name: str | None) -> int:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        remedy = "remove it to have it made anew, or leave --write out and take what you need"
-        raise ConfigError(Problem("is there already", file=str(path), remedy=remedy)) from None
+        remedy = "delete it to generate a new one, or leave --write out and copy what you need"
+        raise ConfigError(Problem("already exists", file=str(path), remedy=remedy)) from None
     except OSError as error:
         message = f"cannot be written ({error.strerror or error})"
         raise ConfigError(
@@ -43,29 +45,31 @@ def card(source: str, write: bool, name: str | None) -> int:
 
 
 def push(folder: Path, repository: str, private: bool, revision: str | None, message: str | None) -> int:
-    """Uploads the manifest, the tasks' files and the model card in one commit, after checking every byte.
+    """Uploads the manifest, the tasks' files and the model card in one commit, after verifying every byte.
 
-    Other files of the folder stay here. Files of tasks that the checkpoint no longer has are taken out of the
-    repository in the same commit, so that it is a whole checkpoint at any moment.
+    Other files in the folder are not uploaded. The same commit deletes files of tasks that the checkpoint no longer
+    has, so that the repository is a whole checkpoint at any moment.
 
     Args:
-        repository: `org/name`; it is made where it is missing.
-        revision: an existing branch; the repository's main one by default.
+        repository: `org/name`; it is created if missing.
+        private: whether to create it as private.
+        revision: an existing branch; None: the repository's main branch.
+        message: of the commit; None: a line that names the tasks.
 
     Raises:
-        LorafError: no checkpoint, a damaged one, or a hub that does not take it.
+        LorafError: there is no checkpoint, it is damaged, or the upload failed.
     """
     from loraf.checkpoint import Checkpoint
 
     if not HUB_ID.fullmatch(repository):
-        raise ConfigError(Problem(f"{repository!r} is no hub id", "REPO", remedy="write org/name"))
+        raise ConfigError(Problem(f"{repository!r} is not a hub id", "REPO", remedy="write org/name"))
     manifest = Checkpoint.open(folder).manifest
-    own = [manifests.FILE_NAME, *(task.file.path for task in manifest.tasks)]
+    files = [manifests.FILE_NAME, *(task.file.path for task in manifest.tasks)]
     _, local = model_card.base_name(manifest)
     if local:
         print(
-            f"warning: the manifest names the base model as {manifest.base_model.name}, a folder of this machine. "
-            "Others see that path and have to know which model is meant.",
+            f"warning: the manifest names {manifest.base_model.name}, a folder on this machine, as the base model. "
+            "Others will see that path, and cannot tell from it which model is meant.",
             file=sys.stderr,
         )
     readme = folder / model_card.FILE_NAME
@@ -77,17 +81,22 @@ def push(folder: Path, repository: str, private: bool, revision: str | None, mes
     title = message or f"LoRAF adapter: {', '.join(manifest.task_names) or 'no task yet'}"
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
-        there = set(api.list_repo_files(repository, revision=revision))
-        stale = sorted(name for name in there - set(own) if name.startswith("tasks/") and name.endswith(".safetensors"))
-        operations = [CommitOperationAdd(name, str(folder / name)) for name in own]
-        operations.append(CommitOperationAdd(model_card.FILE_NAME, page))
-        operations += [CommitOperationDelete(name) for name in stale]
-        done = api.create_commit(repository, operations, commit_message=title, revision=revision)
+        others = set(api.list_repo_files(repository, revision=revision)) - set(files)
+        stale = sorted(name for name in others if name.startswith("tasks/") and name.endswith(".safetensors"))
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(name, str(folder / name)) for name in files),
+            CommitOperationAdd(model_card.FILE_NAME, page),
+            *(CommitOperationDelete(name) for name in stale),
+        ]
+        commit = api.create_commit(repository, operations, commit_message=title, revision=revision)
     except Exception as error:  # the hub's client raises many kinds: network, no token, no such branch, refused
-        remedy = "log in with `hf auth login` as someone who may write there, check the name and --revision, try again"
-        raise ConfigError(Problem(f"the hub does not take it ({reason(error)})", repository, remedy=remedy)) from None
+        remedy = "log in with `hf auth login` as a user with write access, check the name and --revision, and try again"
+        raise ConfigError(
+            Problem(f"the upload to the hub failed ({one_line(error)})", repository, remedy=remedy)
+        ) from None
     size = sum(task.file.bytes for task in manifest.tasks)
-    print(f"pushed: {len(own)} files ({size:,} bytes of tasks) and the model card, {len(stale)} old files taken out")
+    removed = f"; deleted {tables.counted(len(stale), 'old file')}" if stale else ""
+    print(f"pushed {len(files)} files ({size:,} bytes of tasks) and the model card{removed}")
     print(f"adapter digest {manifest.adapter_digest}")
-    print(done.commit_url)
+    print(commit.commit_url)
     return 0

@@ -1,6 +1,6 @@
-"""`loraf-train remove`: takes a task out of a checkpoint and says what that costs the others.
+"""`loraf-train remove`: removes a task from a checkpoint and warns of the consequences for others.
 
-Works on the manifest alone, so a task whose file is damaged or lost can be taken out too.
+Works on the manifest alone, so a task whose file is damaged or lost can be removed too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def remove(folder: Path, name: str, dry_run: bool) -> int:
     """Removes a task, with a warning on stderr if others were trained on top of it.
 
     Args:
-        dry_run: only say what would happen.
+        dry_run: whether to print only what would happen.
 
     Raises:
         UnknownTask: there is no such task.
@@ -29,35 +29,35 @@ def remove(folder: Path, name: str, dry_run: bool) -> int:
     out = tables.console()
     before = manifests.read(folder)
     if name not in before.task_names and not dry_run:
-        Checkpoint.remove_task(folder, name)  # raises, unless a removal was interrupted
-        out.print(f"{folder}: removed the file that an interrupted removal of task {name} left")
+        Checkpoint.remove_task(folder, name)  # raises, unless an earlier removal was interrupted
+        out.print(f"{folder}: removed the file that an interrupted removal of task {name} had left behind")
         return 0
     task = before.task(name)
     above = trained_on_top(before, name)
     if above:
-        verb = "were" if len(above) > 1 else "was"
+        were, they, them = ("were", "they", "them") if len(above) > 1 else ("was", "it", "it")
         print(
-            f"loraf-train: warning: {', '.join(above)} {verb} trained on top of {name}: what {verb} trained stays and "
-            f"can be chosen by name, but no longer as trained; to have that again, remove and train "
-            f"{'them' if len(above) > 1 else 'it'} too",
+            f"loraf-train: warning: {', '.join(above)} {were} trained on top of {name}: {they} can still be selected "
+            f"by name, but no longer as trained; to restore that, remove and train {them} again too",
             file=sys.stderr,
         )
     if dry_run:
         out.print(f"{folder}: task {name} would be removed, {task.parameters:,} positions would be free again")
         return 0
-    left = Checkpoint.remove_task(folder, name)
+    after = Checkpoint.remove_task(folder, name)
     out.print(f"{folder}: task {name} is removed, {task.parameters:,} positions are free again")
-    lost = sum(len(t.scores) for t in before.tasks if t.name != name) - sum(len(t.scores) for t in left.tasks)
+    lost = sum(len(t.scores) for t in before.tasks if t.name != name) - sum(len(t.scores) for t in after.tasks)
     if lost:
-        out.print(f"{lost} scores of other tasks went with it: they were measured with {name} on")
-    out.print(capacity_text(left))
+        out.print(f"also removed {tables.counted(lost, 'score')} of other tasks, measured with {name} on")
+    out.print(capacity_text(after))
     return 0
 
 
 def trained_on_top(manifest: Manifest, name: str) -> list[str]:
-    """Tasks that were trained while `name` was active, in their order.
+    """The tasks that were trained while `name` was active, in order.
 
-    A task that stands before `name` and lists it knew another one, which was taken out and trained again since.
+    A task before `name` that lists it was trained on an earlier task of that name, which has been removed and trained
+    again since.
     """
     names = manifest.task_names
     return [task.name for task in manifest.tasks[names.index(name) + 1 :] if name in task.trained_with]

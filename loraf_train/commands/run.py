@@ -1,4 +1,4 @@
-"""`loraf-train run`: trains what the checkpoint lacks, shows progress, and ends with the table of scores."""
+"""`loraf-train run`: trains the tasks that the checkpoint lacks, and prints progress and the table of scores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from loraf_train.processes import launcher
 from loraf_train.scoring import table
 from loraf_train.sequence.preflight import prepare
+from loraf_train.task_sets import as_trained_or_none
 from loraf_train.terminal import tables
 from loraf_train.terminal.progress import Progress
 
@@ -16,17 +17,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loraf.manifest import Manifest
+    from loraf_train.scoring.evaluate import Score
 
 
 def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | None) -> int:
     """Trains and scores. Of several processes only the first prints.
 
     Args:
-        evaluate: measure the scores that the table lacks.
-        eval_limit: examples of each evaluation set at most.
+        evaluate: whether to measure the scores that the table lacks.
+        eval_limit: the most examples of each evaluation set; None: all.
 
     Raises:
-        LorafError: mistakes of the file, the model, the records or the output folder, before anything is trained.
+        LorafError: every mistake in the file, the model, the records or the output folder, before training starts.
     """
     prepared = prepare(path, overrides, eval_limit)
     config, out = prepared.config, tables.console(quiet=not launcher.is_first())
@@ -42,8 +44,8 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
         if evaluate and not prepared.data[task.name].evaluation:
             out.print(f"{task.name} has no evaluation records (data.eval), so it gets no score")
     if prepared.existing and not prepared.waiting:
-        lacking = table.missing(prepared.existing, prepared.data, config.tasks) if evaluate else []
-        if not lacking:  # nothing to do that needs the model
+        lacking = table.missing(prepared.existing, prepared.data) if evaluate else []
+        if not lacking:  # nothing left that needs the model
             from loraf_train.sequence.resume import tidy
 
             if launcher.is_first():
@@ -52,52 +54,50 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
             return 0
 
     from loraf_train.adapter import sharding
-    from loraf_train.commands.run_observer import Watcher
+    from loraf_train.commands.run_progress import RunProgress
     from loraf_train.processes import group
     from loraf_train.sequence import runner
 
     loaded = runner.load_model(config)
     with Progress(out) as progress:
-        watcher = Watcher(prepared, out, progress, evaluate)
-        checkpoint = runner.run(config, prepared.data, watcher, loaded)
-        # what a run before this one did not come to measure
+        observer = RunProgress(prepared, out, progress, evaluate)
+        checkpoint = runner.run(config, prepared.data, observer, loaded)
+        # scores that an earlier, interrupted run did not measure
         if evaluate and (group.is_first() or sharding.is_sharded(loaded[0])):
-            watcher.score(checkpoint, loaded[0])
+            observer.score(checkpoint, loaded[0])
     print_summary(out, checkpoint.manifest)
     group.leave()
     return 0
 
 
 def print_summary(out: Console, manifest: Manifest) -> None:
-    """The table R[i, j], what each task scored as trained, and the sequence in three numbers."""
+    """Prints the table R[i, j], each task's score as trained, and the sequence in three numbers."""
     stored = table.stored(manifest)
     if not stored:
         out.print("no scores are stored")
         return
-    found = table.headlines(stored)
-    names = [name for name in manifest.task_names if any(task == name for _, task in found)]
+    headlines = table.headlines(stored)
+    names = [name for name in manifest.task_names if any(task == name for _, task in headlines)]
     metrics = {score.task: score.metric for score in stored}
     rows = []
     for finished, task_set in table.rows(manifest):
-        cells = [found.get((str(task_set), name)) for name in names]
+        cells = [headlines.get((str(task_set), name)) for name in names]
         rows.append([f"after {finished}", str(task_set), *map(_cell, cells)])
     for name in names:
-        task_set = table.as_trained_or_none(manifest, name)
-        as_trained = tables.NONE if task_set is None else str(task_set)
-        rows.append(
-            [f"{name} as trained", as_trained, *("" if n != name else _cell(found.get((as_trained, n))) for n in names)]
-        )
+        as_trained = str(as_trained_or_none(manifest, name) or tables.NONE)
+        scores = ("" if n != name else _cell(headlines.get((as_trained, n))) for n in names)
+        rows.append([f"{name} as trained", as_trained, *scores])
     columns = ["", "task set", *(f"{name} ({metrics[name]})" for name in names)]
     out.print(tables.table(columns, rows, "score of each task under each task set (in brackets: examples)", left=2))
     summary = table.summary(manifest, stored)
     if summary:
-        rest = len(manifest.tasks) - 1
-        over = f"mean over the first {rest} of {rest + 1} tasks" if rest > 1 else f"of {manifest.task_names[0]}"
+        first = len(manifest.tasks) - 1
+        over = f"mean over the first {first} of {first + 1} tasks" if first > 1 else f"of {manifest.task_names[0]}"
         out.print(
             f"average of the last row {summary.average:.3f}; backward transfer {summary.backward_transfer:+.3f} and "
             f"forgetting {summary.forgetting:.3f} ({over}, all tasks on)"
         )
 
 
-def _cell(score: table.Score | None) -> str:
+def _cell(score: Score | None) -> str:
     return tables.NONE if score is None else f"{tables.score_text(score.score, score.metric)} ({score.count})"

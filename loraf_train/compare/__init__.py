@@ -1,11 +1,12 @@
-"""`loraf-train compare`: methods side by side on the same tasks, each with its own settings, over several seeds.
+"""`loraf-train compare`: compares methods on the same tasks, each with its own settings, over several seeds.
 
-settings.py    what tasks.yaml may say under `compare:`
 methods.py     the methods, each behind the same few calls
 protocols.py   single (each task from the base) and sequence (one after the other), run by run: general.py measures the
                drift of the base, meter.py time and memory, stored.py keeps finished runs
-results.py     what was measured, as JSON                               ← what everything below reads
+results.py     what was measured, as JSON                               ← everything below reads this
 statistics.py  means over seeds, the numbers of continual learning, intervals
-tables.py      for the terminal, and as Markdown: cells.py, sheets.py, sheets_sequence.py say what stands in them
+tables.py      for the terminal, and as Markdown: cells.py, sheets.py and sheets_sequence.py decide their contents
 pictures.py    PNG and SVG: bars.py, maps.py, on figures of canvas.py
+
+The section `compare:` of a tasks.yaml is in loraf_train.settings.comparison.
 """

@@ -1,4 +1,4 @@
-"""Figures of one size and look, and their files."""
+"""Figures of one width and style, and their files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from loraf.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, DPI = 10.0, 100  # inches, pixels an inch
+WIDTH, DPI = 10.0, 100  # inches, pixels per inch
 INK = "#222222"
 _STYLE = {
-    "svg.hashsalt": "loraf",  # else ids are drawn at random
-    "svg.fonttype": "none",  # texts stay texts
+    "svg.hashsalt": "loraf",  # or ids would be random
+    "svg.fonttype": "none",  # keeps text as text
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
@@ -33,7 +33,7 @@ _STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Settings to draw and to save within; what was set before comes back.
+    """A context to draw and save in: sets our style, and restores the user's settings afterwards.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -41,29 +41,29 @@ def style() -> Iterator[None]:
     try:
         from matplotlib import style
     except ImportError:
-        message = "matplotlib is not installed, so there are no pictures"
+        message = "matplotlib is not installed, so no pictures can be drawn"
         raise ConfigError(Problem(message, remedy="pip install 'loraf[compare]'")) from None
     with style.context(["default", _STYLE]):
         yield
 
 
 def figure(height: float) -> Figure:
-    """Height in inches. It belongs to no window and to no list of open figures."""
+    """A figure of this height in inches, outside pyplot: no window, and not in its list of open figures."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 
 def name(*parts: object) -> str:
-    """An id for SVG: without blanks and quotes."""
+    """An id for SVG, without spaces and quotes."""
     return re.sub(r"[^\w.-]+", "-", "-".join(map(str, parts)))
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """As PNG and SVG, without dates.
+    """Writes a figure as PNG and SVG, without dates; returns the paths.
 
     Raises:
-        ConfigError: the operating system refused.
+        ConfigError: the folder cannot be written.
     """
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     try:
@@ -72,5 +72,5 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
             figure.savefig(path, metadata={key: None})
     except OSError as error:
         message = f"cannot be written ({error.strerror or error})"
-        raise ConfigError(Problem(message, file=str(folder), remedy="name a folder that may be written")) from None
+        raise ConfigError(Problem(message, file=str(folder), remedy="name a folder that you may write to")) from None
     return paths

@@ -1,4 +1,4 @@
-"""Heat maps: R of each method, and where each task's positions lie."""
+"""Heat maps: R of each method, and where each task's positions are."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraf_train.compare import canvas
-from loraf_train.compare.cells import BASE_ROW, counted, examples, model_name, runs
+from loraf_train.compare.cells import BASE_ROW, examples, model_name, runs
 from loraf_train.compare.results import BASE, Run
 from loraf_train.compare.statistics import Statistics
 from loraf_train.grading.builtin import LOWER_IS_BETTER
+from loraf_train.terminal import tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-COLOURS = "cividis"  # even in lightness, and the same to any kind of colour vision
-NUMBERED = 16  # columns of a map of positions that still have room for numbers
+COLOURS = "cividis"  # perceptually uniform, and the same for any kind of colour vision
+NUMBERED = 16  # maximum number of columns in a map of positions that leaves room for numbers
 
 
-def matrix(found: Statistics) -> Figure | None:
-    """R of every method, in one scale of colours where all scores have one unit."""
-    tasks, methods = found.scored, found.results.methods
-    afters = [BASE, *(task.name for task in found.results.tasks)]
+def matrix(statistics: Statistics) -> Figure | None:
+    """Protocol sequence: R of every method. All shares have one colour scale, losses one for each task."""
+    tasks, methods = statistics.scored, statistics.results.methods
+    afters = [BASE, *(task.name for task in statistics.results.tasks)]
     means = {}
     for method in methods:
         for i, after in enumerate(afters):
             for j, task in enumerate(tasks):
-                estimate = found.of_task(method, task, after)
+                estimate = statistics.of_task(method, task, after)
                 if estimate is not None:
                     means[method, i, j] = estimate.mean
     if not means:
@@ -38,7 +39,7 @@ def matrix(found: Statistics) -> Figure | None:
     down = math.ceil(len(methods) / side)
     figure = canvas.figure(1.2 + down * (1.1 + 0.55 * len(afters)))
     panels = list(figure.subplots(down, side, squeeze=False).flat)
-    shades = [_shades(found, [v for (_, _, at), v in means.items() if at == j], j) for j in range(len(tasks))]
+    shades = [_shades(statistics, [v for (_, _, at), v in means.items() if at == j], j) for j in range(len(tasks))]
     names = [f"{task.name}\n({examples(task):,})" for task in tasks]
     rows = [f"after {after}" if after else BASE_ROW for after in afters]
     for axes, method in zip(panels, methods, strict=False):
@@ -46,29 +47,32 @@ def matrix(found: Statistics) -> Figure | None:
         texts = {(i, j): f"{v:.{3 if tasks[j].metric in LOWER_IS_BETTER else 2}f}" for (i, j), v in cells.items()}
         colours = {(i, j): shades[j](v) for (i, j), v in cells.items()}
         _grid(axes, names, rows, texts, colours, method, 12)
-        axes.set_title(f"{method} ({counted(runs(found, method), 'seed')})")
-        axes.set_xlabel("score on (examples)")
+        axes.set_title(f"{method} ({tables.counted(runs(statistics, method), 'seed')})")
+        axes.set_xlabel("scored task (examples)")
     for axes in panels[len(methods) :]:
         axes.remove()
     losses = any(task.metric in LOWER_IS_BETTER for task in tasks)
-    reading = "light: good; shares from 0 to 1" + (", losses in the range of their column" if losses else "")
-    title = f"{model_name(found.results)}: R, scores after each task, all so far on ({reading})"
+    reading = "light: good; shares from 0 to 1" + (", losses over the range of their column" if losses else "")
+    title = f"{model_name(statistics.results)}: R, scores after each task, all tasks so far on ({reading})"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
-def _shades(found: Statistics, values: Sequence[float], j: int) -> Callable[[float], float]:
-    """Score on task j → shade from 0, the worst, to 1: of shares themselves, of losses within their own range."""
+def _shades(statistics: Statistics, values: Sequence[float], j: int) -> Callable[[float], float]:
+    """Returns a function from a score on task j to a shade from 0 (worst) to 1 (best).
+
+    A share is its own shade; a loss is placed within the range of `values`.
+    """
     finite = [value for value in values if math.isfinite(value)]
-    if found.scored[j].metric not in LOWER_IS_BETTER or not finite:
+    if statistics.scored[j].metric not in LOWER_IS_BETTER or not finite:
         return lambda value: value
     low, high = min(finite), max(finite)
     return lambda value: (high - value) / (high - low) if high > low else 1.0
 
 
-def positions(found: Statistics) -> Figure | None:
-    """Of the first run of loraf, or else the first that has masks: a map for each task, and one of what is free."""
-    run = _with_masks(found.results.runs)
+def positions(statistics: Statistics) -> Figure | None:
+    """Protocol sequence: a map for each task of a run that has masks, and one of the free positions."""
+    run = _with_masks(statistics.results.runs)
     if run is None:
         return None
     sizes = {mask.module: mask.size for mask in run.masks}
@@ -81,11 +85,11 @@ def positions(found: Statistics) -> Figure | None:
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     most = max(of[module] / sizes[module] for of in owned.values() for module in of) or 1.0
     side = 2 if len(layers) <= NUMBERED // 2 else 1
-    panels: dict[str | None, dict[str, int]] = {**owned, None: free}
+    panels: list[tuple[str | None, dict[str, int]]] = [*owned.items(), (None, free)]
     down = math.ceil(len(panels) / side)
     figure = canvas.figure(1.0 + down * (1.1 + 0.36 * len(kinds)))
     grid = figure.subplots(down, side, squeeze=False)
-    for axes, (name, counts) in zip(grid.flat, panels.items(), strict=False):
+    for axes, (name, counts) in zip(grid.flat, panels, strict=False):
         shares: dict[tuple[int, int], float] = {}
         texts: dict[tuple[int, int], str] = {}
         for module, count in counts.items():
@@ -104,24 +108,25 @@ def positions(found: Statistics) -> Figure | None:
         _bar(figure, axes, scale, "share of the module")
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    title = f"{model_name(found.results)}: where each task's positions lie ({run.method}, seed {run.seed})"
+    title = f"{model_name(statistics.results)}: where each task's positions lie ({run.method}, seed {run.seed})"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
 def _with_masks(runs: Sequence[Run]) -> Run | None:
-    found = [run for run in runs if run.masks]
-    return next((run for run in found if run.method == "loraf"), found[0] if found else None)
+    """The first run of loraf with masks, or else the first run with masks."""
+    with_masks = [run for run in runs if run.masks]
+    return next((run for run in with_masks if run.method == "loraf"), with_masks[0] if with_masks else None)
 
 
 def _place(module: str) -> tuple[int | None, str]:
-    """(layer, projection) of `model.layers.3.mlp.up_proj`; None: the module is in no layer."""
+    """(layer, projection) of a name such as `model.layers.3.mlp.up_proj`; None: it is outside the layers."""
     *path, kind = module.split(".")
     return next((int(part) for part in path if part.isdecimal()), None), kind
 
 
 def _short(count: int) -> str:
-    """A count in three digits or so."""
+    """A count in about three digits: `26.2k`."""
     for unit, size in (("M", 1_000_000), ("k", 1_000)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -137,11 +142,11 @@ def _grid(
     owner: str,
     size: float,
 ) -> None:
-    """Rectangles, one a cell (row, column), with their texts; a cell that is missing stays white.
+    """Draws a rectangle with a text for each cell (row, column); a missing cell stays white.
 
     Args:
         shades: cell → 0 to 1.
-        owner: whose cells they are, for their ids.
+        owner: part of the cells' ids.
         size: of the texts, in points.
     """
     from matplotlib.patches import Rectangle
@@ -167,7 +172,7 @@ def _grid(
 
 
 def _bar(figure: Figure, axes: Axes, top: float, label: str) -> None:
-    """The scale of colours beside a map, from 0 to `top`, in per cent."""
+    """Adds the colour scale of a map, from 0 to `top`, in per cent."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.ticker import PercentFormatter

@@ -1,23 +1,24 @@
 """The methods of a comparison. All train through `trainer.loop.fit`, with the same examples in the same order.
 
     loraf         this project: calibrated positions, K values each (loraf_train.sequence.runner)
-    random-mask   the same with positions drawn at random among the free ones: does magnitude choose well?
+    random-mask   the same with positions drawn at random among the free ones: is magnitude a good criterion?
     frozen-a      the same A, but one dense B that all tasks share
     lora          PEFT's LoRA; an earlier task's adapter is merged into the weights, and a fresh one put on top
     full          all parameters of the model, in the model's own precision
 
-`Method.train` trains tasks one after the other and tells a Listener, which measures at the right moments. When it
-returns, the model is the bare base again, bit for bit. What is served is scored: adapters are merged into the weights,
-and values are rounded to what is stored, before anything is measured.
+`Method.train` trains tasks one after the other and calls a Listener, which measures at the right moments. When it
+returns, the model is the bare base again, bit for bit. Everything is measured in the form that would be served: with
+adapters merged into the weights, and values rounded to the stored dtype.
 """
 
 from __future__ import annotations
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +27,25 @@ import torch
 from loraf import projection
 from loraf.checkpoint import Checkpoint
 from loraf.delta import Merger, OriginalWeights, task_scale
-from loraf.manifest import positions
+from loraf.manifest import positions_per_matrix
 from loraf.tasksets import TaskSet
-from loraf_train.adapter.host import Host, find_targets
-from loraf_train.adapter.layer import Earlier
+from loraf_train.adapter.layer import EarlierTasks
 from loraf_train.adapter.masks import feasible
+from loraf_train.adapter.trainable_base import TrainableBase, find_targets
 from loraf_train.compare.results import MaskShare
 from loraf_train.processes import group
-from loraf_train.sequence import provenance, runner, train_task
+from loraf_train.sequence import phases, provenance, runner
+from loraf_train.sequence.calibrate import calibrate
+from loraf_train.sequence.train_task import train_task
 from loraf_train.trainer import loop
+from loraf_train.trainer.order import derived_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from loraf_train.data.examples import TaskData
+    from loraf.sparse import SparseB
+    from loraf_train.data.examples import Example
+    from loraf_train.data.task_data import TaskData
     from loraf_train.settings.config import RunConfig, TaskConfig
 
 CALIBRATION, TRAINING = "calibration", "training"
@@ -50,8 +56,8 @@ class Bench:
     """What every method trains on.
 
     Attributes:
-        loaded: the base model, its tokenizer and their folder. The model is shared by all runs.
-        scratch: a folder for whatever this run writes, not there yet; the same in all processes.
+        loaded: the base model, its tokenizer and their folder. All runs share the model.
+        scratch: a folder for what this run writes, which does not exist yet; the same in all processes.
     """
 
     loaded: runner.Loaded
@@ -64,8 +70,8 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What the training of one task gave; see `results.Cost`."""
+class TrainedTask:
+    """The result of training one task; see `results.Cost`."""
 
     trainable: int
     steps: int
@@ -74,7 +80,7 @@ class Made:
 
 
 class Listener:
-    """What a method tells while it trains. This one does nothing; only the first process needs another."""
+    """Events of a method's training. All methods here are no-ops; only the first process needs others."""
 
     def started(self, task: TaskConfig) -> None:
         """The task's training begins."""
@@ -83,9 +89,9 @@ class Listener:
         """A step of CALIBRATION or TRAINING is done; `step` counts from 1."""
 
     def ended(self, task: TaskConfig) -> None:
-        """The task's training is over; nothing is written or merged yet."""
+        """The task's training has ended; nothing is written or merged yet."""
 
-    def trained(self, task: TaskConfig, made: Made) -> None:
+    def trained(self, task: TaskConfig, outcome: TrainedTask) -> None:
         """The model holds all tasks so far. Leave its weights as they are."""
 
     def as_trained(self, task: TaskConfig) -> None:
@@ -96,7 +102,8 @@ class Method(ABC):
     """One way to train tasks.
 
     Attributes:
-        keeps_copies: it cannot call `Listener.as_trained`.
+        name: in --methods, in files and in tables.
+        keeps_copies: as-trained scores need a copy kept after each task, so `Listener.as_trained` is never called.
     """
 
     name: str
@@ -104,7 +111,7 @@ class Method(ABC):
 
     @abstractmethod
     def train(self, bench: Bench, config: RunConfig, listener: Listener) -> None:
-        """Trains all tasks of `config`, its seed deciding all that depends on chance.
+        """Trains all tasks of `config`, whose seed determines everything random.
 
         Raises:
             ConfigError: see `loop.fit`.
@@ -112,19 +119,19 @@ class Method(ABC):
 
     @abstractmethod
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
-        """What decides the task's values, as plain JSON: only what has a meaning for the method."""
+        """Returns the settings that determine the task's values, as plain JSON: those that the method uses."""
 
 
 class Loraf(Method):
-    """This project's own sequence, into a checkpoint that is removed afterwards."""
+    """This project's own sequence, into a checkpoint that is deleted afterwards."""
 
     name = "loraf"
     keeps_copies = False
-    choose: runner.Choose = staticmethod(runner.calibrate)
+    select_positions: runner.SelectPositions = staticmethod(calibrate)
 
     def train(self, bench: Bench, config: RunConfig, listener: Listener) -> None:
         config = config.model_copy(update={"output": bench.scratch})
-        checkpoint = runner.run(config, bench.data, _Watch(listener), bench.loaded, self.choose)
+        checkpoint = runner.run(config, bench.data, _ObserverForListener(listener), bench.loaded, self.select_positions)
         if group.is_first():
             merger = Merger(bench.model, checkpoint)
             for task in config.tasks:
@@ -134,32 +141,40 @@ class Loraf(Method):
         group.wait()
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
-        return _adapter_settings(config, task, but=())
+        return _adapter_settings(config, task, without=())
 
 
 class RandomMask(Loraf):
-    """Positions drawn at random; there is no calibration."""
+    """Draws positions at random; there is no calibration."""
 
     name = "random-mask"
 
     @staticmethod
-    def choose(host: Host, task: TaskConfig, examples, taken, earlier, seed: int, *_: Any) -> dict[str, torch.Tensor]:
-        """As `calibrate`: K of the free positions of each module, each set of K as likely as any other."""
-        chosen = {}
-        for name, base in host.targets.items():
-            shape = (base.out_features, host.rank)
+    def select_positions(
+        base: TrainableBase,
+        task: TaskConfig,
+        examples: Sequence[Example],
+        taken: Mapping[str, Sequence[SparseB]],
+        earlier: Mapping[str, EarlierTasks],
+        seed: int,
+        *_: Any,
+    ) -> dict[str, torch.Tensor]:
+        """As `calibrate`: K free positions of each module, every set of K with the same probability."""
+        positions = {}
+        for name, linear in base.targets.items():
+            shape = (linear.out_features, base.rank)
             free = feasible(shape, taken[name])
-            generator = torch.Generator().manual_seed(loop.derived_seed(seed, name))
-            drawn = torch.randperm(len(free), generator=generator)[: positions(task.sparsity, *shape)]
-            chosen[name] = free[drawn].sort().values
-        return chosen
+            generator = torch.Generator().manual_seed(derived_seed(seed, name))
+            drawn = torch.randperm(len(free), generator=generator)[: positions_per_matrix(task.sparsity, *shape)]
+            positions[name] = free[drawn].sort().values
+        return positions
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
-        return _adapter_settings(config, task, but=("calibration",))
+        return _adapter_settings(config, task, without=("calibration",))
 
 
-class _Watch(runner.Observer):
-    """From what a sequence tells to what a Listener hears."""
+class _ObserverForListener(runner.Observer):
+    """Passes a sequence's progress on to a Listener."""
 
     def __init__(self, listener: Listener):
         self._listener = listener
@@ -176,7 +191,7 @@ class _Watch(runner.Observer):
         self._steps += 1
         self._listener.step(self._task, TRAINING, loss, step, total)
 
-    def adapted(self, task: TaskConfig, model: PreTrainedModel) -> None:
+    def trained(self, task: TaskConfig, model: PreTrainedModel) -> None:
         self._listener.ended(task)
 
     def task_finished(self, checkpoint: Checkpoint, task: TaskConfig, model: PreTrainedModel) -> None:
@@ -188,15 +203,15 @@ class _Watch(runner.Observer):
         )
         merger = Merger(model, checkpoint)
         merger.merge(manifest.all_tasks())
-        self._listener.trained(task, Made(stored.parameters, self._steps, stored.file.bytes, masks))
+        self._listener.trained(task, TrainedTask(stored.parameters, self._steps, stored.file.bytes, masks))
         merger.merge(TaskSet())
 
 
 class FrozenA(Method):
-    """The project's seeded A with a dense B, which goes on from where the earlier task left it.
+    """The project's seeded A with one dense B: each task continues training the B of the task before.
 
-    B of a task with another α is rescaled at its start, so that the product stays. B is rounded to `adapter.dtype` when
-    a task ends, as loraf's values are.
+    At the start of a task with another α, B is rescaled so that α/r · B stays the same. When a task ends, B is rounded
+    to `adapter.dtype`, as loraf's values are.
     """
 
     name = "frozen-a"
@@ -204,64 +219,67 @@ class FrozenA(Method):
     def train(self, bench: Bench, config: RunConfig, listener: Listener) -> None:
         model, rank = bench.model, config.adapter.rank
         targets = find_targets(model, config.adapter.target_modules, str(config.file))
-        a = {name: _a(config, name, base).to(base.weight.dtype) for name, base in targets.items()}
-        host = Host(model, targets, a, runner.pad_id(bench.loaded[1]))
-        everywhere = {name: torch.arange(base.out_features * rank) for name, base in targets.items()}
-        nothing = dict.fromkeys(targets, Earlier.of(()))
-        scaled: dict[str, torch.Tensor] = {}  # α/r · B, flat
+        a = {name: _a(config, name, linear).to(linear.weight.dtype) for name, linear in targets.items()}
+        base = TrainableBase(model, targets, a, runner.pad_id(bench.loaded[1]))
+        all_positions = {name: torch.arange(linear.out_features * rank) for name, linear in targets.items()}
+        earlier = dict.fromkeys(targets, EarlierTasks.of(()))
+        scaled: dict[str, torch.Tensor] = {}  # module → α/r · B of the last task, (d_out · rank,)
         for task in config.tasks:
             scale = task_scale(task.alpha, rank)
             listener.started(task)
-            values, outcome = train_task.adapt(
-                host,
+            values, outcome = train_task(
+                base,
                 task,
                 bench.data[task.name].train,
-                everywhere,
-                nothing,
+                all_positions,
+                earlier,
                 _seed(config, task),
                 getattr(torch, config.adapter.dtype),
                 _on_step(listener, task),
-                lambda task=task: listener.ended(task),
+                partial(listener.ended, task),
                 start={name: b / scale for name, b in scaled.items()},
             )
-            dense = {name: b.values.view(b.shape) for name, b in values.items()}  # positions are all of them, in order
-            size = _written(bench, lambda folder, dense=dense: _save_tensors(dense, folder))
+            dense = {name: b.values.view(b.shape) for name, b in values.items()}  # all positions, in order
+            size = _written_bytes(bench, partial(_save_tensors, dense))
             scaled = {name: b.float().view(-1) * scale for name, b in dense.items()}
             if group.is_first():
                 with _merged(config, targets, scaled):
-                    listener.trained(task, Made(sum(map(len, everywhere.values())), outcome.steps, size))
+                    trainable = sum(map(len, all_positions.values()))
+                    listener.trained(task, TrainedTask(trainable, outcome.steps, size))
             group.wait()
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
-        return _adapter_settings(config, task, but=("calibration", "sparsity", "start"))
+        return _adapter_settings(config, task, without=("calibration", "sparsity", "start"))
 
 
-def _a(config: RunConfig, name: str, base: torch.nn.Linear) -> torch.Tensor:
+def _a(config: RunConfig, module: str, linear: torch.nn.Linear) -> torch.Tensor:
     """A of a module, (rank, d_in) float32, on the device of its weight."""
     adapter = config.adapter
-    made, _ = projection.made(config.seed, name, adapter.rank, base.in_features, adapter.init_std)
-    return made.to(base.weight.device)
+    a, _ = projection.projection_and_digest(config.seed, module, adapter.rank, linear.in_features, adapter.init_std)
+    return a.to(linear.weight.device)
 
 
 @contextmanager
 def _merged(
     config: RunConfig, targets: Mapping[str, torch.nn.Linear], scaled: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
-    """Within, the weights hold ΔW of `scaled` (module → α/r · B, flat)."""
+    """A context in which the weights include ΔW. `scaled`: module → α/r · B, (d_out · rank,)."""
     originals = OriginalWeights()
-    for name, base in targets.items():
-        originals.keep(name, base.weight)
-        b = scaled[name].view(base.out_features, -1).to(base.weight.device)
-        originals.add(name, b @ _a(config, name, base))
+    for name, linear in targets.items():
+        weight = linear.weight
+        assert isinstance(weight, torch.nn.Parameter)  # torch annotates it as a plain tensor
+        originals.keep(name, weight)
+        b = scaled[name].view(linear.out_features, -1).to(weight.device)
+        originals.add(name, b @ _a(config, name, linear))
     yield
     originals.restore()
 
 
 class Lora(Method):
-    """PEFT's LoRA on the same modules, as PEFT sets it up: A is random and trained too, B begins at zero.
+    """PEFT's LoRA on the same modules, as PEFT initialises it: A is random and trained too, B starts at zero.
 
-    In a sequence an earlier task's adapter is merged into the weights, and a fresh one is put on top. So the adapters
-    of all tasks up to it are needed to serve a later one; `file_bytes` is that of its own.
+    In a sequence an earlier task's adapter is merged into the weights, and a fresh one is put on top. Serving a task
+    therefore takes the adapters of all tasks up to it; `file_bytes` counts its own alone.
     """
 
     name = "lora"
@@ -273,25 +291,25 @@ class Lora(Method):
         find_targets(model, config.adapter.target_modules, str(config.file))
         for task in config.tasks:
             listener.started(task)
-            shape = peft.LoraConfig(
+            lora = peft.LoraConfig(
                 r=config.adapter.rank,
-                lora_alpha=task.alpha,
+                lora_alpha=task.alpha,  # type: ignore[arg-type]  # annotated as int, but any number works
                 lora_dropout=task.training.dropout,
                 target_modules=list(config.adapter.target_modules),
                 bias="none",
                 task_type="CAUSAL_LM",
             )
             with torch.random.fork_rng():
-                torch.manual_seed(loop.derived_seed(config.seed, task.name, "lora"))
-                adapted = peft.get_peft_model(model, shape)
+                torch.manual_seed(derived_seed(config.seed, task.name, "lora"))
+                adapted = peft.get_peft_model(model, lora)
             outcome, trainable = _fit(bench, config, task, listener)
             listener.ended(task)
-            size = _written(bench, lambda folder, a=adapted: a.save_pretrained(folder, save_embedding_layers=False))
+            size = _written_bytes(bench, partial(adapted.save_pretrained, save_embedding_layers=False))
             adapted.merge_and_unload()
             if group.is_first():
-                listener.trained(task, Made(trainable, outcome.steps, size))
+                listener.trained(task, TrainedTask(trainable, outcome.steps, size))
             group.wait()
-        _put_back(bench, config)
+        _restore_base(bench, config)
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
         but = ("calibration", "sparsity", "start", "dtype", "init_std")
@@ -299,7 +317,7 @@ class Lora(Method):
 
 
 class Full(Method):
-    """All parameters of the model, in the precision that it is loaded in (`precision:`)."""
+    """Trains all parameters of the model, in the precision that it is loaded in (`precision:`)."""
 
     name = "full"
 
@@ -311,11 +329,11 @@ class Full(Method):
             outcome, trainable = _fit(bench, config, task, listener)
             model.requires_grad_(False)
             listener.ended(task)
-            size = _written(bench, model.save_pretrained)
+            size = _written_bytes(bench, model.save_pretrained)
             if group.is_first():
-                listener.trained(task, Made(trainable, outcome.steps, size))
+                listener.trained(task, TrainedTask(trainable, outcome.steps, size))
             group.wait()
-        _put_back(bench, config)
+        _restore_base(bench, config)
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
         training = dict(provenance.settings(config, task)["training"])
@@ -323,18 +341,18 @@ class Full(Method):
         return {"training": training}
 
 
-ALL: Mapping[str, Method] = {made.name: made for made in (Loraf(), RandomMask(), FrozenA(), Lora(), Full())}
+ALL: Mapping[str, Method] = {method.name: method for method in (Loraf(), RandomMask(), FrozenA(), Lora(), Full())}
 
 
-def _adapter_settings(config: RunConfig, task: TaskConfig, but: tuple[str, ...]) -> dict[str, Any]:
+def _adapter_settings(config: RunConfig, task: TaskConfig, without: tuple[str, ...]) -> dict[str, Any]:
     adapter = config.adapter.model_dump(mode="json", include={"rank", "target_modules", "init_std"})
-    found = {**provenance.settings(config, task), **adapter}
-    return {key: value for key, value in found.items() if key not in ("data", *but)}
+    settings = {**provenance.settings(config, task), **adapter}
+    return {key: value for key, value in settings.items() if key not in ("data", *without)}
 
 
 def _seed(config: RunConfig, task: TaskConfig) -> int:
-    """The one that a sequence gives the task: the same order of examples for all methods."""
-    return loop.derived_seed(config.seed, task.name, "adaptation")
+    """The seed that a sequence gives the task's training, so that all methods see the examples in the same order."""
+    return phases.seeds_of(config.seed, task.name)[phases.TRAINING_SEED]
 
 
 def _on_step(listener: Listener, task: TaskConfig) -> loop.OnStep:
@@ -342,20 +360,20 @@ def _on_step(listener: Listener, task: TaskConfig) -> loop.OnStep:
 
 
 def _fit(bench: Bench, config: RunConfig, task: TaskConfig, listener: Listener) -> tuple[loop.Outcome, int]:
-    """Trains whatever of the model is to be trained, and counts it."""
+    """Trains the model's trainable parameters; returns the outcome and their number."""
     trainable = sum(p.numel() for p in bench.model.parameters() if p.requires_grad)
     outcome = loop.fit(
         bench.model,
         bench.data[task.name].train,
-        train_task.phase_of(task, _seed(config, task)),
+        phases.training_phase(task, _seed(config, task)),
         runner.pad_id(bench.loaded[1]),
         _on_step(listener, task),
     )
     return outcome, trainable
 
 
-def _written(bench: Bench, save: Callable[[Path], Any]) -> int:
-    """Bytes of the safetensors files that `save` writes into the folder it is given; they are removed again."""
+def _written_bytes(bench: Bench, save: Callable[[Path], Any]) -> int:
+    """The size of the safetensors files that `save` writes into a folder, in bytes; the folder is deleted again."""
 
     def measure() -> int:
         bench.scratch.mkdir(parents=True, exist_ok=True)
@@ -373,11 +391,11 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
 
 
 @torch.no_grad()
-def _put_back(bench: Bench, config: RunConfig) -> None:
-    """The base's own weights, read again: a copy kept in memory meanwhile would count as the method's."""
+def _restore_base(bench: Bench, config: RunConfig) -> None:
+    """Reads the base's weights again; a copy kept in memory would count towards the method's peak memory."""
     fresh = dict(runner.load_model(config)[0].named_parameters())
-    mine = dict(bench.model.named_parameters())
-    if mine.keys() != fresh.keys():
-        raise RuntimeError(f"a method left other parameters in the model: {sorted(mine.keys() ^ fresh.keys())[:3]}")
-    for name, parameter in mine.items():
+    trained = dict(bench.model.named_parameters())
+    if trained.keys() != fresh.keys():
+        raise RuntimeError(f"a method left other parameters in the model: {sorted(trained.keys() ^ fresh.keys())[:3]}")
+    for name, parameter in trained.items():
         parameter.copy_(fresh[name])

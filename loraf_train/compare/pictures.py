@@ -1,12 +1,12 @@
 """The pictures of a comparison, each as PNG and as SVG.
 
-    single      scores       each evaluation set, a bar a method
-    sequence    kept         each method, what the first task scored when just trained and at the end
+    single      scores       for each evaluation set a bar of each method
+    sequence    kept         for each method the first task's score when just trained and at the end
                 matrix       R of each method as a heat map
-                positions    where each task's positions lie, by layer and projection
+                positions    where each task's positions are, by layer and projection
 
-The same results give the same bytes of SVG, with one version of matplotlib. There texts are texts, and bars and cells
-are named (`bar-lora-boolq`, `cell-lora-2-1`), so that they can be found again.
+With one version of matplotlib the same results give the same bytes of SVG. Text is stored as text, and bars and cells
+have ids (`bar-lora-boolq`, `cell-lora-2-1`) by which tests find them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from loraf_train.compare.statistics import Statistics
 def draw(results: Results, folder: Path) -> list[Path]:
     """Writes the pictures of the comparison's protocol into `folder`, and returns their paths.
 
-    A picture of which nothing was measured is left out.
+    A picture for which nothing was measured is left out.
 
     Raises:
         ConfigError: matplotlib is not installed, or the folder cannot be written.
     """
-    found, written = Statistics(results), []
+    statistics = Statistics(results)
+    written: list[Path] = []
     single = {"scores": bars.scores}
     sequence = {"kept": bars.kept, "matrix": maps.matrix, "positions": maps.positions}
     with canvas.style():
-        for name, picture in (single if results.protocol == "single" else sequence).items():
-            figure = picture(found)
+        for name, draw_figure in (single if results.protocol == "single" else sequence).items():
+            figure = draw_figure(statistics)
             if figure is not None:
                 written += canvas.save(figure, Path(folder), name)
     return written

@@ -1,11 +1,11 @@
-"""The two protocols, run by run. A run is a method with a seed.
+"""The two protocols, run by run. A run is one method with one seed.
 
-    single      every task alone, from the base; scored on its own evaluation sets
-    sequence    one task after the other; after each, every task of the file is scored, those still to come too
-                (forward transfer), and at the end each task as it was when it had just been trained
+    single      each task is trained alone, from the base, and scored on its own evaluation sets
+    sequence    one task after the other; after each, every task of the file is scored, also those still to come
+                (forward transfer); at the end, each task as it was when it had just been trained
 
-The bare base is scored once, on every task. Every example counts. Where the file names general text, the loss on it is
-measured along with the scores.
+The base model is scored once, on every task. If the file names general text, the loss on it is measured along with the
+scores.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,30 +29,32 @@ from loraf_train.grading.builtin import MEAN
 from loraf_train.processes import group
 from loraf_train.scoring.evaluate import score
 from loraf_train.sequence import resume
-from loraf_train.sequence.runner import surroundings
+from loraf_train.sequence.provenance import environment
 
 if TYPE_CHECKING:
-    from loraf_train.data.examples import TaskData
+    from loraf_train.data.task_data import TaskData
+    from loraf_train.sequence.runner import Loaded
     from loraf_train.settings.config import RunConfig, TaskConfig
+    from loraf_train.terminal.progress import Report
 
 SINGLE, SEQUENCE = "single", "sequence"
 SCRATCH = "scratch"
-OF_BASE = "base"  # in the place of a method: what the bare model scores
-NEVER = 1e9  # seconds between two saves of an unfinished task: a run that was interrupted begins anew
-
-Part = Callable[[str], Callable[..., None]]  # as `progress.Progress.part`
+OF_BASE = "base"  # in place of a method's name: the run that scores the base model
+NEVER = 1e9  # seconds between two saves of an unfinished task: an interrupted run starts over
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """What is compared, and with what.
 
     Attributes:
-        config: the file, `config.of_method` for each method.
-        base: fingerprint of the base model.
-        out: where finished runs are kept.
-        part: reports how far something is.
-        say: a line for the user.
+        config: the file; each method trains with `config.of_method`.
+        general: the general text on which drift is measured; None: it is not measured.
+        loaded: the base model, its tokenizer and their folder.
+        base: the base model's fingerprint.
+        folder: where finished runs are kept.
+        part: adds a part of the work to the progress, as `Progress.part`.
+        say: prints a line.
     """
 
     config: RunConfig
@@ -60,78 +63,81 @@ class Comparison:
     seeds: tuple[int, ...]
     data: dict[str, TaskData]
     general: General | None
-    loaded: tuple[Any, Any, Path]
+    loaded: Loaded
     base: str
-    out: Path
-    part: Part
+    folder: Path
+    part: Callable[[str], Report]
     say: Callable[[str], None]
 
     def config_of(self, method: str, seed: int) -> RunConfig:
-        """What a run trains with. No tracker is told, and no state of an unfinished task is kept."""
+        """The configuration of a run: without trackers, and without saving unfinished tasks."""
         config = self.config.of_method(method)
-        quiet = {"report_to": (), "save_seconds": NEVER}
-        tasks = tuple(t.model_copy(update={"training": t.training.model_copy(update=quiet)}) for t in config.tasks)
+        changes = {"report_to": (), "save_seconds": NEVER}
+        tasks = tuple(t.model_copy(update={"training": t.training.model_copy(update=changes)}) for t in config.tasks)
         return config.model_copy(update={"seed": seed, "tasks": tasks})
 
     def runs(self) -> list[Run]:
-        """All runs, each with the base's scores; what is on disk is not measured again.
+        """Returns all runs, each with the base model's scores; a run that is on disk is not measured again.
 
-        Methods take turns within a seed, so that what slows the machine for a while slows all of them.
+        Methods take turns within a seed, so that a slow period of the machine affects all of them.
 
         Raises:
             ConfigError: see `Method.train`.
             CheckpointError: a finished run cannot be written.
         """
         base = self._run(OF_BASE, 0, self._base)
-        found = []
+        runs = []
         for seed in self.seeds:
             for name in self.methods:
-                run = self._run(name, seed, lambda name=name, seed=seed: self._measure(name, seed))
-                whole = dataclasses.replace(run, scores=base.scores + run.scores, drift=base.drift + run.drift)
-                found.append(whole)
-        return sorted(found, key=lambda run: self.methods.index(run.method))
+                run = self._run(name, seed, partial(self._measure, name, seed))
+                runs.append(dataclasses.replace(run, scores=base.scores + run.scores, drift=base.drift + run.drift))
+        return sorted(runs, key=lambda run: self.methods.index(run.method))
 
     def _run(self, name: str, seed: int, measure: Callable[[], Run]) -> Run:
-        """A run from disk, or measured and kept there."""
+        """Returns a run from disk, or measures it and keeps it there."""
         label = name if name == OF_BASE else f"{name}, seed {seed}"
-        file = stored.path_of(self.out, name if name == OF_BASE else f"{name}-seed{seed}")
-        making = self._making(name, seed)
-        run, reason = stored.find(file, making)
-        group.wait()  # none may write before all have looked
+        file = stored.path_of(self.folder, name if name == OF_BASE else f"{name}-seed{seed}")
+        provenance = self._provenance(name, seed)
+        run, reason = stored.find(file, provenance)
+        group.wait()  # no process may write before all have looked
         if run is not None:
             self.say(f"{label}: measured before")
             return run
-        self.say(f"{label}: measured anew, since {reason}" if reason else f"{label}:")
-        run = measure()
-        return group.first_writes(lambda: (stored.keep(file, making, run), run)[1], lambda: run)
+        self.say(f"{label}: measured again, because {reason}" if reason else f"{label}:")
+        measured = measure()
+        group.first_writes(lambda: stored.keep(file, provenance, measured), lambda: None)
+        return measured
 
-    def _making(self, name: str, seed: int) -> dict[str, Any]:
-        """All that a run depends on."""
-        making: dict[str, Any] = {
+    def _provenance(self, name: str, seed: int) -> dict[str, Any]:
+        """Everything that a run depends on; the keys are those of its file."""
+        provenance: dict[str, Any] = {
             "protocol": self.protocol,
             "evaluation": {n: [resume.digest_of([s]) for s in d.evaluation.values()] for n, d in self.data.items()},
-            "scoring": {t.name: {"metric": t.metric, "max_new_tokens": t.max_new_tokens} for t in self.config.tasks},
+            "scoring": {
+                t.name: {"metric": self.data[t.name].metric, "max_new_tokens": t.max_new_tokens}
+                for t in self.config.tasks
+            },
             "general": resume.digest_of(self.general.examples) if self.general else None,
             "base": self.base,
-            **surroundings(self.loaded[0]),
+            **environment(self.loaded[0]),
         }
         if name == OF_BASE:
-            return making | {"protocol": None}
+            return provenance | {"protocol": None}
         if name == methods.Lora.name:
             import peft
 
-            making["versions"]["peft"] = peft.__version__
+            provenance["versions"]["peft"] = peft.__version__
         config, method = self.config_of(name, seed), methods.ALL[name]
-        return making | {
+        return provenance | {
             "method": name,
             "seed": seed,
             "settings": {t.name: method.settings(config, t) for t in config.tasks},
-            "how": {t.name: _how(t) for t in config.tasks},
+            "how": {t.name: _speed_settings(t) for t in config.tasks},
             "examples": {n: resume.digest_of(d.train) for n, d in self.data.items()},
         }
 
     def _base(self) -> Run:
-        """The bare model's scores on every task, as a run without costs."""
+        """Scores the base model on every task, as a run without costs."""
         recorder = self._recorder(OF_BASE, self.config)
         if group.is_first():
             recorder.score(self.config.tasks, BASE, SO_FAR)
@@ -142,7 +148,7 @@ class Comparison:
         method, config = methods.ALL[name], self.config_of(name, seed)
         recorder = self._recorder(f"{name}, seed {seed}", config, method.keeps_copies)
         listener = recorder if group.is_first() else methods.Listener()
-        scratch = self.out / SCRATCH
+        scratch = self.folder / SCRATCH
         self._clear(scratch)
         alone = [config.model_copy(update={"tasks": (task,)}) for task in config.tasks]
         try:
@@ -161,14 +167,14 @@ class Comparison:
         group.first_writes(lambda: shutil.rmtree(scratch, ignore_errors=True), lambda: None)
 
 
-def _how(task: TaskConfig) -> dict[str, Any]:
-    """How a task is trained: costs depend on it, and the last bits of scores."""
+def _speed_settings(task: TaskConfig) -> dict[str, Any]:
+    """Settings that change the costs of training, and only the last bits of scores."""
     return task.training.model_dump(mode="json", include={"micro_batch_size", "gradient_checkpointing", "packing"})
 
 
 @dataclass
 class _Recorder(methods.Listener):
-    """Measures whatever a run is to hold, at the moments that a method tells."""
+    """Measures a run's scores, costs and drift whenever its method reports an event."""
 
     comparison: Comparison
     label: str
@@ -181,61 +187,62 @@ class _Recorder(methods.Listener):
 
     def __post_init__(self) -> None:
         self._meter = Meter(self.comparison.loaded[0].device)
-        self._parts: dict[str, Callable[..., None]] = {}
+        self._reports: dict[str, Report] = {}
 
     def started(self, task: TaskConfig) -> None:
         self._meter.start()
 
     def step(self, task: TaskConfig, phase: str, loss: float, step: int, total: int) -> None:
-        self._part(f"{task.name}: {phase} step")(step, total, f"loss {loss:.4f}")
+        self._report(f"{task.name}: {phase} step")(step, total, f"loss {loss:.4f}")
 
     def ended(self, task: TaskConfig) -> None:
-        self._seconds, self._peak = self._meter.stop()
+        self._seconds, self._peak_bytes = self._meter.stop()
 
-    def trained(self, task: TaskConfig, made: methods.Made) -> None:
-        cost = Cost(task.name, made.trainable, made.steps, self._seconds, self._peak, made.file_bytes)
+    def trained(self, task: TaskConfig, outcome: methods.TrainedTask) -> None:
+        cost = Cost(task.name, outcome.trainable, outcome.steps, self._seconds, self._peak_bytes, outcome.file_bytes)
         self.costs.append(cost)
-        self.masks += made.masks
+        self.masks += outcome.masks
         alone = self.comparison.protocol == SINGLE
         self.score([task] if alone else self.tasks, task.name, SO_FAR)
         if not alone and self.keeps_copies:
-            copied = [s for s in self.scores if s.after == s.task == task.name]
-            self.scores += [dataclasses.replace(s, acting=AS_TRAINED) for s in copied]
+            own = [s for s in self.scores if s.after == s.task == task.name]
+            self.scores += [dataclasses.replace(s, acting=AS_TRAINED) for s in own]
         self.measure_drift(task.name)
 
     def as_trained(self, task: TaskConfig) -> None:
-        if self.comparison.protocol == SEQUENCE:  # alone, it is what was measured already
+        if self.comparison.protocol == SEQUENCE:  # in protocol single it was measured already
             self.score([task], task.name, AS_TRAINED)
 
     def score(self, tasks: Sequence[TaskConfig], after: str, acting: str) -> None:
         model, tokenizer, _ = self.comparison.loaded
         for task in tasks:
-            part = self._part(f"scoring {task.name} {_when(after, acting)}")
-            evaluation = self.comparison.data[task.name].evaluation
-            for found in score(model, tokenizer, task, evaluation, TaskSet(), part):  # the set is a label only
-                self._require_number(found.score, f"the score on {found.evaluation} {_when(after, acting)}")
-                if found.evaluation != MEAN:
-                    self.scores.append(RunScore(after, acting, task.name, found.evaluation, found.score, found.count))
+            report = self._report(f"scoring {task.name} {_when(after, acting)}")
+            data = self.comparison.data[task.name]
+            for s in score(model, tokenizer, task, data, TaskSet(), report):  # here the set is only a label
+                self._require_finite(s.score, f"the score on {s.evaluation} {_when(after, acting)}")
+                if s.evaluation != MEAN:
+                    self.scores.append(RunScore(after, acting, task.name, s.evaluation, s.score, s.count))
 
     def measure_drift(self, after: str) -> None:
         general = self.comparison.general
         if general is not None:
-            loss = general.loss(self.comparison.loaded[0], self._part(f"general text {_when(after, SO_FAR)}"))
-            self._require_number(loss, f"the loss on general text {_when(after, SO_FAR)}")
+            loss = general.loss(self.comparison.loaded[0], self._report(f"general text {_when(after, SO_FAR)}"))
+            self._require_finite(loss, f"the loss on general text {_when(after, SO_FAR)}")
             self.drift.append(Drift(after, loss, general.tokens))
 
     def run(self, method: str, seed: int, keeps_copies: bool) -> Run:
-        parts = (tuple(found) for found in (self.scores, self.costs, self.drift, self.masks))
-        return Run(method, seed, keeps_copies, *parts)
+        return Run(
+            method, seed, keeps_copies, tuple(self.scores), tuple(self.costs), tuple(self.drift), tuple(self.masks)
+        )
 
-    def _require_number(self, value: float, what: str) -> None:
+    def _require_finite(self, value: float, quantity: str) -> None:
         if not math.isfinite(value):
-            raise ConfigError(Problem(f"{what} is {value}", remedy="use a lower learning rate for this method"))
+            raise ConfigError(Problem(f"{quantity} is {value}", remedy="use a lower learning rate for this method"))
 
-    def _part(self, name: str) -> Callable[..., None]:
-        if name not in self._parts:
-            self._parts[name] = self.comparison.part(f"{self.label}: {name}")
-        return self._parts[name]
+    def _report(self, name: str) -> Report:
+        if name not in self._reports:
+            self._reports[name] = self.comparison.part(f"{self.label}: {name}")
+        return self._reports[name]
 
 
 def _when(after: str, acting: str) -> str:

@@ -1,7 +1,9 @@
-"""What a comparison measured: plain data, and its JSON form. Everything that is shown is derived from it.
+"""What a comparison measured: plain data, and its JSON form. All tables and pictures are derived from it.
 
-A run is one method with one seed. With the protocol `single` every task is trained alone, from the base; with
-`sequence` the tasks are trained one after the other.
+A run is one method with one seed. In protocol `single` each task is trained alone, from the base; in `sequence` the
+tasks are trained one after the other.
+
+The names of the fields are those of the JSON form.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from loraf import strict_json
 from loraf.errors import ConfigError, Problem
 
 FORMAT = 1
-BASE = ""  # in the place of a task's name: before anything was trained
+BASE = ""  # in place of a task's name: before anything was trained
 SO_FAR, AS_TRAINED = "so-far", "as-trained"
 PROTOCOLS = ("single", "sequence")
-SHOWN = 10  # mistakes of a file that are named
+SHOWN = 10  # maximum number of mistakes that are named
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class ScoredTask:
     """A task of the file.
 
     Attributes:
-        evaluations: names of its evaluation sets, in order → examples of each.
+        evaluations: evaluation set → its number of examples, in the file's order.
     """
 
     name: str
@@ -38,14 +40,14 @@ class ScoredTask:
 
 @dataclass(frozen=True)
 class RunScore:
-    """One number.
+    """One measured score.
 
     Attributes:
-        after: the last task trained when it was measured; BASE: the bare model. `single`: the task itself, or BASE.
-        acting: SO_FAR: all that was trained until then acts; AS_TRAINED: what acted on the day when `task` had just
-            ended, measured at the end of the run (for a method that keeps no such state apart, what a copy kept on
-            that day scores: the run says so in `keeps_copies`).
-        task, evaluation: what is scored; `count` examples.
+        after: the last task that was trained before; BASE: none. In protocol `single`: the task itself, or BASE.
+        acting: which tasks were on. SO_FAR: all that were trained until then. AS_TRAINED: those that were on when
+            `task` had just been trained, measured at the end of the run (for a method with `keeps_copies`, the score
+            of a copy kept at that time).
+        task, evaluation: what was scored, on `count` examples.
     """
 
     after: str
@@ -58,14 +60,15 @@ class RunScore:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of training one task.
+    """The cost of training one task.
 
     Attributes:
-        trainable: parameters that the optimizer moves (of loraf: K values of all modules; calibration is not counted
-            here but is in `seconds` and `peak_bytes`).
+        trainable: the number of trained parameters (of loraf: the K values of all modules; calibration counts only in
+            `seconds` and `peak_bytes`).
         steps: optimizer steps, calibration included.
-        peak_bytes: most memory of the process (GPU: allocated on the device) meanwhile; None: it cannot be told.
-        file_bytes: what is to be kept on disk so that this task can be served, beside the base model.
+        seconds: wall time of training, without scoring.
+        peak_bytes: peak memory of the process (on a GPU: allocated there); None: not known.
+        file_bytes: what must be kept on disk to serve the task, besides the base model.
     """
 
     task: str
@@ -78,7 +81,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Drift:
-    """Loss on held-out general text, nats a token, when all tasks up to `after` act."""
+    """Loss on held-out general text in nats per token, with all tasks up to `after` on, over `tokens` tokens."""
 
     after: str
     loss: float
@@ -87,7 +90,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class MaskShare:
-    """Positions that a task owns in one module: `positions` of `size`."""
+    """How many positions a task owns in one module: `positions` of `size`."""
 
     task: str
     module: str
@@ -100,7 +103,7 @@ class Run:
     """One method with one seed.
 
     Attributes:
-        keeps_copies: as-trained scores need a copy of what was trained for every task (lora, full, frozen-a).
+        keeps_copies: whether as-trained scores need a copy kept after each task (lora, full, frozen-a).
     """
 
     method: str
@@ -117,12 +120,13 @@ class Results:
     """A whole comparison.
 
     Attributes:
-        model: its name as the file gives it; `parameters`: of the bare model.
-        settings: method → task → what it was trained with (learning rate, alpha, …), for the reader.
-        surroundings: machine, precision, processes and versions.
+        protocol: one of PROTOCOLS.
+        model: the base model's name in the file; `parameters` is its number of parameters.
+        settings: method → task → the settings it was trained with (learning rate, alpha, …), for readers.
+        surroundings: the environment: machine, precision, processes and versions.
     """
 
-    protocol: str  # single or sequence
+    protocol: str
     model: str
     parameters: int
     tasks: tuple[ScoredTask, ...]
@@ -137,23 +141,24 @@ class Results:
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    """Plain JSON values. A score or loss that is not finite, as training that diverged leaves it, becomes null.
+    """Returns plain JSON values. A score or loss that is not finite, after training that diverged, becomes null.
 
     Raises:
-        ValueError, TypeError: settings or surroundings hold what JSON cannot.
+        ValueError, TypeError: settings or surroundings hold values that JSON does not have.
     """
     content = asdict(results)
     for entry, key in _measured(content):
         if not math.isfinite(entry[key]):
             entry[key] = None
-    return strict_json.plain(content)
+    plain: dict[str, Any] = strict_json.plain(content)
+    return plain
 
 
 def write(path: Path, results: Results) -> None:
     """Writes the JSON form; a reader sees the old file or the whole new one.
 
     Raises:
-        CheckpointError: the operating system refused (disk full, no permission).
+        CheckpointError: the file cannot be written (disk full, no permission).
     """
     from loraf.checkpoint import write_durably
 
@@ -161,11 +166,11 @@ def write(path: Path, results: Results) -> None:
 
 
 def read(path: Path) -> Results:
-    """What `write` wrote; null in the place of a measured number is read as NaN.
+    """Reads what `write` wrote; null in place of a measured number becomes NaN.
 
     Raises:
-        ConfigError: the file cannot be read, is not JSON, or is no whole comparison; the first mistakes, each with its
-            field.
+        ConfigError: the file cannot be read, is not JSON, or is not a whole comparison; it names the first mistakes,
+            each with its field.
     """
     remedy = "write it again with `loraf-train compare`"
     try:
@@ -182,18 +187,20 @@ def read(path: Path) -> Results:
         if entry[key] is None:
             entry[key] = math.nan
     faults: list[tuple[str, str]] = []
-    results = strict_json.build(Results, content, "", lambda where, message: faults.append((where, message)))
+    results: Results | None = strict_json.build(Results, content, "", lambda *fault: faults.append(fault))
     if results is not None:
         faults += contradictions(results)
-    if faults:
+    if faults or results is None:
+        problems = [Problem(text, where, str(path), remedy) for where, text in faults[:SHOWN]]
         more = len(faults) - SHOWN
-        rest = [Problem(f"{more} more fields have mistakes", "", str(path), remedy)] if more > 0 else []
-        raise ConfigError([Problem(text, where, str(path), remedy) for where, text in faults[:SHOWN]] + rest)
+        if more > 0:
+            problems.append(Problem(f"{more} more fields have mistakes", "", str(path), remedy))
+        raise ConfigError(problems)
     return results
 
 
 def _measured(content: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """(object, key) of every measured number in a JSON form, which need not be well-formed."""
+    """Yields (object, key) of every measured number in a JSON form, which need not be well-formed."""
     runs = content.get("runs") if isinstance(content, dict) else None
     for run in runs if isinstance(runs, list | tuple) else ():
         for part, key in (("scores", "score"), ("drift", "loss")):
@@ -204,42 +211,43 @@ def _measured(content: Any) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def contradictions(results: Results) -> list[tuple[str, str]]:
-    """(field, message) of everything that is of the right type and yet cannot be: unknown names, one thing twice."""
-    found = []
+    """Returns (field, message) of every value of the right type that cannot be: unknown names, repeated entries."""
+    mistakes = []
     if results.protocol not in PROTOCOLS:
-        found.append(("protocol", f"is {results.protocol!r}, not {' or '.join(PROTOCOLS)}"))
+        mistakes.append(("protocol", f"is {results.protocol!r}, not {' or '.join(PROTOCOLS)}"))
     sets = {task.name: task.evaluations for task in results.tasks}
     after = {BASE, *sets}
-    found += _twice("tasks", [task.name for task in results.tasks])
-    found += _twice("runs", [(run.method, run.seed) for run in results.runs])
+    mistakes += _repeated("tasks", [task.name for task in results.tasks])
+    mistakes += _repeated("runs", [(run.method, run.seed) for run in results.runs])
     for r, run in enumerate(results.runs):
         for i, score in enumerate(run.scores):
             where = f"runs[{r}].scores[{i}]"
             if score.after not in after:
-                found.append((f"{where}.after", f"{score.after!r} is no task of the file"))
+                mistakes.append((f"{where}.after", f"{score.after!r} is not a task of the file"))
             if score.acting not in (SO_FAR, AS_TRAINED):
-                found.append((f"{where}.acting", f"is {score.acting!r}, not {SO_FAR} or {AS_TRAINED}"))
+                mistakes.append((f"{where}.acting", f"is {score.acting!r}, not {SO_FAR} or {AS_TRAINED}"))
             if score.task not in sets:
-                found.append((f"{where}.task", f"{score.task!r} is no task of the file"))
+                mistakes.append((f"{where}.task", f"{score.task!r} is not a task of the file"))
             elif score.evaluation not in sets[score.task]:
-                found.append((f"{where}.evaluation", f"{score.evaluation!r} is no evaluation set of {score.task}"))
+                message = f"{score.evaluation!r} is not an evaluation set of {score.task}"
+                mistakes.append((f"{where}.evaluation", message))
             if score.count < 1:
-                found.append((f"{where}.count", "is below 1"))
+                mistakes.append((f"{where}.count", "is below 1"))
         for part, names in (("costs", [c.task for c in run.costs]), ("masks", [m.task for m in run.masks])):
             unknown = [(i, name) for i, name in enumerate(names) if name not in sets]
-            found += [(f"runs[{r}].{part}[{i}].task", f"{name!r} is no task of the file") for i, name in unknown]
+            mistakes += [(f"runs[{r}].{part}[{i}].task", f"{name!r} is not a task of the file") for i, name in unknown]
         unknown = [(i, drift.after) for i, drift in enumerate(run.drift) if drift.after not in after]
-        found += [(f"runs[{r}].drift[{i}].after", f"{name!r} is no task of the file") for i, name in unknown]
-        found += _twice(f"runs[{r}].scores", [(s.after, s.acting, s.task, s.evaluation) for s in run.scores])
-        found += _twice(f"runs[{r}].costs", [cost.task for cost in run.costs])
-        found += _twice(f"runs[{r}].drift", [drift.after for drift in run.drift])
-        found += _twice(f"runs[{r}].masks", [(mask.task, mask.module) for mask in run.masks])
-    return found
+        mistakes += [(f"runs[{r}].drift[{i}].after", f"{name!r} is not a task of the file") for i, name in unknown]
+        mistakes += _repeated(f"runs[{r}].scores", [(s.after, s.acting, s.task, s.evaluation) for s in run.scores])
+        mistakes += _repeated(f"runs[{r}].costs", [cost.task for cost in run.costs])
+        mistakes += _repeated(f"runs[{r}].drift", [drift.after for drift in run.drift])
+        mistakes += _repeated(f"runs[{r}].masks", [(mask.task, mask.module) for mask in run.masks])
+    return mistakes
 
 
-def _twice(where: str, keys: Iterable[Any]) -> Iterator[tuple[str, str]]:
+def _repeated(where: str, keys: Iterable[Any]) -> Iterator[tuple[str, str]]:
     seen: dict[Any, int] = {}
     for i, key in enumerate(keys):
         first = seen.setdefault(key, i)
         if first != i:
-            yield f"{where}[{i}]", f"is of the same thing as {where}[{first}]"
+            yield f"{where}[{i}]", f"repeats {where}[{first}]"

@@ -1,12 +1,12 @@
 """Means over seeds with their intervals, and what a sequence forgets, from what a comparison measured.
 
-A number of one seed is that of its run; a task's score is the plain mean of its evaluation sets. Over two or more
-seeds: the mean with Student's t interval of 95 %, which says how far another seed may fall. Of a single seed: Wilson's
-interval of 95 % of a share of right answers, which says how far other examples may fall; a loss, a mean of several sets
-and a difference have none then.
+With one seed, a number is that of its run; a task's score is the unweighted mean over its evaluation sets. With two or
+more seeds it is the mean with Student's 95 % t interval, which tells how far another seed may be off. With a single
+seed a share of correct answers has Wilson's 95 % interval, which tells how far other examples may be off; a loss, a
+mean of several sets and a difference then have none.
 
-The four numbers of a sequence and their signs are defined in `scoring.continual`. Shares and losses are never
-averaged with each other.
+The four numbers of a sequence and their signs are defined in `scoring.continual`. Shares and losses are never averaged
+with each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loraf_train.grading.builtin import LOWER_IS_BETTER, wilson_interval
 from loraf_train.scoring import continual
 
 CONFIDENCE = 0.95
-ON_ITS_DAY = "on its day"  # in the place of a task's name, which has no spaces: an as-trained score
+JUST_TRAINED = "just trained"  # in place of `after`, for as-trained scores; no task's name has a space
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-        interval: (low, high) of 95 %; None: one seed, and no count that would give one.
-        values: of each seed.
-        count: examples (of a drift: tokens) that each seed's value rests on; where they differ, the fewest.
+        interval: the 95 % interval, (low, high); None: there is one seed, and no count that would give an interval.
+        values: one for each seed.
+        count: the number of examples (of a drift: tokens) behind each seed's value; if they differ, the smallest.
     """
 
     mean: float
@@ -46,22 +46,24 @@ class Estimate:
 def over_seeds(
     values: Iterable[float | None], count: int, low: float = -math.inf, high: float = math.inf
 ) -> Estimate | None:
-    """The mean and, of two or more values, Student's t interval, cut to [low, high]; None: there is no value.
+    """Returns the mean and, of two or more values, Student's t interval clipped to [low, high]; None without values.
 
     Args:
-        values: one a seed; None where a seed has none.
+        values: one for each seed; None if the seed has none.
+        count: see `Estimate`.
     """
-    found = tuple(value for value in values if value is not None)
-    if not found:
+    measured = tuple(value for value in values if value is not None)
+    seeds = len(measured)
+    if not measured:
         return None
-    mean = math.fsum(found) / len(found)
-    if len(found) < 2 or not math.isfinite(mean):
-        return Estimate(mean, None, found, count)
+    mean = math.fsum(measured) / seeds
+    if seeds < 2 or not math.isfinite(mean):
+        return Estimate(mean, None, measured, count)
     from scipy import stats
 
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (len(found) - 1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1)) * deviation / math.sqrt(len(found))
-    return Estimate(mean, (max(low, mean - half), min(high, mean + half)), found, count)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in measured) / (seeds - 1))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1)) * deviation / math.sqrt(seeds)
+    return Estimate(mean, (max(low, mean - half), min(high, mean + half)), measured, count)
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,10 @@ class Spent:
     """Costs of a method, over its seeds and one task or all.
 
     Attributes:
-        trainable: (least, most) of the tasks.
-        steps, file_bytes: of one seed, rounded mean; summed over the tasks.
-        seconds: summed over the tasks.
-        peak_bytes: the most of all seeds and tasks; None: it could not be told.
+        trainable: the (smallest, largest) number of trained parameters of the tasks.
+        steps, file_bytes: sums over the tasks, as the rounded mean over the seeds.
+        seconds: sum over the tasks.
+        peak_bytes: the highest of all seeds and tasks; None: not known.
     """
 
     trainable: tuple[int, int]
@@ -83,11 +85,13 @@ class Spent:
 
 
 class Statistics:
-    """Every derived number of a comparison. A number that was not measured is None.
+    """Computes every derived number of a comparison. A number that was not measured is None.
 
-    `method` None is the bare model. What a run did not measure of it (it is the same for all) is taken from another run
-    of its seed, or of any seed. `after` is the task that was trained last when a score was measured with everything so
-    far acting, BASE before the first; ON_ITS_DAY: only what acted when the scored task itself had just ended.
+    Args of the methods:
+        method: None is the base model. It is the same for all runs: a score of it that a run lacks is taken from
+            another run of the same seed, or of any seed.
+        after: the task that was trained last when a score was measured, with all tasks so far on; BASE: before the
+            first. JUST_TRAINED: the as-trained score instead.
     """
 
     def __init__(self, results: Results):
@@ -117,155 +121,167 @@ class Statistics:
         return replace(estimate, interval=wilson_interval(estimate.mean * count, count))
 
     def of_task(self, method: str | None, task: ScoredTask, after: str = BASE) -> Estimate | None:
-        """The plain mean of a task's evaluation sets; of an only one, its score."""
+        """The unweighted mean over a task's evaluation sets; with a single set, its score."""
         if len(task.evaluations) == 1:
             return self.of_set(method, task, next(iter(task.evaluations)), after)
         return self._mean(method, [task], after)
 
     def overall(self, method: str | None) -> Estimate | None:
-        """Protocol single: the plain mean of all evaluation sets of all tasks, each after its own training.
+        """Protocol single: the unweighted mean over all evaluation sets of all tasks, each after its own training.
 
-        None too where shares and losses would meet.
+        None also if it would average shares with losses.
         """
         return None if self.mixed else self._mean(method, self.scored, BASE if method is None else None)
 
     @property
     def mixed(self) -> bool:
-        """Whether scores of the comparison have different units, so that no mean over tasks has a meaning."""
+        """Whether the tasks' scores have different units, so that a mean over tasks has no meaning."""
         return len({task.metric in LOWER_IS_BETTER or not task.higher_is_better for task in self.scored}) > 1
 
     def _mean(self, method: str | None, tasks: Sequence[ScoredTask], after: str | None) -> Estimate | None:
-        """Args: after: None: each task after its own training."""
+        """The unweighted mean over the tasks' sets. `after` None: each task after its own training."""
         places = [(task.name if after is None else after, task, name) for task in tasks for name in task.evaluations]
         rows = self._rows(method, places)
         count = min((sum(score.count for score in row) for row in rows), default=0)
         return over_seeds([math.fsum(score.score for score in row) / len(row) for row in rows], count, *_bounds(tasks))
 
     def _rows(self, method: str | None, places: Sequence[tuple[str, ScoredTask, str]]) -> list[list[RunScore]]:
-        """The scores at (after, task, evaluation), a row for each seed that has them all.
+        """The scores at (after, task, evaluation): a row for each seed that has them all.
 
-        Of the bare model one row where all seeds have the same, since it depends on no seed.
+        The base model depends on no seed: if all seeds have the same scores of it, there is one row.
         """
-        bare = all(after == BASE for after, *_ in places)
-        if bare:
+        of_base = all(after == BASE for after, *_ in places)
+        if of_base:
             by_place = [self._base.get((task.name, name), {}) for _, task, name in places]
             seeds = sorted({seed for by_seed in by_place for seed in by_seed})
-            rows = [[by_seed.get(seed) for by_seed in by_place] for seed in seeds]
+            rows = [_complete(by_seed.get(seed) for by_seed in by_place) for seed in seeds]
         else:
-            rows = [[self._find(run, *place) for place in places] for run in self._runs[method]]
-        whole = [row for row in rows if row and None not in row]
-        if bare and len({tuple(score.score for score in row) for row in whole}) == 1:
-            return whole[:1]
-        return whole
+            rows = [_complete(self._find(run, *place) for place in places) for run in self._runs_of(method)]
+        complete = [row for row in rows if row]
+        if of_base and len({tuple(score.score for score in row) for row in complete}) == 1:
+            return complete[:1]
+        return complete
+
+    def _runs_of(self, method: str | None) -> list[Run]:
+        return [] if method is None else self._runs[method]
 
     def _find(self, run: Run, after: str, task: ScoredTask, evaluation: str) -> RunScore | None:
-        found = self._scores[run.method, run.seed].get((after, task.name, evaluation))
-        if found is None and after == BASE:
+        score = self._scores[run.method, run.seed].get((after, task.name, evaluation))
+        if score is None and after == BASE:
             by_seed = self._base.get((task.name, evaluation), {})
             return by_seed.get(run.seed) or next(iter(by_seed.values()), None)
-        return found
+        return score
 
     # --- sequences ------------------------------------------------------------------------------------------------
 
     def matrix(self, run: Run) -> dict[tuple[int, int], float]:
-        """R of one run: (i, j) → score, both counted from 1 in the order of training, row 0 the bare model."""
+        """R of one run: (i, j) → score, both from 1 in the order of training; row 0 is the base model."""
         afters = [BASE, *(task.name for task in self.results.tasks)]
-        found = {}
+        cells = {}
         for i, after in enumerate(afters):
             for j, task in enumerate(self.results.tasks, 1):
-                scores = [self._find(run, after, task, name) for name in task.evaluations]
-                if scores and None not in scores:
-                    found[i, j] = math.fsum(score.score for score in scores) / len(scores)
-        return found
+                scores = _complete(self._find(run, after, task, name) for name in task.evaluations)
+                if scores:
+                    cells[i, j] = math.fsum(score.score for score in scores) / len(scores)
+        return cells
 
-    def continual(self, method: str) -> dict[str, Estimate | None]:
+    def continual(self, method: str | None) -> dict[str, Estimate | None]:
         """Average, backward transfer, forgetting and forward transfer over the seeds, by the names of `Continual`.
 
-        A seed whose matrix lacks a cell counts in no number that needs it.
+        A seed whose matrix lacks a cell does not count in the numbers that need it.
         """
         order = [j for j, task in enumerate(self.results.tasks, 1) if task.evaluations]
         count = sum(sum(task.evaluations.values()) for task in self.scored)
         higher = all(task.higher_is_better for task in self.scored)
         last = 0 if self.mixed else len(self.results.tasks)
-        each = [continual.numbers(self.matrix(run), order, last, higher) for run in self._runs[method]]
+        each = [continual.numbers(self.matrix(run), order, last, higher) for run in self._runs_of(method)]
         names = continual.Continual.__dataclass_fields__
         bounds = {"average": _bounds(self.scored)}
         return {n: over_seeds([getattr(c, n) for c in each], count, *bounds.get(n, ())) for n in names}
 
-    def retained(self, method: str, task: ScoredTask) -> Estimate | None:
-        """What share of its score just after its training a task has at the end: R[T, j] / R[j, j].
+    def retained(self, method: str | None, task: ScoredTask) -> Estimate | None:
+        """The share of its just-trained score that a task still has at the end: R[T, j] / R[j, j].
 
-        None: it had a score of 0 (such seeds do not count), or its metric is a loss, of which no share is kept.
+        Seeds with a just-trained score of 0 do not count. None for a loss, which has no such share.
         """
         if not task.higher_is_better:
             return None
         j, last = self.results.tasks.index(task) + 1, len(self.results.tasks)
         shares = []
-        for run in self._runs[method]:
+        for run in self._runs_of(method):
             r = self.matrix(run)
             both = (j, j) in r and (last, j) in r and r[j, j] != 0
             shares.append(r[last, j] / r[j, j] if both else None)
         return over_seeds(shares, sum(task.evaluations.values()), low=0.0)
 
-    def change(self, method: str, task: ScoredTask) -> Estimate | None:
-        """R[T, j] − R[j, j], its sign turned where lower is better: negative is forgotten."""
+    def change(self, method: str | None, task: ScoredTask) -> Estimate | None:
+        """R[T, j] − R[j, j], with reversed sign if lower is better: a negative change is forgetting."""
         j, last = self.results.tasks.index(task) + 1, len(self.results.tasks)
         sign = 1 if task.higher_is_better else -1
-        matrices = [self.matrix(run) for run in self._runs[method]]
+        matrices = [self.matrix(run) for run in self._runs_of(method)]
         values = [sign * (r[last, j] - r[j, j]) if (last, j) in r and (j, j) in r else None for r in matrices]
         return over_seeds(values, sum(task.evaluations.values()))
 
     # --- the base, and costs --------------------------------------------------------------------------------------
 
     def base_loss(self) -> Estimate | None:
-        """Loss of the bare model on general text, nats a token."""
+        """Loss of the base model on general text, in nats per token."""
         losses = [self._base_loss[seed] for seed in sorted(self._base_loss)]
         return over_seeds(losses[:1] if len(set(losses)) == 1 else losses, self._tokens(BASE))
 
-    def drift(self, method: str, after: str) -> Estimate | None:
-        """By how much that loss is higher, nats a token, when all tasks up to `after` act."""
-        found = []
-        for run in self._runs[method]:
+    def drift(self, method: str | None, after: str) -> Estimate | None:
+        """The increase of that loss with all tasks up to `after` on, in nats per token."""
+        increases = []
+        for run in self._runs_of(method):
             base = self._base_loss.get(run.seed, next(iter(self._base_loss.values()), None))
             loss = next((drift.loss for drift in run.drift if drift.after == after), None)
-            found.append(None if base is None or loss is None else loss - base)
-        return over_seeds(found, self._tokens(after))
+            increases.append(None if base is None or loss is None else loss - base)
+        return over_seeds(increases, self._tokens(after))
 
     def _tokens(self, after: str) -> int:
         return max((d.tokens for run in self.results.runs for d in run.drift if d.after == after), default=0)
 
     def spent(self, method: str, task: str | None = None) -> Spent | None:
-        """Args: task: None: all tasks, for seeds that trained them all."""
+        """The costs of one task; None: of all tasks, over the seeds that trained them all."""
         names = [task] if task is not None else [t.name for t in self.results.tasks]
         rows = []
-        for run in self._runs[method]:
+        for run in self._runs_of(method):
             by_task: dict[str, Cost] = {cost.task: cost for cost in run.costs}
             if all(name in by_task for name in names):
                 rows.append([by_task[name] for name in names])
         if not rows:
             return None
         every = [cost for row in rows for cost in row]
-        peaks = [cost.peak_bytes for cost in every]
+        peaks = [cost.peak_bytes for cost in every if cost.peak_bytes is not None]
         trainable = [cost.trainable for cost in every]
+        seconds = over_seeds([sum(cost.seconds for cost in row) for row in rows], 0, low=0.0)
+        assert seconds is not None  # there are rows
         return Spent(
             trainable=(min(trainable), max(trainable)),
             steps=round(sum(cost.steps for cost in every) / len(rows)),
-            seconds=over_seeds([sum(cost.seconds for cost in row) for row in rows], 0, low=0.0),
-            peak_bytes=None if None in peaks else max(peaks),
+            seconds=seconds,
+            peak_bytes=max(peaks) if len(peaks) == len(every) else None,
             file_bytes=round(sum(cost.file_bytes for cost in every) / len(rows)),
         )
 
     def keeps_copies(self, method: str) -> bool:
-        return any(run.keeps_copies for run in self._runs[method])
+        return any(run.keeps_copies for run in self._runs_of(method))
+
+
+def _complete(scores: Iterable[RunScore | None]) -> list[RunScore]:
+    """The scores, or an empty list if one is missing."""
+    row = list(scores)
+    present = [score for score in row if score is not None]
+    return present if len(present) == len(row) else []
 
 
 def _bounds(tasks: Iterable[ScoredTask]) -> tuple[float, float]:
-    """What scores of these tasks lie between: a share from 0 to 1, a loss from 0 on."""
+    """The range of these tasks' scores: of a share 0 to 1, of a loss 0 to infinity."""
     return (0.0, math.inf) if any(task.metric in LOWER_IS_BETTER for task in tasks) else (0.0, 1.0)
 
 
 def _by_place(run: Run, tasks: Sequence[ScoredTask]) -> dict[tuple[str, str, str], RunScore]:
-    """(after or ON_ITS_DAY, task, evaluation) → score. Of several as-trained scores the latest."""
+    """(after or JUST_TRAINED, task, evaluation) → score; of several as-trained scores the latest."""
     order = {task.name: i for i, task in enumerate(tasks)}
     scores = sorted(run.scores, key=lambda score: order.get(score.after, -1))
-    return {(s.after if s.acting == SO_FAR else ON_ITS_DAY, s.task, s.evaluation): s for s in scores}
+    return {(s.after if s.acting == SO_FAR else JUST_TRAINED, s.task, s.evaluation): s for s in scores}

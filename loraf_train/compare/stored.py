@@ -1,8 +1,8 @@
-"""Finished runs on disk, so that a comparison that was interrupted goes on with what is missing.
+"""Finished runs on disk, so that an interrupted comparison continues with the runs that are missing.
 
-    <out>/runs/<name>.json        the run, all that it depends on, and a digest of both
+    <folder>/runs/<name>.json     the run, its provenance, and a digest of both
 
-A run counts only if all that it depends on is what it was: settings, examples, base model, precision, versions.
+A stored run counts only if its provenance is unchanged: settings, examples, base model, precision, versions.
 """
 
 from __future__ import annotations
@@ -14,29 +14,38 @@ from typing import Any
 
 from loraf import strict_json
 from loraf.checkpoint import unwritable, write_durably
+from loraf.sealed_json import seal, unseal
 from loraf_train.compare.results import Run
-from loraf_train.sealed import seal, unseal
-from loraf_train.sequence.provenance import differences, said
+from loraf_train.sequence.provenance import differences, value_text
 
 FOLDER = "runs"
 _SEAL = "loraf-compare-run", 1
+_PROVENANCE = "making"  # its key in the file
+_DIGESTS = ("examples", "evaluation", "general", "base")  # entries whose values would tell a reader nothing
 
 
-def path_of(out: Path, name: str) -> Path:
-    return out / FOLDER / f"{name}.json"
+def path_of(folder: Path, name: str) -> Path:
+    return folder / FOLDER / f"{name}.json"
 
 
-def keep(file: Path, making: Mapping[str, Any], run: Run) -> None:
-    """Args: making: all that the run depends on, as plain JSON. Raises CheckpointError where the disk refuses."""
+def keep(file: Path, provenance: Mapping[str, Any], run: Run) -> None:
+    """Writes a finished run.
+
+    Args:
+        provenance: everything that the run depends on, as plain JSON.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(file.parent, error) from error
-    write_durably(file, seal(*_SEAL, {"making": dict(making), "run": dataclasses.asdict(run)}))
+    write_durably(file, seal(*_SEAL, {_PROVENANCE: dict(provenance), "run": dataclasses.asdict(run)}))
 
 
-def find(file: Path, making: Mapping[str, Any]) -> tuple[Run | None, str]:
-    """The run in `file` if it was made so, or None and why it is of no use (nothing to say: there is none)."""
+def find(file: Path, provenance: Mapping[str, Any]) -> tuple[Run | None, str]:
+    """Returns (run, "") if `file` holds a run of this provenance, else (None, why not); "" if there is no file."""
     if not file.exists():
         return None, ""
     try:
@@ -46,12 +55,11 @@ def find(file: Path, making: Mapping[str, Any]) -> tuple[Run | None, str]:
         if run is None:
             raise ValueError("; ".join(faults))
     except (OSError, ValueError, KeyError) as error:
-        return None, f"{file} is of no use ({error})"
+        return None, f"{file} is not usable ({error})"
     changes = [
-        f"{field} changed" if field.split(".")[0] in _DIGESTS else f"{field} was {said(was)}, is {said(now)}"
-        for field, was, now in differences(content["making"], strict_json.plain(making))
+        f"{field} changed"
+        if field.split(".")[0] in _DIGESTS
+        else f"{field} was {value_text(before)}, is {value_text(now)}"
+        for field, before, now in differences(content[_PROVENANCE], strict_json.plain(provenance))
     ]
     return (None, "; ".join(changes)) if changes else (run, "")
-
-
-_DIGESTS = ("examples", "evaluation", "general", "base")

@@ -14,33 +14,33 @@ if TYPE_CHECKING:
 
 
 def show(results: Results, console: Console) -> None:
-    """Prints all tables; the best of a column in bold."""
+    """Prints all tables, the best of each column in bold."""
     from rich.text import Text
 
-    def shown(cell: Cell | str) -> Text:
+    def styled(cell: Cell | str) -> Text:
         return Text(str(cell), style="bold" if isinstance(cell, Cell) and cell.best else "")
 
     for line in preface(results):
         console.print(line)
     for sheet in sheets(results):
-        rows = [[shown(cell) for cell in row] for row in sheet.rows]
+        rows = [[styled(cell) for cell in row] for row in sheet.rows]
         console.print(tables.table(sheet.columns, rows, sheet.title, sheet.left))
         for note in sheet.notes:
             console.print(note)
 
 
 def markdown(results: Results) -> str:
-    """The same, the best in **…**."""
+    """Returns the same as Markdown, the best of each column in **…**."""
 
-    def written(cell: Cell | str) -> str:
+    def marked(cell: Cell | str) -> str:
         return f"**{cell}**" if isinstance(cell, Cell) and cell.best else str(cell)
 
-    parts = [f"# Comparison on {model_name(results)}", _listed(preface(results))]
+    parts = [f"# Comparison on {model_name(results)}", _bullets(preface(results))]
     for sheet in sheets(results):
-        table = tables.markdown_table(sheet.columns, [[written(cell) for cell in row] for row in sheet.rows])
-        parts += [f"## {sheet.title}", table, _listed(sheet.notes)]
+        table = tables.markdown_table(sheet.columns, [[marked(cell) for cell in row] for row in sheet.rows])
+        parts += [f"## {sheet.title}", table, _bullets(sheet.notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _listed(lines: list[str]) -> str:
+def _bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)

@@ -1,5 +1,5 @@
 """From files and datasets to token ids with a loss mask.
 
-records (any file format) → forms (templates, chats) → examples (token ids). A new data format belongs in `records`, a
-new kind of record in `forms`. Knows the settings of data; nothing here trains or scores.
+records (any file format) → forms (templates, chats) → examples (token ids); `task_data` runs them for all sources of a
+task. A new file format belongs in `records`, a new kind of record in `forms`. Nothing here trains or scores.
 """

@@ -1,23 +1,25 @@
-"""Records, each a mapping of field names to values, from files and from Hugging Face datasets."""
+"""Reads records, each a mapping of field names to values, from files and from Hugging Face datasets."""
 
 from __future__ import annotations
 
 import csv
 import json
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loraf.errors import ConfigError, Problem
-from loraf_train.settings.config import Source
+from loraf.errors import ConfigError, Problem, one_line
+from loraf_train.settings.data import RecordSource
+
+if TYPE_CHECKING:
+    import datasets
 
 Record = dict[str, Any]
-SHOWN = 3  # different mistakes of a source that are named
+SHOWN = 3  # different mistakes of a source that are reported; the others are only counted
 
 
 class Faults:
-    """Gathers what is wrong with the records of one source: each mistake where it is met first, with its number."""
+    """Collects the mistakes in the records of one source; each is reported once, at its first place, with a count."""
 
     def __init__(self, source: str):
         self._source = source
@@ -28,27 +30,29 @@ class Faults:
 
     @property
     def problems(self) -> list[Problem]:
-        found = []
+        problems = []
         for (message, remedy), places in list(self._places.items())[:SHOWN]:
             more = f" (and {len(places) - 1} more like it)" if len(places) > 1 else ""
-            found.append(Problem(f"{message}{more}", places[0], self._source, remedy))
-        rest = sum(len(places) for places in list(self._places.values())[SHOWN:])
-        if rest:
-            found.append(Problem(f"{rest} more records have mistakes", "", self._source, "mend the ones above first"))
-        return found
+            problems.append(Problem(f"{message}{more}", places[0], self._source, remedy))
+        others = sum(len(places) for places in list(self._places.values())[SHOWN:])
+        if others:
+            remedy = "fix the ones above first"
+            problems.append(Problem(f"{others} more records have mistakes", "", self._source, remedy))
+        return problems
 
 
-def read(source: Source, split: str = "train") -> list[Record]:
-    """All records of a source, in its order.
+def read(source: RecordSource, split: str = "train") -> list[Record]:
+    """Reads all records of a source, in its order.
 
     Args:
-        split: of a Hugging Face dataset, where the source names none.
+        split: of a Hugging Face dataset, if the source does not name one.
 
     Raises:
-        ConfigError: the source cannot be read, holds no records, or some of them are no mappings.
+        ConfigError: the source cannot be read, has no records, or some of them are not mappings.
     """
-    if source.file is None:
-        return _dataset(source, split)
+    if source.dataset is not None:
+        return _dataset(source, source.dataset, source.split or split)
+    assert source.file is not None  # a source is a file or a dataset
     faults = Faults(str(source.file))
     try:
         records = list(_READERS[source.file.suffix](source.file, faults))
@@ -59,7 +63,7 @@ def read(source: Source, split: str = "train") -> list[Record]:
         faults.add("", f"cannot be read ({error.strerror or error})", "name a readable file")
         records = []
     if not records and not faults.problems:
-        faults.add("", "holds no records", "name a file with records")
+        faults.add("", "has no records", "name a file with records")
     if faults.problems:
         raise ConfigError(faults.problems)
     return records
@@ -73,16 +77,16 @@ def _json_lines(file: Path, faults: Faults) -> Iterator[Record]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                faults.add(f"line {number}", f"is not JSON ({error})", "write one JSON object a line")
+                faults.add(f"line {number}", f"is not JSON ({error})", "write one JSON object per line")
                 continue
             if isinstance(record, dict):
                 yield record
             else:
-                faults.add(f"line {number}", f"is {_kind(record)}, no object", "write one JSON object a line")
+                faults.add(f"line {number}", f"is {_kind(record)}, not an object", "write one JSON object per line")
 
 
 def _json(file: Path, faults: Faults) -> Iterator[Record]:
-    """A JSON list; a file of JSON lines under this suffix is common, and taken too."""
+    """Reads a JSON list, or JSON lines, which are common under this suffix too."""
     with open(file, encoding="utf-8-sig") as stream:
         first = next((line.strip() for line in stream if line.strip()), "")
     if first.startswith("{") and first.endswith("}"):
@@ -93,20 +97,20 @@ def _json(file: Path, faults: Faults) -> Iterator[Record]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise
-        faults.add("", f"is not JSON ({error})", "write a JSON list of objects, or one object a line")
+        faults.add("", f"is not JSON ({error})", "write a JSON list of objects, or one object per line")
         return
     if not isinstance(content, list):
-        faults.add("", f"holds {_kind(content)}, no list", "write a JSON list of objects, or one object a line")
+        faults.add("", f"is {_kind(content)}, not a list", "write a JSON list of objects, or one object per line")
         return
     for number, record in enumerate(content, 1):
         if isinstance(record, dict):
             yield record
         else:
-            faults.add(f"record {number}", f"is {_kind(record)}, no object", "write a JSON list of objects")
+            faults.add(f"record {number}", f"is {_kind(record)}, not an object", "write a JSON list of objects")
 
 
 def _csv(file: Path, faults: Faults) -> Iterator[Record]:
-    """Every value stays the text that the file holds."""
+    """Reads every value as text, as it is in the file."""
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if file.suffix == ".tsv" else ","
     with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -115,12 +119,12 @@ def _csv(file: Path, faults: Faults) -> Iterator[Record]:
             for row in rows:
                 if None in row or None in row.values():
                     columns = len(rows.fieldnames or ())
-                    message = f"has not {columns} columns as the first line has"
-                    faults.add(f"line {rows.line_num}", message, "quote values that hold the delimiter")
+                    message = f"does not have {columns} columns, as the first line has"
+                    faults.add(f"line {rows.line_num}", message, "quote values that contain the delimiter")
                     continue
                 yield row
         except csv.Error as error:
-            faults.add(f"line {rows.reader.line_num}", f"is not CSV ({error})", "mend the quotes there")
+            faults.add(f"line {rows.reader.line_num}", f"is not CSV ({error})", "fix the quotes there")
 
 
 def _parquet(file: Path, faults: Faults) -> Iterator[Record]:
@@ -130,54 +134,52 @@ def _parquet(file: Path, faults: Faults) -> Iterator[Record]:
     try:
         table = pyarrow.parquet.read_table(file)
     except pyarrow.ArrowInvalid as error:
-        faults.add("", f"is not Parquet ({str(error).splitlines()[0]})", "write it again as Parquet")
+        faults.add("", f"is not Parquet ({one_line(error)})", "write it again as Parquet")
         return
     yield from table.to_pylist()
 
 
-def _dataset(source: Source, split: str) -> list[Record]:
+def _dataset(source: RecordSource, name: str, split: str) -> list[Record]:
     import datasets
 
     datasets.disable_progress_bars()
-    split = source.split or split
     try:
-        if _is_saved(Path(source.dataset)):
-            found = _saved(source, split)
+        if _is_saved(Path(name)):
+            dataset = _saved(name, split)
         else:
-            found = datasets.load_dataset(source.dataset, source.subset, split=split, revision=source.revision)
-        records = found.to_list()
+            dataset = datasets.load_dataset(name, source.subset, split=split, revision=source.revision)
+        records: list[Record] = dataset.to_list()
     except Exception as error:  # the library raises many kinds: network, not found, gated, no such split, bad files
-        reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
-        if Path(source.dataset).is_dir():
-            message, remedy = f"cannot be read ({reason})", "check subset: and split:, or name a file in it"
+        if Path(name).is_dir():
+            message, remedy = f"cannot be read ({one_line(error)})", "check subset: and split:, or name a file in it"
         else:
-            message = f"cannot be had from the hub ({reason})"
-            remedy = "check name, subset: and split:, log in with `hf auth login` if it is gated, or name a local file"
+            message = f"could not be downloaded from the hub ({one_line(error)})"
+            remedy = "check name, subset: and split:, log in with `hf auth login` if it is gated, or use a local file"
         raise ConfigError(Problem(message, "", str(source), remedy)) from None
     if not records:
         remedy = "name another split, or a source with records"
-        raise ConfigError(Problem(f"split {split} holds no records", "", str(source), remedy))
+        raise ConfigError(Problem(f"the split {split} has no records", "", str(source), remedy))
     return records
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` of the datasets library wrote it."""
+    """Whether `save_to_disk` of the datasets library wrote this folder."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _saved(source: Source, split: str):
-    """What `load_dataset` refuses to read: the same splits, from `save_to_disk`."""
+def _saved(folder: str, split: str) -> datasets.Dataset:
+    """Loads what `save_to_disk` wrote, which `load_dataset` refuses to read; splits mean the same."""
     import datasets
 
-    found = datasets.load_from_disk(source.dataset)
-    if not isinstance(found, datasets.DatasetDict):  # it has but one split, whatever it was called
-        found = {part.partition("[")[0].strip(): found for part in split.split("+")}
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in found.items()})
-    return datasets.concatenate_datasets([found[p.splitname].select(range(p.from_ or 0, p.to)) for p in parts])
+    splits = datasets.load_from_disk(folder)
+    if not isinstance(splits, datasets.DatasetDict):  # a single split, whatever it was called
+        splits = {part.partition("[")[0].strip(): splits for part in split.split("+")}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_ or 0, p.to)) for p in parts])
 
 
 def _kind(value: Any) -> str:
-    names = {str: "a text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
+    names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
 

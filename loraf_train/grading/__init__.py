@@ -1,4 +1,4 @@
-"""From an answer's text to right or wrong: the built-in metrics, and functions of the user's own.
+"""Grades the text of an answer: the built-in metrics, and functions of the user's own.
 
-A new metric belongs in `builtin`. Works on texts and records; no model, no data set, no settings enter.
+A new metric belongs in `builtin`. Everything here works on texts and records; it knows no model, data set or settings.
 """

@@ -1,5 +1,5 @@
-"""Foreign adapters as tasks of a checkpoint: read the source, place it on free positions, fit what is not exact.
+"""Imports foreign adapters as tasks of a checkpoint, on positions that no other task owns.
 
-sources (PEFT LoRA or another LoRAF checkpoint) → placing (which positions) → fitting (nearest values there). A new
-format to import belongs in `sources`.
+sources (read a PEFT LoRA or another LoRAF checkpoint) → placing (pick the positions) → fitting (the nearest values
+there, if A differs). A new format to import belongs in `sources`.
 """

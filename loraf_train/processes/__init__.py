@@ -1,5 +1,5 @@
-"""Several processes of one run: what the launcher asks for, and how the processes agree.
+"""Several processes of one run: what the launcher requests, and how the processes synchronise.
 
-`launcher` reads accelerate's and torchrun's environment; `group` lets the first process write while the others wait.
-Everything above may use it; it knows only `loraf`.
+`launcher` reads the environment that accelerate and torchrun set; `group` lets the first process write while the others
+wait. Every other room may use this one, which imports only `loraf`.
 """

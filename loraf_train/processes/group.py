@@ -1,6 +1,6 @@
-"""Several processes of one run (accelerate launch, torchrun): one writes and reports, all end up with the same.
+"""Several processes of one run (accelerate launch, torchrun): one writes and reports, all end with the same state.
 
-With a single process everything here is a plain call.
+In a single process these are plain calls.
 """
 
 from __future__ import annotations
@@ -15,41 +15,42 @@ from torch import distributed
 from loraf_train.processes import launcher
 
 Result = TypeVar("Result")
-_PATIENCE = timedelta(hours=2)  # how long others wait, for example while the first process scores a task
+_TIMEOUT = timedelta(hours=2)  # of waiting for other processes, for example while the first one scores a task
 
 
 def join(device: torch.device) -> None:
-    """Connects this process with the others, if it was started beside others."""
+    """Connects this process to the others. No-op in a single process."""
     if launcher.processes() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+        PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT)
 
 
 def leave() -> None:
-    """The end of a run of several processes: waits for all of them."""
+    """Waits for all processes and disconnects. No-op in a single process."""
     if distributed.is_initialized():
         wait()
         distributed.destroy_process_group()
 
 
 def count() -> int:
+    """Returns the number of connected processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Known before `join`, too."""
+    """Whether this is the first process; works before `join` too."""
     return distributed.get_rank() == 0 if distributed.is_initialized() else launcher.is_first()
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Waits until all processes have called it."""
     if distributed.is_initialized():
         distributed.barrier()
 
 
 def first_writes(write: Callable[[], Result], read: Callable[[], Result]) -> Result:
-    """`write()` in the first process; when it is done, `read()` in the others."""
+    """Returns `write()` in the first process; in the others `read()`, called after the first has finished."""
     if is_first():
         result = write()
     wait()
@@ -57,14 +58,14 @@ def first_writes(write: Callable[[], Result], read: Callable[[], Result]) -> Res
 
 
 def agree(number: int, device: torch.device) -> bool:
-    """Whether all processes gave the same number (of 63 bits); all of them learn the answer.
+    """Returns, in all processes, whether they all passed the same number (of up to 63 bits).
 
     Args:
-        device: what this process computes on.
+        device: the one this process computes on.
     """
     if not distributed.is_initialized():
         return True
-    mine = torch.tensor([number], dtype=torch.int64, device=device)
-    all_of_them = [torch.empty_like(mine) for _ in range(count())]
-    distributed.all_gather(all_of_them, mine)
-    return all(torch.equal(mine, other) for other in all_of_them)
+    own = torch.tensor([number], dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(count())]
+    distributed.all_gather(gathered, own)
+    return all(torch.equal(own, other) for other in gathered)

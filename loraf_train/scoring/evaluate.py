@@ -1,40 +1,43 @@
-"""Scores of a transformers model on evaluation sets: greedy answers in batches, or the loss of the right ones.
+"""Scores of a transformers model on evaluation sets: greedy answers in batches, or the loss of the right answers.
 
-Every example counts, the last partial batch too. Which task set the model holds is the caller's affair
-(`loraf.delta.Merger`); here it is a label that every score carries.
+Every example counts, including the last partial batch. The caller decides which task set the model holds
+(`loraf.delta.Merger`); here it is only a label of each score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loraf.errors import ConfigError
 from loraf.tasksets import TaskSet
-from loraf_train.data.examples import EvaluationExample, EvaluationSet
+from loraf_train.data.examples import IGNORED, EvaluationExample
+from loraf_train.data.records import Faults
+from loraf_train.data.task_data import TaskData
 from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS, LOWER_IS_BETTER, MEAN, OWN_METRIC_NEW_TOKENS, is_right
-from loraf_train.grading.custom import mean_grade
+from loraf_train.grading.custom import Grade, MetricFault, graded
 from loraf_train.settings.config import TaskConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_BATCH = 64
-MAX_BATCH_TOKENS = 1 << 14  # of one batch, prompts and new tokens together: bounds the key-value cache
+MAX_BATCH_TOKENS = 1 << 14  # prompts and new tokens of one batch: bounds the key-value cache
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number and what it belongs to.
+    """One score and what it belongs to.
 
     Attributes:
-        set: canonical text of the task set that acted.
-        evaluation: name of the evaluation set; "mean": the plain mean of the task's sets.
-        score: share of right answers, or the mean of a metric of the user's own; for `loss`, nats a token.
-        count: examples it rests on.
+        set: canonical text of the active task set.
+        evaluation: name of the evaluation set; "mean": the plain mean over the task's sets.
+        score: share of right answers, or the mean of a metric of the user's own; for `loss`, nats per token.
+        count: number of examples.
     """
 
     set: str
@@ -45,7 +48,7 @@ class Score:
     count: int
 
     def entry(self) -> dict[str, Any]:
-        """As the manifest stores it beside its task."""
+        """Returns the score as the manifest stores it with its task."""
         return {
             "set": self.set,
             "evaluation": self.evaluation,
@@ -59,54 +62,68 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: TaskConfig,
-    evaluation_sets: Mapping[str, EvaluationSet],
+    data: TaskData,
     task_set: TaskSet,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Score]:
-    """Scores one task; with several evaluation sets, their plain mean comes last.
+    """Scores one task on its evaluation sets; if there are several, their plain mean comes last.
 
     Args:
-        model: holds `task_set` already.
+        model: already holds `task_set`.
         task_set: for the labels.
-        on_progress: told how many examples of how many are done.
+        on_progress: called with the number of examples done and their total.
 
     Raises:
-        ConfigError: the user's own metric fails on a record.
+        ConfigError: a metric of the user's own fails on a record.
     """
-    label = str(task_set)
-    total = sum(len(s.examples) for s in evaluation_sets.values())
+    label, metric = str(task_set), data.metric
+    total = sum(len(evaluation.examples) for evaluation in data.evaluation.values())
     done = 0
     scores = []
-    for evaluation in evaluation_sets.values():
+    for evaluation in data.evaluation.values():
 
         def advance(count: int, before: int = done) -> None:
             on_progress(before + count, total)
 
-        if task.metric == "loss":
+        if metric == "loss":
             value = completion_loss(model, evaluation.examples, advance)
         else:
-            new_tokens = task.max_new_tokens or DEFAULT_NEW_TOKENS.get(task.metric, OWN_METRIC_NEW_TOKENS)
+            new_tokens = task.max_new_tokens or DEFAULT_NEW_TOKENS.get(metric, OWN_METRIC_NEW_TOKENS)
             prompts = [example.prompt_ids for example in evaluation.examples]
             answers = generate(model, tokenizer, prompts, new_tokens, advance)
             if task.grade is not None:
                 value = mean_grade(task.grade, answers, evaluation.examples)
             else:
                 right = sum(
-                    is_right(task.metric, answer, example.expected, evaluation.choices)
+                    is_right(metric, answer, example.expected, evaluation.choices)
                     for answer, example in zip(answers, evaluation.examples, strict=True)
                 )
                 value = right / len(evaluation.examples)
-        scores.append(Score(label, task.name, evaluation.name, task.metric, value, len(evaluation.examples)))
+        scores.append(Score(label, task.name, evaluation.name, metric, value, len(evaluation.examples)))
         done += len(evaluation.examples)
     if len(scores) > 1:
         mean = sum(s.score for s in scores) / len(scores)
-        scores.append(Score(label, task.name, MEAN, task.metric, mean, total))
+        scores.append(Score(label, task.name, MEAN, metric, mean, total))
     return scores
 
 
-def headline(scores: Sequence[Score]) -> Score | None:
-    """The one number of a task among its scores of one set: the mean, or the only one."""
-    return scores[-1] if scores else None
+def mean_grade(grade: Grade, answers: Sequence[str], examples: Iterable[EvaluationExample]) -> float:
+    """Returns the mean score of an evaluation set by a metric of the user's own.
+
+    Raises:
+        ConfigError: the function fails; names the first such records.
+    """
+    total = 0.0
+    by_source: dict[str, Faults] = {}
+    for answer, example in zip(answers, examples, strict=True):
+        try:
+            total += graded(grade, answer, example.record)
+        except MetricFault as fault:
+            faults = by_source.setdefault(example.source, Faults(example.source))
+            faults.add(f"record {example.number}", fault.message, fault.remedy)
+    if by_source:
+        raise ConfigError(problem for faults in by_source.values() for problem in faults.problems)
+    return total / len(answers)
 
 
 def higher_is_better(metric: str) -> bool:
@@ -121,10 +138,11 @@ def generate(
     max_new_tokens: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Greedy answers, without special tokens, in the order of the prompts. They end at an end of sequence.
+    """Returns greedy answers up to an end of sequence, without special tokens, in the order of the prompts.
 
     Args:
         prompts: token ids, at least one each.
+        on_progress: called with the number of prompts done.
     """
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
@@ -135,12 +153,16 @@ def generate(
             width = max(len(prompts[i]) for i in batch)
             ids = torch.full((len(batch), width), pad)
             mask = torch.zeros((len(batch), width), dtype=torch.long)
-            for row, i in enumerate(batch):  # padding on the left: every answer begins in the same column
+            for row, i in enumerate(batch):  # left padding: every answer begins in the same column
                 ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                 mask[row, width - len(prompts[i]) :] = 1
-            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+            out = model.generate(  # type: ignore[operator] # transformers does not declare it on PreTrainedModel
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device)
+            )
             for row, i in enumerate(batch):
-                answers[i] = tokenizer.decode(_until_end(out[row, width:].tolist(), ends), skip_special_tokens=True)
+                answer = tokenizer.decode(_until_end(out[row, width:].tolist(), ends), skip_special_tokens=True)
+                assert isinstance(answer, str)  # a list only for a batch of sequences
+                answers[i] = answer
             done += len(batch)
             on_progress(done)
     return answers
@@ -152,7 +174,7 @@ def completion_loss(
     examples: Sequence[EvaluationExample],
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """Mean loss in nats over all completion tokens of all examples, the end of sequence included."""
+    """Returns the mean loss in nats over all completion tokens of all examples, end of sequence included."""
     total, tokens, done = 0.0, 0, 0
     sequences = [example.example for example in examples]
     with _evaluating(model):
@@ -160,7 +182,7 @@ def completion_loss(
             width = max(len(sequences[i].input_ids) for i in batch)
             ids = torch.zeros((len(batch), width), dtype=torch.long)
             mask = torch.zeros_like(ids)
-            labels = torch.full_like(ids, -100)
+            labels = torch.full_like(ids, IGNORED)
             for row, i in enumerate(batch):
                 length, begin = len(sequences[i].input_ids), max(1, sequences[i].prompt_length)
                 ids[row, :length] = torch.tensor(sequences[i].input_ids)
@@ -171,14 +193,14 @@ def completion_loss(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device), reduction="sum"
             )
             total += float(loss)
-            tokens += int((labels != -100).sum())
+            tokens += int((labels != IGNORED).sum())
             done += len(batch)
             on_progress(done)
     return total / tokens
 
 
 def batches(lengths: Sequence[int], new_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, the longest first, so that too little memory shows at once."""
+    """Yields indices in batches of similar length, the longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
@@ -188,7 +210,7 @@ def batches(lengths: Sequence[int], new_tokens: int) -> Iterator[list[int]]:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the tokenizer's, then those of the model's own generation settings."""
+    """Returns the ids that end an answer: the tokenizer's, then those of the model's generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     more: Iterable[int] = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
@@ -200,9 +222,9 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off; the mode before comes back."""
+    """Turns dropout off, and restores the mode afterwards."""
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         yield
     finally:
@@ -211,11 +233,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _for_answers(model: PreTrainedModel, ends: list[int], pad: int, max_new_tokens: int) -> Iterator[None]:
-    """Greedy settings alone: `generate` would fill what is not set from the model's own (sampling, penalties)."""
+    """Sets greedy decoding only: `generate` would take the rest from the model's own config (sampling, penalties)."""
     from transformers import GenerationConfig
 
     before = model.generation_config
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call] # transformers does not type it
         do_sample=False, num_beams=1, eos_token_id=ends, pad_token_id=pad, max_new_tokens=max_new_tokens, use_cache=True
     )
     try:

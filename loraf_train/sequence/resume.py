@@ -1,12 +1,12 @@
-"""What is kept of the task that is being trained, so that a run that was killed goes on where it was.
+"""Saves the state of the task in progress, so that a killed run can continue where it was.
 
-    <output>/.resume/state-<n>.json          task, what its values depend on, phase, step; digests of both files
-    <output>/.resume/state-<n>.safetensors   positions once they are chosen; parameters and optimizer state
+    <output>/.resume/state-<n>.json          task, everything its values depend on, phase, step; digests of both files
+    <output>/.resume/state-<n>.safetensors   positions once they are selected; parameters and optimizer state
 
-The folder is no part of the checkpoint: nothing but `loraf-train run` reads it, and it is gone when the task is in the
-checkpoint. The state before stays until the next one is on disk, and is the one to go on from if the last is damaged.
-A state is used only if everything that decides the task's values is what it was: settings, examples, base model,
-earlier tasks, precision and versions.
+The folder is not part of the checkpoint: only `loraf-train run` reads it, and it is removed once the task is in the
+checkpoint. The previous state stays until the next one is on disk, and is used if the last one is damaged. A state is
+used only if everything that determines the task's values is unchanged: settings, examples, base model, earlier tasks,
+precision and versions.
 """
 
 from __future__ import annotations
@@ -21,47 +21,44 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 
-from loraf import strict_json, task_file
+from loraf import strict_json, strict_safetensors
 from loraf.checkpoint import unwritable, write_durably
 from loraf.errors import CheckpointError, Problem
 from loraf.manifest import StoredFile
+from loraf.sealed_json import seal, unseal
 from loraf_train.processes import group
-from loraf_train.sealed import seal, unseal
-from loraf_train.sequence.provenance import differences, said
+from loraf_train.sequence.phases import CALIBRATION, TRAINING
+from loraf_train.sequence.provenance import differences, value_text
 from loraf_train.trainer import loop
 
-if TYPE_CHECKING:
-    from loraf_train.data.examples import Example
-
 FOLDER = ".resume"
-CALIBRATION, TRAINING = "calibration", "training"
 _SEAL = "loraf-resume", 1
-_STATE = re.compile(r"state-(\d+)\.json")
-_OURS = re.compile(r"\.?state-(\d+)\.(json|safetensors)(\.\d+\.tmp)?")
+_RECORD_FILE = re.compile(r"state-(\d+)\.json")
+_STATE_FILE = re.compile(r"\.?state-(\d+)\.(json|safetensors)(\.\d+\.tmp)?")
 _TEMPORARY = re.compile(r"\.(?:loraf\.json|.+\.safetensors)\.(\d+)\.tmp")  # of loraf.checkpoint.write_durably
-_MASK = "mask."
+_POSITIONS = "mask."  # prefix of the stored tensors' names; part of the format, like the fields of _Record
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a task is.
+    """Progress of a task.
 
     Attributes:
-        masks: module → (K,) int64 flat positions, ascending; None: calibration is not over.
-        snapshot: of the phase it is in; None: at its beginning.
+        positions: module → (K,) int64 positions, ascending; None: calibration is not finished.
+        snapshot: of the current phase; None: at its beginning.
     """
 
-    masks: dict[str, torch.Tensor] | None
+    positions: dict[str, torch.Tensor] | None
     snapshot: loop.Snapshot | None
 
     @property
     def phase(self) -> str:
-        return CALIBRATION if self.masks is None else TRAINING
+        return CALIBRATION if self.positions is None else TRAINING
 
     def __str__(self) -> str:
         if self.snapshot is None:
@@ -71,12 +68,12 @@ class State:
 
 @dataclass(frozen=True)
 class _Record:
-    """The content of a state's JSON file, beside format, version and its own digest.
+    """Content of a state's JSON file, besides format, version and digest. The field names are the format's.
 
     Attributes:
-        making: all that the task's values depend on.
-        where: how and where it was done, on which only their last bits depend.
-        step, steps: of the phase; both 0 at its beginning.
+        making: ResumeStore's `provenance`.
+        where: ResumeStore's `environment`.
+        step, steps: done and in all of the current phase; both 0 at its beginning.
     """
 
     task: str
@@ -89,50 +86,51 @@ class _Record:
     tensors: StoredFile
 
 
-class Keeper:
-    """Keeps one task's state while it is trained. Every process has one; only the first writes.
+class ResumeStore:
+    """The saved states of one task in training. Every process has a store; only the first one writes.
 
     Attributes:
-        state: where to go on; None: at the beginning.
-        notes: what there is to say of states that were found.
+        state: where to resume; None: start the task from the beginning.
+        remarks: what to tell the user about the states on disk.
 
     Args:
         output: the checkpoint's folder.
-        making: all that the task's values depend on, as plain JSON: `settings`, and whatever else in one word each.
-        where: how and where it is done, on which only their last bits depend, as plain JSON.
+        provenance: everything the task's values depend on, as plain JSON: `settings`, and one value for each other
+            thing. A state with another provenance is not used.
+        environment: what only the last bits of the values depend on, as plain JSON.
         seconds: time between two saves within a phase.
-        device: what this process computes on.
+        device: the one this process computes on.
 
     Raises:
-        CheckpointError: the processes do not find the same state.
+        CheckpointError: the processes do not see the same state.
     """
 
     def __init__(
         self,
         output: Path,
         task: str,
-        making: Mapping[str, Any],
-        where: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        environment: Mapping[str, Any],
         seconds: float,
         device: torch.device,
     ):
         self._folder = output / FOLDER
         self._task = task
-        self._making, self._where = strict_json.plain(making), strict_json.plain(where)
+        self._provenance, self._environment = strict_json.plain(provenance), strict_json.plain(environment)
         self._seconds = seconds
-        self._latest: int | None = None  # number of the state on disk to go on from
+        self._latest: int | None = None  # number of the newest usable state on disk
         self.state: State | None = None
-        self.notes: list[str] = []
-        digest = self._find()
-        self._masks = self.state.masks if self.state else None
+        self.remarks: list[str] = []
+        digest = self._load_newest()
+        self._positions: dict[str, torch.Tensor] | None = self.state.positions if self.state else None
         if not group.agree(int(digest[:15], 16), device):
-            message = "the processes of this run do not find the same state of the task"
-            remedy = "give all of them the same folder; or delete it, and the task starts anew"
+            message = "the processes of this run do not see the same saved state of the task"
+            remedy = "make the same folder visible to all of them, or delete it to start the task from the beginning"
             raise CheckpointError(Problem(message, file=str(self._folder), remedy=remedy))
-        self._saved = time.monotonic()
+        self._saved_at = time.monotonic()
 
-    def _find(self) -> str:
-        """Sets `state` and `notes`; returns the digest (hex) of what is found."""
+    def _load_newest(self) -> str:
+        """Sets `state` and `remarks`; returns the digest (hex) of the state that was loaded."""
         for number in sorted(_numbers(self._folder), reverse=True):
             file = self._folder / f"state-{number}.json"
             try:
@@ -140,53 +138,59 @@ class Keeper:
                 refusal = self._refusal(record)
                 state = None if refusal else _state(self._folder, record)
             except (OSError, ValueError) as error:
-                self.notes.append(f"{file} is of no use ({error})")
+                self.remarks.append(f"{file} cannot be used ({error})")
                 continue
             if state is not None:
                 self.state, self._latest = state, number
-                elsewhere = _changes(record.where, self._where)
-                if elsewhere:
-                    self.notes.append(f"it goes on in another way, so the last bits may differ: {elsewhere}")
+                changes = _changes(record.where, self._environment)
+                if changes:
+                    self.remarks.append(f"the environment changed, so the last bits may differ: {changes}")
                 return digest
-            if refusal not in self.notes:
-                self.notes.append(refusal)
+            if refusal not in self.remarks:
+                self.remarks.append(refusal)
         return "0" * 64
 
     def _refusal(self, record: _Record) -> str:
-        """Why a state is not to be used; empty if it is."""
+        """Why a state cannot be used; empty if it can."""
         if record.task != self._task:
-            return f"what the interrupted training of task {record.task!r} left is given up"
-        changes = _changes(record.making, self._making)
-        return f"what the interrupted training left cannot be used: {changes}" if changes else ""
+            return f"the saved state of the interrupted task {record.task!r} is discarded"
+        changes = _changes(record.making, self._provenance)
+        return f"the saved state of the interrupted training cannot be used: {changes}" if changes else ""
 
     def journal(self, phase: str) -> loop.Journal:
-        """What `loop.fit` needs to go on with this phase, and to have it kept."""
+        """Returns the journal with which `loop.fit` resumes and saves this phase."""
         return _Journal(self, phase)
 
-    def chosen(self, masks: Mapping[str, torch.Tensor]) -> None:
-        """Calibration is over. Raises CheckpointError where the disk refuses."""
-        self._masks = dict(masks)
-        self.keep(None)
+    def save_positions(self, positions: Mapping[str, torch.Tensor]) -> None:
+        """Saves the result of calibration. Raises CheckpointError if it cannot be written."""
+        self._positions = dict(positions)
+        self.save(None)
 
     def is_due(self) -> bool:
-        return group.is_first() and time.monotonic() - self._saved >= self._seconds
+        """Whether it is time for this process to save."""
+        return group.is_first() and time.monotonic() - self._saved_at >= self._seconds
 
-    def keep(self, snapshot: loop.Snapshot | None) -> None:
-        """Writes a state; the ones before the last go. Raises CheckpointError where the disk refuses."""
+    def save(self, snapshot: loop.Snapshot | None) -> None:
+        """Writes a state, then removes all but the one before it. Raises CheckpointError if it cannot be written.
+
+        Args:
+            snapshot: of the current phase; None: training is at its beginning.
+        """
         if not group.is_first():
             return
         try:
             number = max(_numbers(self._folder, any_file=True), default=0) + 1
-            _remove(self._folder, keep=self._latest)  # first, for the room
+            _remove(self._folder, keep=self._latest)  # before writing, to free the space
             _make_durably(self._folder)
         except OSError as error:
             raise unwritable(self._folder, error) from error
-        content = {f"{_MASK}{module}": flat.to(torch.int32) for module, flat in (self._masks or {}).items()}
-        data = safetensors.torch.save(content | (snapshot.tensors if snapshot else {}))
+        positions = self._positions or {}
+        tensors = {f"{_POSITIONS}{module}": p.to(torch.int32) for module, p in positions.items()}
+        data = safetensors.torch.save(tensors | (snapshot.tensors if snapshot else {}))
         record = _Record(
             task=self._task,
-            making=self._making,
-            where=self._where,
+            making=self._provenance,
+            where=self._environment,
             step=snapshot.step if snapshot else 0,
             steps=snapshot.steps if snapshot else 0,
             first_loss=snapshot.first_loss if snapshot else None,
@@ -196,10 +200,10 @@ class Keeper:
         write_durably(self._folder / record.tensors.path, data)
         write_durably(self._folder / f"state-{number}.json", seal(*_SEAL, dataclasses.asdict(record)))
         self._latest = number
-        self._saved = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def clear(self) -> None:
-        """The task is in the checkpoint. Raises CheckpointError where the disk refuses."""
+        """Removes all states: the task is in the checkpoint. Raises CheckpointError if they cannot be removed."""
         try:
             _remove(self._folder)
         except OSError as error:
@@ -207,35 +211,35 @@ class Keeper:
 
 
 class _Journal(loop.Journal):
-    """A phase's view of its task's Keeper."""
+    """Resumes and saves one phase of a task through its ResumeStore."""
 
-    def __init__(self, keeper: Keeper, phase: str):
-        self._keeper = keeper
+    def __init__(self, store: ResumeStore, phase: str):
+        self._store = store
         self._phase = phase
-        self.start = keeper.state.snapshot if keeper.state and keeper.state.phase == phase else None
+        self.start = store.state.snapshot if store.state and store.state.phase == phase else None
 
     def after_step(self, step: int, steps: int, snapshot: Callable[[], loop.Snapshot]) -> None:
-        # Calibration's end is kept as the positions it has chosen.
-        over = step == steps and self._phase == TRAINING and group.is_first()
-        if over or self._keeper.is_due():
-            self._keeper.keep(snapshot())
+        # The end of calibration is saved as the positions it selects.
+        finished = step == steps and self._phase == TRAINING and group.is_first()
+        if finished or self._store.is_due():
+            self._store.save(snapshot())
 
 
-def digest_of(examples: Sequence[Example]) -> str:
-    """SHA-256 (hex) of examples in their order; dataclasses of numbers, strings and lists of them."""
-    found = hashlib.sha256()
+def digest_of(examples: Sequence[object]) -> str:
+    """Returns the SHA-256 (hex) of the examples in order: of their `repr`, so of class and field names too."""
+    digest = hashlib.sha256()
     for example in examples:
-        found.update(repr(example).encode())
-    return found.hexdigest()
+        digest.update(repr(example).encode())
+    return digest.hexdigest()
 
 
 def tidy(output: Path, finished: Collection[str]) -> None:
-    """Removes what killed runs left and nobody needs: temporary files, the state of a task that is finished.
+    """Removes leftovers of killed runs: temporary files, and the state of a finished task.
 
     Args:
         finished: tasks that the checkpoint has.
     """
-    with contextlib.suppress(OSError):  # they do no harm where they cannot be removed
+    with contextlib.suppress(OSError):  # leftovers do no harm
         for folder in (output, output / "tasks"):
             for file in folder.glob(".*.tmp"):
                 match = _TEMPORARY.fullmatch(file.name)
@@ -247,8 +251,8 @@ def tidy(output: Path, finished: Collection[str]) -> None:
 
 
 def _is_running(process: int) -> bool:
-    """Whether another process of this machine has this number."""
-    if process == os.getpid():  # in a container the killed run had the same
+    """Whether another process of this machine has this id."""
+    if process == os.getpid():  # in a container the killed run may have had the same
         return False
     try:
         os.kill(process, 0)
@@ -266,7 +270,7 @@ def _task_of(file: Path) -> str | None:
         return None
 
 
-_NAMES = {
+_CHANGED_PARTS = {
     "examples": "the training data",
     "earlier": "the adapter's A or its earlier tasks",
     "base": "the base model's weights",
@@ -274,25 +278,25 @@ _NAMES = {
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs, in words."""
-    found = []
-    for field, was, becomes in differences(before, now):
-        name = _NAMES.get(field)
-        shown = f"{field.removeprefix('settings.')} was {said(was)}, is {said(becomes)}"
-        found.append(f"{name} changed" if name else shown)
-    return "; ".join(found)
+    """Describes what differs, for a message; empty if nothing does."""
+    changes = []
+    for field, old, new in differences(before, now):
+        part = _CHANGED_PARTS.get(field)
+        name = field.removeprefix("settings.")
+        changes.append(f"{part} changed" if part else f"{name} was {value_text(old)}, is {value_text(new)}")
+    return "; ".join(changes)
 
 
 def _numbers(folder: Path, any_file: bool = False) -> set[int]:
-    """Numbers of the states in `folder`; with `any_file` also of those of which there are only parts."""
+    """Numbers of the states in `folder`; with `any_file` also of incomplete ones."""
     if not folder.is_dir():
         return set()
-    matches = ((_OURS if any_file else _STATE).fullmatch(name) for name in os.listdir(folder))
+    matches = ((_STATE_FILE if any_file else _RECORD_FILE).fullmatch(name) for name in os.listdir(folder))
     return {int(match[1]) for match in matches if match}
 
 
 def _make_durably(folder: Path) -> None:
-    """A new folder is an entry of its parent."""
+    """Creates the folder and flushes its entry in the parent to disk."""
     if folder.is_dir():
         return
     folder.mkdir()
@@ -300,11 +304,11 @@ def _make_durably(folder: Path) -> None:
 
 
 def _remove(folder: Path, keep: int | None = None) -> None:
-    """Removes all states but one; the folder too if none is to stay. What is not ours stays."""
+    """Removes all states but number `keep`; without one, the folder too. Leaves other files alone."""
     if not folder.is_dir():
         return
-    matches = [match for match in map(_OURS.fullmatch, os.listdir(folder)) if match and int(match[1]) != keep]
-    for match in sorted(matches, key=lambda m: m[2]):  # the JSON first: a state is whole or is none
+    matches = [match for match in map(_STATE_FILE.fullmatch, os.listdir(folder)) if match and int(match[1]) != keep]
+    for match in sorted(matches, key=lambda m: m[2]):  # the JSON first: without it, there is no state
         (folder / match[0]).unlink(missing_ok=True)
     if keep is None and not os.listdir(folder):
         folder.rmdir()
@@ -320,27 +324,27 @@ def _flush(folder: Path) -> None:
 
 
 def _read(file: Path) -> tuple[_Record, str]:
-    """The record in a state's JSON file, and its digest. Raises OSError, ValueError."""
+    """Returns the record in a state's JSON file, and its digest. Raises OSError, ValueError."""
     content, digest = unseal(file.read_bytes(), *_SEAL)
-    faults: list[str] = []
-    record = strict_json.build(_Record, content, "", lambda where, message: faults.append(f"{where} {message}"))
+    problems: list[str] = []
+    record = strict_json.build(_Record, content, "", lambda field, message: problems.append(f"{field} {message}"))
     if record is None or record.tensors.path != f"{file.stem}.safetensors":
-        raise ValueError("; ".join(faults) or "it names another state's tensors")
+        raise ValueError("; ".join(problems) or "it names another state's tensors")
     return record, digest
 
 
 def _state(folder: Path, record: _Record) -> State:
-    """Raises OSError, ValueError."""
+    """Reads and verifies a state's tensors. Raises OSError, ValueError."""
     data = (folder / record.tensors.path).read_bytes()
     if len(data) != record.tensors.bytes or hashlib.sha256(data).hexdigest() != record.tensors.sha256:
         raise ValueError(f"{record.tensors.path} does not match its digest")
     try:
-        tensors = task_file.parse(memoryview(bytearray(data)))
+        stored = strict_safetensors.parse(memoryview(bytearray(data)))
     except ValueError as error:
-        raise ValueError(f"{record.tensors.path} is no safetensors file: {error}") from None
-    masks = {name.removeprefix(_MASK): t.long() for name, t in tensors.items() if name.startswith(_MASK)}
+        raise ValueError(f"{record.tensors.path} is not a safetensors file: {error}") from None
+    positions = {name.removeprefix(_POSITIONS): t.long() for name, t in stored.items() if name.startswith(_POSITIONS)}
     if not record.steps:
-        return State(masks, None)
-    losses = [math.nan if loss is None else loss for loss in (record.first_loss, record.last_loss)]
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_MASK)}
-    return State(masks or None, loop.Snapshot(record.step, record.steps, *losses, rest))
+        return State(positions, None)
+    first_loss, last_loss = (math.nan if loss is None else loss for loss in (record.first_loss, record.last_loss))
+    tensors = {name: tensor for name, tensor in stored.items() if not name.startswith(_POSITIONS)}
+    return State(positions or None, loop.Snapshot(record.step, record.steps, first_loss, last_loss, tensors))

@@ -1,15 +1,15 @@
-"""A whole run: every task of a configuration, in order, into one checkpoint.
+"""Runs a configuration: trains its tasks in order into one checkpoint.
 
     for each task that the checkpoint does not have yet:
-        calibrate   choose its K positions of each matrix
-        adapt       train its K values there
-        commit      its file, then the manifest
+        calibrate   select its K positions of each matrix
+        train       train its K values there
+        commit      write its file, then the manifest
 
-It may be killed at any moment and run again: what is finished stays, and the task that was being trained goes on where
-it was (loraf_train.sequence.resume).
+A run may be killed at any moment and started again: finished tasks stay, and the task in progress resumes where it was
+(loraf_train.sequence.resume).
 
-A task trains on top of what earlier tasks stored (`start: previous`, Algorithm 1) or on the bare model (`start: base`);
-either way it never takes a position that another task owns.
+A task trains on top of the stored earlier tasks (`start: previous`, Algorithm 1) or on the base model alone
+(`start: base`). Either way it never takes a position that another task owns.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ import torch
 import transformers
 from torch import nn
 
-import loraf
 from loraf import base_model, manifest
 from loraf.checkpoint import Checkpoint
-from loraf.errors import ConfigError, Problem
-from loraf_train.adapter import masks, sharding
-from loraf_train.adapter.host import Host, earlier, find_targets, projections, shapes_of
+from loraf.errors import ConfigError, Problem, one_line
+from loraf_train.adapter import sharding
+from loraf_train.adapter.trainable_base import TrainableBase, earlier_tasks, find_targets, projections, shapes_of
 from loraf_train.processes import group, launcher
 from loraf_train.sequence import provenance, resume
 from loraf_train.sequence.calibrate import calibrate
-from loraf_train.sequence.train_task import adapt
-from loraf_train.trainer import loop
+from loraf_train.sequence.conflicts import obstacles
+from loraf_train.sequence.phases import CALIBRATION, CALIBRATION_SEED, TRAINING, TRAINING_SEED, seeds_of
+from loraf_train.sequence.train_task import train_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from loraf_train.data.examples import TaskData
+    from loraf_train.data.task_data import TaskData
     from loraf_train.settings.config import RunConfig, TaskConfig
 
 Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]
-Choose = Callable[..., dict[str, torch.Tensor]]  # as `calibrate`
+SelectPositions = Callable[..., dict[str, torch.Tensor]]  # with the signature of `calibrate`
 
 
 class Observer:
-    """What a run tells while it goes on. Every method does nothing; override those that matter.
+    """Progress of a run. Every method is a no-op; override those you need.
 
-    Of several processes the first is told. Where the base is divided over them (adapter.sharding), all are told
-    everything but steps, since any use of the model takes all of them.
+    With several processes only the first one's observer is called. If the base is sharded (adapter.sharding), every
+    method but the two steps is called in all processes, since any use of the model needs all of them.
     """
 
     def task_kept(self, checkpoint: Checkpoint, task: TaskConfig) -> None:
@@ -59,36 +59,39 @@ class Observer:
     def task_started(self, task: TaskConfig) -> None: ...
 
     def remarked(self, task: TaskConfig, remark: str) -> None:
-        """Something is to be said of what an interrupted run left of the task."""
+        """A remark for the user on the saved state of an interrupted run."""
 
     def resumed(self, task: TaskConfig, after: str) -> None:
-        """The task goes on after this step; what came before is not told again."""
+        """The task resumes after this step; earlier steps are not reported again."""
 
     def calibration_step(self, loss: float, step: int, total: int) -> None:
         """A mini-batch of calibration is done; `step` counts from 1."""
 
     def calibrated(self, task: TaskConfig) -> None:
-        """The task's positions are chosen."""
+        """The task's positions are selected."""
 
     def step(self, loss: float, lr: float, step: int, total: int) -> None:
         """An optimizer step of the task's training is done; `step` counts from 1."""
 
-    def adapted(self, task: TaskConfig, model: PreTrainedModel) -> None:
-        """The values are trained and rounded; the model still has the adapter's layers in it."""
+    def trained(self, task: TaskConfig, model: PreTrainedModel) -> None:
+        """The values are trained and rounded; the adapter's layers are still in the model."""
 
     def task_finished(self, checkpoint: Checkpoint, task: TaskConfig, model: PreTrainedModel) -> None:
-        """The task is in the checkpoint. The model is the bare base; leave its weights as they are."""
+        """The task is in the checkpoint. The model is the bare base; restore its weights if you change them."""
 
 
 def load_model(config: RunConfig) -> Loaded:
-    """The base model (frozen, on the GPU if there is one), its tokenizer, and the folder that both are in.
+    """Loads the base model, frozen, on the GPU if there is one.
 
-    `precision: auto` is float32 on a CPU, and bfloat16 on a GPU that has it. Where the launcher asks for FSDP, the
-    processes are joined and the model is divided over them.
+    `precision: auto` is float32 on a CPU, and bfloat16 on a GPU that supports it. If the launcher requests FSDP, this
+    joins the processes and shards the model over them.
+
+    Returns:
+        The model, its tokenizer, and the folder of both.
 
     Raises:
-        ConfigError: the model cannot be had, or its files are not a whole causal language model; the launcher asks for
-            what is not supported.
+        ConfigError: the model could not be loaded or downloaded, its files are not a complete causal language model, or
+            the launcher requests something unsupported.
     """
     refused = launcher.problems()
     if refused:
@@ -98,11 +101,13 @@ def load_model(config: RunConfig) -> Loaded:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     half = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
-    options = {"local_files_only": True, "trust_remote_code": False}
+    # Written a second time in loraf_serve.backends.merged: neither package imports the other, and `loraf` must not
+    # import transformers. Precision, devices, messages and what is checked differ.
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         with _no_progress_bars():
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.bfloat16 if half else torch.float32,
                 use_safetensors=True,
@@ -110,19 +115,21 @@ def load_model(config: RunConfig) -> Loaded:
                 **options,
             )
     except Exception as error:  # transformers, tokenizers and safetensors have no exception in common
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        message = f"the model in {folder} cannot be loaded ({reason})"
-        remedy = "use a causal language model that this transformers knows, with safetensors weights"
+        message = f"the model in {folder} cannot be loaded ({one_line(error)})"
+        remedy = "use a causal language model that this version of transformers supports, with safetensors weights"
         raise ConfigError(Problem(message, "model", file, remedy)) from error
-    if found["missing_keys"]:
-        message = f"the weights in {folder} lack {', '.join(sorted(found['missing_keys'])[:3])}"
+    model: PreTrainedModel = loaded[0]
+    missing: set[str] = loaded[1]["missing_keys"]
+    if missing:
+        message = f"the weights in {folder} lack {', '.join(sorted(missing)[:3])}"
         raise ConfigError(Problem(message, "model", file, "use a complete causal language model"))
-    model.eval().requires_grad_(False)
-    how = launcher.sharding()
-    if how is None:
-        return model.to(device), tokenizer, folder
-    group.join(device)  # only now: transformers would load nothing in all processes but the first
-    sharding.shard(model, device, how)
+    model.train(False).requires_grad_(False)
+    sharded = launcher.sharding()
+    if sharded is None:
+        model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides torch's signature
+        return model, tokenizer, folder
+    group.join(device)  # not before: transformers would load the weights in the first process only
+    sharding.shard(model, device, sharded)
     return model, tokenizer, folder
 
 
@@ -131,19 +138,19 @@ def run(
     data: Mapping[str, TaskData] | Callable[[TaskConfig], TaskData],
     observer: Observer | None = None,
     loaded: Loaded | None = None,
-    choose: Choose = calibrate,
+    select_positions: SelectPositions = calibrate,
 ) -> Checkpoint:
-    """Trains every task that `config.output` does not hold yet.
+    """Trains every task that `config.output` does not have yet.
 
     Args:
-        data: the tasks' data by name, or what gives it when a task's turn comes (never for tasks already trained).
-        loaded: what `load_model` gave, if it is at hand.
-        choose: how a task's positions are chosen; nothing of it is stored, so another one needs another output folder.
+        data: the tasks' data by name, or a function that loads a task's data when its turn comes (not called for
+            finished tasks).
+        loaded: result of `load_model`; None: load it here.
+        select_positions: replaces calibration. The checkpoint does not record it, so use another output folder.
 
     Raises:
-        ConfigError: before anything is trained, everything that speaks against the run: a checkpoint of another base,
-            seed or shape, edited settings of a finished task, too few free positions for a task still to come.
-        CheckpointError: the checkpoint in `config.output` cannot be used.
+        ConfigError: all obstacles to the run, before anything is trained: see `conflicts.obstacles`.
+        CheckpointError: the checkpoint in `config.output` cannot be read or written.
     """
     model, tokenizer, folder = loaded or load_model(config)
     targets = find_targets(model, config.adapter.target_modules, str(config.file))
@@ -151,28 +158,30 @@ def run(
     if observer is None or not (group.is_first() or sharding.is_sharded(model)):
         observer = Observer()
     checkpoint = Checkpoint.open(config.output) if (config.output / manifest.FILE_NAME).exists() else None
-    group.wait()  # none may write before all have looked
-    _require_possible(config, checkpoint, folder, shapes_of(targets))
+    group.wait()  # no process may write before all have looked
+    problems = obstacles(config, folder, shapes_of(targets), checkpoint.manifest if checkpoint else None)
+    if problems:
+        raise ConfigError(problems)
     if checkpoint is None:
         checkpoint = group.first_writes(
             lambda: _create(config, folder, shapes_of(targets)), lambda: Checkpoint.open(config.output)
         )
     finished = checkpoint.manifest.task_names
     group.first_writes(lambda: resume.tidy(config.output, finished), lambda: None)
-    host: Host | None = None
+    base: TrainableBase | None = None
     for task in config.tasks:
         if task.name in checkpoint.manifest.task_names:
             observer.task_kept(checkpoint, task)
             continue
-        if host is None:
+        if base is None:
             model.requires_grad_(False)
-            host = Host(model, targets, projections(checkpoint, targets), pad_id(tokenizer), config.output)
+            base = TrainableBase(model, targets, projections(checkpoint, targets), pad_id(tokenizer), config.output)
         observer.task_started(task)
-        given = data(task) if callable(data) else data[task.name]
-        checkpoint = _train(host, config, task, given, checkpoint, observer, choose)
-        witness = _witness(targets)
+        task_data = data(task) if callable(data) else data[task.name]
+        checkpoint = _add_task(base, config, task, task_data, checkpoint, observer, select_positions)
+        before = _weight_sample(targets)
         observer.task_finished(checkpoint, task, model)
-        if not torch.equal(witness, _witness(targets)):
+        if not torch.equal(before, _weight_sample(targets)):
             raise RuntimeError("Observer.task_finished left a task merged into the base model's weights")
     return checkpoint
 
@@ -188,77 +197,59 @@ def _create(config: RunConfig, folder: Path, shapes: Mapping[str, tuple[int, int
     )
 
 
-def _require_possible(
-    config: RunConfig, checkpoint: Checkpoint | None, folder: Path, shapes: Mapping[str, tuple[int, int]]
-) -> None:
-    file = str(config.file)
-    found = checkpoint.manifest if checkpoint else None
-    problems = provenance.conflicts(config, found, folder, shapes) if found else []
-    if not problems:
-        finished = found.task_names if found else ()
-        wishes = [
-            masks.Wish(task.name, task.sparsity, f"tasks[{i}].sparsity", file)
-            for i, task in enumerate(config.tasks)
-            if task.name not in finished
-        ]
-        problems = masks.shortage(shapes, config.adapter.rank, wishes, found)
-    if problems:
-        raise ConfigError(problems)
-
-
-def _train(
-    host: Host,
+def _add_task(
+    base: TrainableBase,
     config: RunConfig,
     task: TaskConfig,
     data: TaskData,
     checkpoint: Checkpoint,
     observer: Observer,
-    choose: Choose,
+    select_positions: SelectPositions,
 ) -> Checkpoint:
-    """One task, from its data to its place in the checkpoint, which comes back with it."""
-    before = checkpoint.manifest.task_names if task.start == "previous" else ()
-    active = {module: earlier(checkpoint, before, module) for module in host.targets}
-    taken = {module: [values[module] for values in checkpoint.tasks.values()] for module in host.targets}
-    seeds = {phase: loop.derived_seed(config.seed, task.name, phase) for phase in ("calibration", "adaptation")}
-    keeper = _keeper(host, config, task, data, checkpoint)
-    for remark in keeper.notes:
+    """Takes a task through both phases and commits it; returns the checkpoint that has it."""
+    trained_with = checkpoint.manifest.task_names if task.start == "previous" else ()
+    earlier = {module: earlier_tasks(checkpoint, trained_with, module) for module in base.targets}
+    taken = {module: [values[module] for values in checkpoint.tasks.values()] for module in base.targets}
+    seeds = seeds_of(config.seed, task.name)
+    store = _resume_store(base, config, task, data, checkpoint)
+    for remark in store.remarks:
         observer.remarked(task, remark)
-    if keeper.state is not None:
-        observer.resumed(task, str(keeper.state))
-    chosen = keeper.state.masks if keeper.state is not None else None
-    if chosen is None:
-        chosen = choose(
-            host,
+    if store.state is not None:
+        observer.resumed(task, str(store.state))
+    positions = store.state.positions if store.state is not None else None
+    if positions is None:
+        positions = select_positions(
+            base,
             task,
             data.train,
             taken,
-            active,
-            seeds["calibration"],
+            earlier,
+            seeds[CALIBRATION_SEED],
             observer.calibration_step,
-            keeper.journal(resume.CALIBRATION),
+            store.journal(CALIBRATION),
         )
-        _require_agreement(task, chosen, host.model.device)
-        keeper.chosen(chosen)
+        _require_agreement(task, positions, base.model.device)
+        store.save_positions(positions)
         observer.calibrated(task)
-    values, outcome = adapt(
-        host,
+    values, outcome = train_task(
+        base,
         task,
         data.train,
-        chosen,
-        active,
-        seeds["adaptation"],
+        positions,
+        earlier,
+        seeds[TRAINING_SEED],
         getattr(torch, config.adapter.dtype),
         observer.step,
-        lambda: observer.adapted(task, host.model),
-        keeper.journal(resume.TRAINING),
+        lambda: observer.trained(task, base.model),
+        store.journal(TRAINING),
     )
-    making = {
+    training_record = {
         "settings": provenance.settings(config, task),
         "examples": len(data.train),
         "steps": outcome.steps,
         "loss": {"first": outcome.first_loss, "last": outcome.last_loss},
         "seeds": seeds,
-        **surroundings(host.model),
+        **provenance.environment(base.model),
     }
 
     def commit() -> Checkpoint:
@@ -267,79 +258,72 @@ def _train(
             values,
             alpha=task.alpha,
             sparsity=task.sparsity,
-            trained_with=before,
+            trained_with=trained_with,
             templates=data.templates,
-            training=making,
+            training=training_record,
         )
-        keeper.clear()
+        store.clear()
         return checkpoint
 
     return group.first_writes(commit, lambda: Checkpoint.open(config.output))
 
 
-def _require_agreement(task: TaskConfig, chosen: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """All processes chose the same positions; otherwise each would train its own, and the mean of them is nothing."""
+def _require_agreement(task: TaskConfig, positions: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Raises ConfigError if processes selected different positions: averaging their gradients would be meaningless."""
     digest = hashlib.sha256()
-    for flat in chosen.values():
-        digest.update(flat.numpy().tobytes())
+    for of_module in positions.values():
+        digest.update(of_module.numpy().tobytes())
     if not group.agree(int(digest.hexdigest()[:15], 16), device):
-        message = f"task {task.name!r}: the processes of this run chose different positions"
+        message = f"task {task.name!r}: the processes of this run selected different positions"
         raise ConfigError(Problem(message, remedy="run it on processors of one kind, or in one process"))
 
 
-def _keeper(host: Host, config: RunConfig, task: TaskConfig, data: TaskData, checkpoint: Checkpoint) -> resume.Keeper:
-    """What keeps the task's state, with all that its values depend on. Of the data only what is trained on counts."""
+def _resume_store(
+    base: TrainableBase, config: RunConfig, task: TaskConfig, data: TaskData, checkpoint: Checkpoint
+) -> resume.ResumeStore:
+    """The store for a task's unfinished state. Of the data only the training examples matter."""
     settings = {name: part for name, part in provenance.settings(config, task).items() if name != "data"}
-    around = surroundings(host.model)
-    making = {
-        "settings": settings,
-        "examples": resume.digest_of(data.train),
-        "earlier": checkpoint.manifest.adapter_digest,
-        "base": checkpoint.manifest.base_model.fingerprint,
-        "precision": around["precision"],
-        "versions": around["versions"],
-    }
-    where = {
-        "device": around["device"],
-        "processes": around["processes"],
-        "micro_batch_size": task.training.micro_batch_size,
-        "gradient_checkpointing": task.training.gradient_checkpointing,
-        "packing": task.training.packing,
-    }
-    return resume.Keeper(config.output, task.name, making, where, task.training.save_seconds, host.model.device)
-
-
-def surroundings(model: PreTrainedModel) -> dict[str, Any]:
-    """Precision, device, processes and versions: what the last bits of a result depend on beside the settings."""
-    return {
-        "precision": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-        "processes": group.count(),
-        "versions": {
-            "loraf": loraf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+    environment = provenance.environment(base.model)
+    return resume.ResumeStore(
+        config.output,
+        task.name,
+        provenance={
+            "settings": settings,
+            "examples": resume.digest_of(data.train),
+            "earlier": checkpoint.manifest.adapter_digest,
+            "base": checkpoint.manifest.base_model.fingerprint,
+            "precision": environment["precision"],
+            "versions": environment["versions"],
         },
-    }
+        environment={
+            "device": environment["device"],
+            "processes": environment["processes"],
+            "micro_batch_size": task.training.micro_batch_size,
+            "gradient_checkpointing": task.training.gradient_checkpointing,
+            "packing": task.training.packing,
+        },
+        seconds=task.training.save_seconds,
+        device=base.model.device,
+    )
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id will do where attention and loss pass over it."""
+    """Returns an id to pad batches with. Any would do, since attention and loss skip it."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
 
-def _witness(targets: Mapping[str, nn.Linear]) -> torch.Tensor:
-    """The first column of every target weight: B·A changes it in every row where B has an entry."""
-    return torch.cat([sharding.local(module.weight.detach())[:, 0].float() for module in targets.values()])
+def _weight_sample(targets: Mapping[str, nn.Linear]) -> torch.Tensor:
+    """The first column of every target weight: merging B·A changes it in every row in which B has an entry."""
+    return torch.cat([sharding.local(linear.weight.detach())[:, 0].float() for linear in targets.values()])
 
 
 class _no_progress_bars:
-    """transformers' bars off within; they are global to the process."""
+    """Switches off transformers' progress bars, a setting of the whole process, for a `with` block."""
 
     def __enter__(self) -> None:
-        self._were_on = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()
+        self._enabled = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers
 
-    def __exit__(self, *exc) -> None:
-        if self._were_on:
-            transformers.utils.logging.enable_progress_bar()
+    def __exit__(self, *exc: object) -> None:
+        if self._enabled:
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers

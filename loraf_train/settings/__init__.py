@@ -1,5 +1,6 @@
-"""tasks.yaml: what it may say, and what is left once defaults and overrides are resolved.
+"""tasks.yaml: what it may say, and what it means once defaults and overrides are resolved.
 
-A setting is declared once, in `config`, `parts` or `comparison`, with its description. Reading settings opens no data
-file and no model; whatever needs them is checked in `sequence.preflight`.
+A setting is declared once, with `declare.setting`, in `config` (run and task), `parts` (adapter, calibration,
+training), `data` or `comparison`. `loading` reads the file, `problems` words its mistakes, `reference` lists all
+settings for the documentation. Loading opens no data file and no model: `sequence.preflight` checks what needs them.
 """

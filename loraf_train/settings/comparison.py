@@ -7,7 +7,7 @@
         lora: {rank: 64, training: {learning_rate: 1e-4}, tasks: {math: {training: {learning_rate: 5e-4}}}}
         full: {training: {learning_rate: 1e-5}}
 
-`settings.config` reads it with the rest of the file, and resolves each method's settings (`RunConfig.of_method`).
+`settings.loading` reads it with the rest of the file, and resolves each method's settings (`RunConfig.of_method`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from loraf_train.settings.parts import CalibrationConfig, Model, Number, Source, TrainingConfig, Whole, mistake
+from loraf_train.settings.data import RecordSource
+from loraf_train.settings.declare import SettingsModel, Whole, mistake, setting
+from loraf_train.settings.parts import TaskOverrides
 
 MethodName = Literal["loraf", "random-mask", "frozen-a", "lora", "full"]
 METHODS: tuple[str, ...] = ("loraf", "random-mask", "frozen-a", "lora", "full")
 HIGHEST_SEED = (1 << 32) - 1
 
-# What has no meaning for a method: to set it is a mistake.
-_OF_NO_USE = {
+# Settings that mean nothing for a method; setting one is a mistake.
+_UNUSED: dict[str, tuple[str, ...]] = {
     "loraf": (),
     "random-mask": ("calibration",),
     "frozen-a": ("calibration", "sparsity"),
@@ -37,60 +39,64 @@ _NO_DROPOUT = ("full",)  # it has no adapter whose input could be dropped
 Location = tuple[str, ...]
 
 
-def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(seeds)) != len(seeds):
-        raise mistake("a seed stands twice", "give each run a seed of its own")
+        raise mistake("a seed is listed twice", "list each seed once")
     return seeds
 
 
-class TaskSettings(Model):
-    """What a method does differently for one task."""
-
-    alpha: Number | None = Field(None, gt=0, description="a number above 0, for example 64")
-    sparsity: Number | None = Field(None, gt=0, lt=1, description="a number above 0 and below 1, for example 0.9")
-    calibration: CalibrationConfig = Field(CalibrationConfig(), description="a mapping of calibration settings")
-    training: TrainingConfig = Field(TrainingConfig(), description="a mapping of training settings")
-
-
-class MethodSettings(TaskSettings):
+class MethodSettings(TaskOverrides):
     """What a method does differently for all tasks, and for some of them."""
 
-    rank: Whole | None = Field(None, ge=1, le=1 << 16, description="a whole number from 1, for example 64")
-    tasks: dict[str, TaskSettings] = Field({}, description="a mapping of tasks to settings")
+    rank: Whole | None = setting(
+        None,
+        "Rank of the method's adapter; by default adapter.rank.",
+        expects="a whole number from 1, for example 64",
+        ge=1,
+        le=1 << 16,
+    )
+    tasks: dict[str, TaskOverrides] = setting(
+        {}, "What the method changes for single tasks, by their names.", expects="a mapping of tasks to settings"
+    )
 
 
-class CompareConfig(Model):
-    """A comparison.
+class CompareConfig(SettingsModel):
+    """A comparison of training methods."""
 
-    Attributes:
-        general: held-out general text, on which the drift of the base is measured: records with `text`, or with
-            prompt and completion.
-    """
-
-    seeds: Annotated[
-        tuple[Annotated[Whole, Field(ge=0, le=HIGHEST_SEED)], ...],
-        AfterValidator(_different),
-    ] = Field((0, 1, 2), min_length=1, description=f"a list of different whole numbers from 0 to {HIGHEST_SEED}")
-    general: Source | None = Field(None, description="a data file, or a Hugging Face dataset")
-    methods: dict[MethodName, MethodSettings] = Field({}, description=f"a mapping with {', '.join(METHODS)}")
+    seeds: Annotated[tuple[Annotated[Whole, Field(ge=0, le=HIGHEST_SEED)], ...], AfterValidator(_distinct)] = setting(
+        (0, 1, 2),
+        "Seeds that each method is trained with.",
+        expects=f"a list of different whole numbers from 0 to {HIGHEST_SEED}",
+        min_length=1,
+    )
+    general: RecordSource | None = setting(
+        None,
+        "Held-out text to measure the drift of the base model on; records with text, or as for training.",
+        expects="a data file, or a Hugging Face dataset",
+    )
+    methods: dict[MethodName, MethodSettings] = setting(
+        {},
+        "What each method changes; what it leaves out stays as in the task.",
+        expects=f"a mapping with {', '.join(METHODS)}",
+    )
 
 
 def contradictions(compare: CompareConfig, tasks: Sequence[str]) -> Iterator[tuple[Location, str, str]]:
-    """(place below `compare`, what is wrong, remedy) of values that are each in order.
+    """Yields (place below `compare`, message, remedy) for values that are valid alone but not together.
 
     Args:
         tasks: names of the file's tasks.
     """
     for method, settings in compare.methods.items():
-        for name, own in {"": settings, **settings.tasks}.items():
+        for name, overrides in {"": settings, **settings.tasks}.items():
             where: Location = ("methods", method, *(("tasks", name) if name else ()))
             if name and name not in tasks:
                 yield where, f"there is no task {name!r}", f"choose from: {', '.join(tasks)}"
                 continue
-            for key in _OF_NO_USE[method]:
-                if key in own.model_fields_set:
+            for key in _UNUSED[method]:
+                if key in overrides.model_fields_set:
                     yield (*where, key), f"the method {method} has no {key}", "leave it out"
-            training = own.training.model_fields_set
+            training = overrides.training.model_fields_set
             for key in _SAME_FOR_ALL:
                 if key in training:
                     remedy = "set it under training:, of the file or of a task"

@@ -1,154 +1,183 @@
-"""Parts of a tasks.yaml that stand in more than one place of it: kinds of numbers, where records come from, and how a
-task is calibrated and trained.
-
-Each field's description says what may stand there; it is the remedy of the message when something else does.
-"""
+"""Settings of the adapter and of a task's two phases, which tasks.yaml may give in more than one place."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator
 
-FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+from loraf_train.settings.declare import Number, SettingsModel, Whole, setting
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Tracker = Literal["tensorboard", "wandb"]
 
 
-def mistake(message: str, remedy: str) -> PydanticCustomError:
-    escaped = {"message": message, "remedy": remedy}
-    return PydanticCustomError("loraf", "{message}", escaped)
-
-
-def _no_boolean(value: Any) -> Any:
-    """YAML's true, yes and on are no numbers, though Python would take them for 1."""
-    if isinstance(value, bool):
-        raise mistake(f"{value!r} is no number", "")
-    return value
-
-
 def _trackers(value: Any) -> Any:
-    """transformers' spellings: one name, a list of names, or none."""
+    """Accepts what transformers accepts: one name, a list of names, or none."""
     if value is None or value == "none" or value == ["none"]:
         return ()
     return (value,) if isinstance(value, str) else value
 
 
-Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_no_boolean)]
+class AdapterConfig(SettingsModel):
+    """The shape of the adapter, which all tasks of a checkpoint share."""
 
-
-class Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
-
-
-class CalibrationConfig(Model):
-    """How a task's positions are chosen (Algorithm 1): B trained dense for a few mini-batches, the top K kept.
-
-    `learning_rate` and `batch_size` None: those of the task's training. `load` fills them in.
-    """
-
-    steps: Whole = Field(32, ge=1, description="a whole number from 1, for example 32")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw or sgd")
-    learning_rate: Number | None = Field(None, gt=0, description="a number above 0, for example 1e-4")
-    batch_size: Whole | None = Field(None, ge=1, description="a whole number from 1, for example 32")
-
-
-class TrainingConfig(Model):
-    """How a task's K values are trained.
-
-    Attributes:
-        batch_size: examples an optimizer step sees, over all processes and accumulation steps.
-        max_length: tokens of an example, prompt, completion and end of sequence together.
-        micro_batch_size: examples a process takes at once; gradient accumulation makes up the rest.
-        max_steps: optimizer steps, instead of `epochs`.
-        packing: several examples in a row of up to max_length tokens, see `loraf_train.trainer.packing`.
-        report_to: trackers that are told of every step, see `loraf_train.trainer.trackers`.
-        save_seconds: most time between two saves of an unfinished task, so that a killed run loses no more than that.
-    """
-
-    learning_rate: Number = Field(1e-4, gt=0, description="a number above 0, for example 1e-4")
-    batch_size: Whole = Field(32, ge=1, description="a whole number from 1, for example 32")
-    epochs: Number = Field(1.0, gt=0, description="a number above 0, for example 3")
-    max_length: Whole = Field(512, ge=2, description="a whole number of tokens from 2, for example 512")
-    dropout: Number = Field(0.05, ge=0, lt=1, description="a number from 0 up to, not including, 1")
-    warmup_steps: Whole = Field(0, ge=0, description="a whole number from 0")
-    weight_decay: Number = Field(0.0, ge=0, description="a number from 0")
-    max_grad_norm: Number = Field(1.0, gt=0, description="a number above 0, for example 1.0")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="constant, linear or cosine")
-    micro_batch_size: Whole | None = Field(None, ge=1, description="a whole number from 1, at most batch_size")
-    gradient_checkpointing: bool = Field(False, description="true or false")
-    max_steps: Whole | None = Field(None, ge=1, description="a whole number from 1")
-    packing: bool = Field(False, description="true or false")
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_trackers)] = Field(
-        (), description="tensorboard, wandb, a list of them, or none"
+    rank: Whole = setting(
+        64,
+        "Rank of every adapter: the rows of A and the columns of B.",
+        expects="a whole number from 1, for example 64",
+        ge=1,
+        le=1 << 16,
     )
-    save_seconds: Number = Field(60.0, ge=0, description="a number of seconds from 0, for example 60")
+    sparsity: Number = setting(
+        0.9,
+        "Share of each B that stays zero, for tasks that do not set their own sparsity.",
+        expects="a number above 0 and below 1, for example 0.9",
+        gt=0,
+        lt=1,
+    )
+    target_modules: tuple[str, ...] = setting(
+        PROJECTIONS,
+        "Linear layers that get an adapter, each by the last part of its name.",
+        expects=f"a list of projections, for example [{', '.join(PROJECTIONS[:2])}]",
+        min_length=1,
+    )
+    init_std: Number | None = setting(
+        None,
+        "Standard deviation of the frozen A; by default 1/√(3·d_in), where d_in is the layer's input width.",
+        expects="a number above 0, or leave it out for 1/√(3·d_in)",
+        gt=0,
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = setting(
+        "bfloat16", "Type that a task's values are stored in.", expects="bfloat16, float16 or float32"
+    )
 
 
-class Source(Model):
-    """Where records come from: a file, or a Hugging Face dataset (of the hub, or a folder).
+class TrainingConfig(SettingsModel):
+    """How a task's K values are trained."""
 
-    Attributes:
-        subset: one of the dataset's configurations, where it has several.
-        split: train of training data and test of evaluation sets, unless it is said.
-        revision: a branch, tag or commit of the dataset's repository.
-    """
+    learning_rate: Number = setting(
+        1e-4, "Learning rate after the warmup.", expects="a number above 0, for example 1e-4", gt=0
+    )
+    batch_size: Whole = setting(
+        32,
+        "Examples in an optimizer step, over all processes and accumulation steps together.",
+        expects="a whole number from 1, for example 32",
+        ge=1,
+    )
+    epochs: Number = setting(
+        1.0, "Passes over the training examples; may be a fraction.", expects="a number above 0, for example 3", gt=0
+    )
+    max_length: Whole = setting(
+        512,
+        "Longest example in tokens, with prompt, completion and end of sequence; longer ones lose their end.",
+        expects="a whole number of tokens from 2, for example 512",
+        ge=2,
+    )
+    dropout: Number = setting(
+        0.05,
+        "Dropout on the adapter's input, while a task is trained.",
+        expects="a number from 0 up to, not including, 1",
+        ge=0,
+        lt=1,
+    )
+    warmup_steps: Whole = setting(
+        0, "Optimizer steps in which the learning rate rises from 0.", expects="a whole number from 0", ge=0
+    )
+    weight_decay: Number = setting(0.0, "Weight decay of the training's AdamW.", expects="a number from 0", ge=0)
+    max_grad_norm: Number = setting(
+        1.0, "Norm to which larger gradients are clipped.", expects="a number above 0, for example 1.0", gt=0
+    )
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "Course of the learning rate after the warmup.", expects="constant, linear or cosine"
+    )
+    micro_batch_size: Whole | None = setting(
+        None,
+        "Examples that a process computes at once, the rest by gradient accumulation; by default its whole share.",
+        expects="a whole number from 1, at most batch_size",
+        ge=1,
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Saves memory by computing activations again in the backward pass.",
+        expects="true or false",
+    )
+    max_steps: Whole | None = setting(
+        None, "Number of optimizer steps, in place of epochs.", expects="a whole number from 1", ge=1
+    )
+    packing: bool = setting(
+        False,
+        "Puts several examples into a row of up to max_length tokens, without letting them attend to each other.",
+        expects="true or false",
+    )
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_trackers)] = setting(
+        (), "Experiment trackers that receive every step.", expects="tensorboard, wandb, a list of them, or none"
+    )
+    save_seconds: Number = setting(
+        60.0,
+        "Seconds between two saves of an unfinished task, and so the most that a killed run loses.",
+        expects="a number of seconds from 0, for example 60",
+        ge=0,
+    )
 
-    file: Path | None = Field(None, description="a data file: " + ", ".join(FILE_SUFFIXES))
-    dataset: str | None = Field(None, min_length=1, description="the name of a Hugging Face dataset")
-    subset: str | None = Field(None, description="the name of one of the dataset's configurations")
-    split: str | None = Field(None, description="a split such as train or test[:100]")
-    revision: str | None = Field(None, description="a branch, tag or commit of the hub, in quotes")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, str | Path):
-            return {"file" if _is_file(str(value), info) else "dataset": str(value)}
-        return value
+class CalibrationConfig(SettingsModel):
+    """How a task's positions are chosen (Algorithm 1): a dense B is trained for a few steps, and its top K are kept."""
 
-    @field_validator("dataset")
-    @classmethod
-    def _local_dataset(cls, dataset: str | None, info: ValidationInfo) -> str | None:
-        """A folder, which `datasets` takes too, becomes absolute."""
-        if dataset is None or not info.context:
-            return dataset
-        folder = info.context["folder"] / Path(dataset).expanduser()
-        return str(folder) if folder.is_dir() else dataset
+    steps: Whole = setting(
+        32,
+        "Optimizer steps on a dense B before its largest entries are chosen.",
+        expects="a whole number from 1, for example 32",
+        ge=1,
+    )
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "Optimizer of the calibration.", expects="adamw or sgd")
+    learning_rate: Number | None = setting(
+        None,
+        "Learning rate of the calibration; by default that of the task's training.",
+        expects="a number above 0, for example 1e-4",
+        gt=0,
+    )
+    batch_size: Whole | None = setting(
+        None,
+        "Examples in a calibration step; by default as many as in a step of the task's training.",
+        expects="a whole number from 1, for example 32",
+        ge=1,
+    )
 
-    @field_validator("file")
-    @classmethod
-    def _exists(cls, file: Path | None, info: ValidationInfo) -> Path | None:
-        if file is None or not info.context:
-            return file
-        file = info.context["folder"] / file.expanduser()
-        if not file.is_file():
-            raise mistake(f"there is no file {file}", f"paths are relative to {info.context['folder']}")
-        if file.suffix not in FILE_SUFFIXES:
-            raise mistake(f"{file.name} has no known format", f"use one of: {', '.join(FILE_SUFFIXES)}")
-        return file
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Source:
-        if (self.file is None) == (self.dataset is None):
-            raise mistake("names no source of records", "give either file: or dataset:")
-        of_datasets = [key for key in ("subset", "split", "revision") if getattr(self, key) is not None]
-        if self.file is not None and of_datasets:
-            raise mistake(f"a file has no {' and no '.join(of_datasets)}", "leave it out, or give dataset: instead")
-        return self
-
-    def __str__(self) -> str:
-        if self.file is not None:
-            return str(self.file)
-        name = f"{self.dataset}@{self.revision}" if self.revision else self.dataset
-        return ":".join(part for part in (name, self.subset, self.split) if part)
+    def resolved(self, training: TrainingConfig) -> CalibrationConfig:
+        """The same with learning rate and batch size of `training` in place of None."""
+        update: dict[str, Any] = {}
+        if self.learning_rate is None:
+            update["learning_rate"] = training.learning_rate
+        if self.batch_size is None:
+            update["batch_size"] = training.batch_size
+        return self.model_copy(update=update)
 
 
-def _is_file(text: str, info: ValidationInfo) -> bool:
-    """Whether a bare text names a file rather than a dataset of the hub."""
-    if info.context and (info.context["folder"] / Path(text).expanduser()).is_dir():
-        return False
-    return Path(text).suffix in FILE_SUFFIXES or text.startswith((".", "/", "~")) or text.count("/") > 1
+class TaskOverrides(SettingsModel):
+    """Settings that a task gives in place of the run's, and a compared method in place of the task's."""
+
+    alpha: Number | None = setting(
+        None,
+        "Scales the task's update, ΔW = (alpha / rank)·B·A; a task's default is the rank.",
+        expects="a number above 0, for example 64",
+        gt=0,
+    )
+    sparsity: Number | None = setting(
+        None,
+        "Share of each B that stays zero; a task's default is adapter.sparsity.",
+        expects="a number above 0 and below 1, for example 0.9",
+        gt=0,
+        lt=1,
+    )
+    calibration: CalibrationConfig = setting(
+        CalibrationConfig(),
+        "Calibration settings that differ from the inherited ones.",
+        expects="a mapping of calibration settings",
+    )
+    training: TrainingConfig = setting(
+        TrainingConfig(),
+        "Training settings that differ from the inherited ones.",
+        expects="a mapping of training settings",
+    )

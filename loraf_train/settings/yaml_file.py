@@ -1,4 +1,4 @@
-"""A YAML file as plain data, with `--set key=value` applied. Knows nothing of what the keys mean."""
+"""Reads a YAML file as plain data and applies `--set key=value`. Knows nothing about the meaning of the keys."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ OVERRIDE = "--set"
 
 @dataclass
 class Document:
-    """What was read.
+    """A YAML file and its problems.
 
     Attributes:
-        content: the top mapping; None if there is none to work with.
-        problems: what is wrong with the file as YAML, and with the overrides.
+        content: the top mapping; None if nothing is usable.
+        problems: of the YAML itself and of the overrides.
         overridden: the locations that overrides replaced.
     """
 
@@ -32,7 +32,7 @@ class Document:
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Document:
-    """Reads a file; never raises for what the user can mend."""
+    """Reads a file. Mistakes of the user become problems, never exceptions."""
     document = Document()
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -48,7 +48,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
         return document
     if not isinstance(content, dict):
         remedy = "begin with model:, output: and tasks:"
-        document.problems.append(Problem("holds no mapping of keys to values", file=str(path), remedy=remedy))
+        document.problems.append(Problem("is not a mapping of keys to values", file=str(path), remedy=remedy))
         return document
     document.content = content
     for override in overrides:
@@ -57,7 +57,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, and a note of every key that stands twice (YAML itself would take the last one in silence)."""
+    """The safe loader, which also records duplicate keys (YAML would silently take the last one)."""
 
     def __init__(self, stream: str):
         super().__init__(stream)
@@ -82,19 +82,19 @@ def _parse(text: str, file: str, problems: list[Problem]) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error)
-        remedy = "mend the YAML there: look for a tab, a missing colon, bracket or quote"
+        remedy = "fix the YAML there: look for a tab, a missing colon, bracket or quote"
         problems.append(Problem(f"is not YAML ({reason})", where, file, remedy))
         return None
     finally:
         if loader is not None:
             loader.dispose()
     for key, line in loader.duplicates:
-        problems.append(Problem(f"the key {key!r} stands twice", f"line {line}", file, "keep one of them"))
+        problems.append(Problem(f"the key {key!r} occurs twice", f"line {line}", file, "keep one of them"))
     return content
 
 
 def _apply(document: Document, override: str) -> None:
-    """Puts one `key=value` into the content, making mappings on the way."""
+    """Sets one `key=value` in the content, creating mappings on the way."""
     path, equals, text = override.partition("=")
     path = path.strip()
 
@@ -102,29 +102,31 @@ def _apply(document: Document, override: str) -> None:
         document.problems.append(Problem(message, path, OVERRIDE, remedy))
 
     if not equals or not path:
-        return refuse(f"{override!r} is no override", "write key=value, for example training.epochs=1")
+        return refuse(f"{override!r} is not an override", "write key=value, for example training.epochs=1")
     problems: list[Problem] = []
     value = _parse(text, OVERRIDE, problems)
     if problems:
         return refuse(f"{text!r} is not YAML", "write a number, a text or a [list]")
     container: Any = document.content
     location: list[str | int] = []
-    rest = path
+    remaining = path
     while True:
+        key: str | int
         if isinstance(container, list):
-            key, rest = _list_key(container, rest)
-            if key is None or key >= len(container):
+            index, remaining = _list_key(container, remaining)
+            if index is None or index >= len(container):
                 names = [str(e["name"]) for e in container if isinstance(e, dict) and "name" in e]
                 choices = f"choose from: {', '.join(names)}; or " if names else ""
                 return refuse("there is no such entry", f"{choices}write [0] to [{len(container) - 1}]")
+            key = index
         elif isinstance(container, dict):
-            key, rest = re.fullmatch(r"([^.\[]*)\.?(.*)", rest, re.DOTALL).groups()
+            key, remaining = _dict_key(remaining)
             if not key:
-                return refuse(f"{path!r} is no path of keys", "write key.key, or key[0] for an entry of a list")
+                return refuse(f"{path!r} is not a path of keys", "write key.key, or key[0] for an entry of a list")
         else:
-            return refuse(f"{location_text(location)} holds no keys", "write the path of a single value")
+            return refuse(f"{location_text(location)} has no keys", "write the path of a single value")
         location.append(key)
-        if not rest:
+        if not remaining:
             container[key] = value
             document.overridden.append(tuple(location))
             return None
@@ -133,21 +135,31 @@ def _apply(document: Document, override: str) -> None:
         container = container[key]
 
 
-def _list_key(entries: list[Any], rest: str) -> tuple[int | None, str]:
-    """The entry that `rest` begins with, and what follows: `[1].…` or `name.…` (of names with dots the longest)."""
-    index = re.fullmatch(r"\[(\d+)\]\.?(.*)", rest, re.DOTALL)
+def _dict_key(path: str) -> tuple[str, str]:
+    """Splits off the key at the beginning of a path, and the dot after it."""
+    key = re.split(r"[.\[]", path, maxsplit=1)[0]
+    return key, path[len(key) :].removeprefix(".")
+
+
+def _list_key(entries: list[Any], path: str) -> tuple[int | None, str]:
+    """Splits off the entry at the beginning of a path, `[1].…` or `name.…`; of names that match, the longest.
+
+    Returns:
+        Index of the entry (None: there is none), and the remaining path.
+    """
+    index = re.fullmatch(r"\[(\d+)\]\.?(.*)", path, re.DOTALL)
     if index:
         return int(index[1]), index[2]
     named = [(str(e["name"]), i) for i, e in enumerate(entries) if isinstance(e, dict) and "name" in e]
     for name, i in sorted(named, key=lambda pair: -len(pair[0])):
-        if rest == name or rest.startswith(f"{name}."):
-            return i, rest[len(name) + 1 :]
-    return None, rest
+        if path == name or path.startswith(f"{name}."):
+            return i, path[len(name) + 1 :]
+    return None, path
 
 
 def location_text(location: Sequence[str | int]) -> str:
-    """`tasks[1].data.train`."""
-    out = ""
+    """Writes a location as `tasks[1].data.train`."""
+    text = ""
     for part in location:
-        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else str(part)
-    return out
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text

@@ -1,4 +1,4 @@
-"""How results and progress look in a terminal.
+"""Tables, number formats and progress bars for the terminal, used by commands and by `compare`.
 
-Tables, texts of numbers and progress bars, used by commands and by `compare`. Nothing here measures anything.
+Nothing here measures anything.
 """

@@ -1,30 +1,37 @@
-"""Progress that fits where it goes: moving bars in a terminal, a plain line now and then in a file or a pipe."""
+"""Progress of long work: moving bars in a terminal, a plain line now and then in a file or a pipe."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from loraf_train.terminal.tables import seconds_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
 
 SECONDS_BETWEEN_LINES = 10.0
-PARTS_OF_A_LINE = 10  # and at each tenth
+LINES_PER_PART = 10  # at each tenth of the work
+
+
+class Report(Protocol):
+    """Reports the progress of one part of the work."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Args: note: what else is known, such as the loss."""
 
 
 class Progress:
-    """A context in which parts of a job report how far they are.
+    """A context in which parts of the work report their progress.
 
     Args:
-        out: where commands write; bars appear only if it is a terminal.
+        out: where commands print; bars appear only if it is a terminal.
     """
 
     def __init__(self, out: Console):
         self._out = out
-        self._bars = None
+        self._bars: Bars | None = None
 
     def __enter__(self) -> Progress:
         if self._out.is_terminal:
@@ -46,35 +53,33 @@ class Progress:
             self._bars.stop()
             self._bars = None
 
-    def part(self, name: str) -> Callable[..., None]:
-        """A function to call with (done, total) and, if wanted, a note of what else is known."""
-        if self._bars is not None:
-            return self._bar(name)
-        return self._lines(name)
+    def part(self, name: str) -> Report:
+        """Adds a part of the work; call the returned function whenever it has moved on."""
+        return self._lines(name) if self._bars is None else _bar(self._bars, name)
 
-    def _bar(self, name: str) -> Callable[..., None]:
-        bars = self._bars
-        bar = bars.add_task(name, total=None, note="")
-
-        def report(done: int, total: int, note: str = "") -> None:
-            bars.update(bar, completed=done, total=total, note=note)
-            if done >= total:
-                bars.update(bar, visible=False)
-
-        return report
-
-    def _lines(self, name: str) -> Callable[..., None]:
+    def _lines(self, name: str) -> Report:
         start = last = time.monotonic()
         tenth = 0
 
         def report(done: int, total: int, note: str = "") -> None:
             nonlocal last, tenth
             now = time.monotonic()
-            reached = PARTS_OF_A_LINE * done // max(1, total)
+            reached = LINES_PER_PART * done // max(1, total)
             if reached == tenth and done < total and now - last < SECONDS_BETWEEN_LINES:
                 return
             last, tenth = now, reached
-            rest = f", {note}" if note else ""
-            self._out.print(f"{name}: {done} of {total}{rest} ({seconds_text(now - start)})")
+            addition = f", {note}" if note else ""
+            self._out.print(f"{name}: {done} of {total}{addition} ({seconds_text(now - start)})")
 
         return report
+
+
+def _bar(bars: Bars, name: str) -> Report:
+    bar = bars.add_task(name, total=None, note="")
+
+    def report(done: int, total: int, note: str = "") -> None:
+        bars.update(bar, completed=done, total=total, note=note)
+        if done >= total:
+            bars.update(bar, visible=False)
+
+    return report

@@ -1,4 +1,4 @@
-"""How results look in a terminal: tables of scores in which every number says which task set it belongs to."""
+"""Tables and number formats of results. In a table of scores every number says which task set it belongs to."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
     from loraf_train.scoring.evaluate import Score
 
-PLAIN_WIDTH = 400  # columns of a table that goes into a file or a pipe
-NONE = "–"
+PLAIN_WIDTH = 400  # characters of a line that goes into a file or a pipe
+NONE = "–"  # a cell without a number
 
 
 def console(file: IO[str] | None = None, quiet: bool = False) -> Console:
-    """Where commands write; no markup, so that brackets in records and paths stay what they are."""
+    """The console that commands print to. Markup is off, so that brackets in records and paths print as they are."""
     from rich.console import Console
 
     file = file or sys.stdout
@@ -30,22 +30,27 @@ def console(file: IO[str] | None = None, quiet: bool = False) -> Console:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", left: int = 1) -> Table:
-    """A table; the first `left` columns are text, the others numbers. Cells may be rich's `Text`, for their style."""
+    """Builds a table for a console.
+
+    Args:
+        rows: the cells; one that is rich's `Text` keeps its style.
+        left: how many of the first columns hold text; the others hold numbers and are aligned right.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text(title, style="bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    result = Table(title=Text(title, style="bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        # Folded, never cut: in a narrow terminal no digit is lost.
-        made.add_column(Text(column), justify="left" if i < left else "right", overflow="fold")
+        # Fold, never cut: a narrow terminal must not lose digits.
+        result.add_column(Text(column), justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    return made
+        result.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return result
 
 
 def markdown_table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """The same in Markdown; a cell's white space becomes single blanks."""
+    """Formats a table as Markdown; white space in a cell becomes single spaces."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
 
@@ -55,12 +60,12 @@ def _escaped(cell: Any) -> str:
 
 
 def score_text(score: float, metric: str) -> str:
-    """Shares with three digits, losses with four."""
+    """Formats a share with three decimals, a loss with four."""
     return f"{score:.4f}" if metric == "loss" else f"{score:.3f}"
 
 
 def interval_text(score: Score) -> str:
-    """The 95 % interval of a share; a mean of sets and a loss have none here."""
+    """Formats Wilson's 95 % interval of a share; a mean of sets and a loss have none."""
     from loraf_train.grading.builtin import wilson_interval
 
     if score.metric == "loss" or score.evaluation == MEAN:
@@ -70,7 +75,7 @@ def interval_text(score: Score) -> str:
 
 
 def score_table(scores: Sequence[Score], title: str = "") -> Table:
-    """One row a score, with its set."""
+    """A table with one row for each score, which names its task set."""
     rows = [
         [s.set, s.task, s.evaluation, s.metric, score_text(s.score, s.metric), interval_text(s), s.count]
         for s in scores
@@ -78,16 +83,13 @@ def score_table(scores: Sequence[Score], title: str = "") -> Table:
     return table(["task set", "task", "evaluation", "metric", "score", "95 % interval", "examples"], rows, title, 4)
 
 
-def size_text(size: float) -> str:
-    """Bytes in the largest unit below them."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
-        size /= 1000
-    raise AssertionError
+def counted(number: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`, `1,000 examples`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def seconds_text(seconds: float) -> str:
+    """`5.0 s`, `2 min 05 s`, `3 h 20 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -96,8 +98,8 @@ def seconds_text(seconds: float) -> str:
 
 
 def quiet_libraries() -> None:
-    """Our own progress and messages are enough: no bars while weights load, no hints of transformers."""
+    """Turns off the progress bars and hints of transformers, which would mix with ours."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # likewise

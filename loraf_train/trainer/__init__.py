@@ -1,5 +1,5 @@
-"""One phase of optimizer steps: transformers' Trainer on the layers that are attached.
+"""Runs one phase of optimizer steps: transformers' Trainer on whatever of the model is trainable.
 
-`loop` runs a phase, `order` and `packing` decide what a batch holds, `trackers` report. Calibration and training both
-run here; which layers train and what comes before or after is for `sequence` to say.
+`loop` runs a phase, `order` and `packing` decide what a batch holds, `trackers` report to TensorBoard and W&B.
+Calibration and training both run here; `sequence` decides which layers train and what happens before and after.
 """

@@ -1,8 +1,8 @@
-"""One phase of training on transformers' Trainer: from examples to updated parameters, and nothing written to disk.
+"""Runs one phase on transformers' Trainer: from examples to updated parameters, without writing to disk.
 
-Calibration and adaptation are both such a phase. What depends on chance is a function of the phase's seed and of a
-number: the order of the examples of the epoch, torch's own generators (dropout) of the step and the process. So a phase
-can go on after any step, with a Snapshot of it, as if it had never stopped.
+Calibration and training are each such a phase. Everything random is a function of the phase's seed and of a counter:
+the order of examples depends on the epoch, torch's generator (dropout) on the step and the process. So a phase resumed
+from a Snapshot after any step continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
@@ -29,50 +29,42 @@ from loraf_train.adapter import sharding
 from loraf_train.data.examples import IGNORED
 from loraf_train.processes import launcher
 from loraf_train.trainer import trackers
-from loraf_train.trainer.order import Filled, Order, derived_seed, split_batch
+from loraf_train.trainer.order import BlankPadded, EpochOrder, derived_seed, split_batch
 from loraf_train.trainer.packing import PackingCollator, require_separate
 
 if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
     from loraf_train.data.examples import Example
+    from loraf_train.settings.parts import TrainingConfig
 
 OnStep = Callable[[float, float, int, int], None]  # loss, learning rate, step from 1, number of steps
 
 
 @dataclass(frozen=True)
 class Phase:
-    """How to optimize.
+    """What a phase trains with.
+
+    A new training setting is a field of TrainingConfig and a line where it acts, for most of them in `_arguments`.
 
     Attributes:
         name: for messages, for example "calibration of task 'math'".
-        steps: optimizer steps; None: as many as `epochs` take.
-        batch_size: examples an optimizer step sees, over all processes and accumulation steps.
-        micro_batch_size: most examples that a process takes at once; None: no limit.
-        max_grad_norm: global norm that gradients are clipped to; 0: not clipped.
-        seed: below 2³².
-        packed_length: tokens of a row that several examples share (loraf_train.trainer.packing); None: a row for each.
-        tracking: trackers that are told of each step.
+        seed: below 2³²; determines the order of the examples and dropout.
+        settings: `training:` of tasks.yaml; in code, a max_grad_norm of 0 switches clipping off.
+        optimizer: "adamw" or "sgd".
+        tracking: trackers that log each step.
     """
 
     name: str
-    learning_rate: float
-    batch_size: int
     seed: int
+    settings: TrainingConfig
     optimizer: str = "adamw"
-    epochs: float = 1.0
-    steps: int | None = None
-    micro_batch_size: int | None = None
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    gradient_checkpointing: bool = False
-    packed_length: int | None = None
     tracking: trackers.Tracking | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a phase did. Losses are means over completion tokens; `first_loss` is that of the first step."""
+    """Summary of a finished phase. Losses are means over completion tokens; `first_loss` is that of step 1."""
 
     steps: int
     first_loss: float
@@ -81,12 +73,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A phase between two optimizer steps: with the Phase and the examples, all that the rest of it depends on.
+    """A phase between two optimizer steps: together with the Phase and the examples, all it needs to continue.
 
     Attributes:
-        step: optimizer steps that are done.
-        steps: of the whole phase.
-        tensors: `parameter.<name>` and `optimizer.<what>.<name>` of each trainable parameter, on the CPU.
+        step: optimizer steps done.
+        steps: optimizer steps of the whole phase.
+        tensors: `parameter.<name>` and `optimizer.<key>.<name>` of each trainable parameter, on the CPU.
     """
 
     step: int
@@ -97,12 +89,16 @@ class Snapshot:
 
 
 class Journal:
-    """Where a phase begins, and what is kept of it. This one begins at the beginning and keeps nothing."""
+    """Where a phase starts, and what is saved of it. This base class starts at step 0 and saves nothing.
+
+    Attributes:
+        start: the state to resume from; None: start at step 0.
+    """
 
     start: Snapshot | None = None
 
     def after_step(self, step: int, steps: int, snapshot: Callable[[], Snapshot]) -> None:
-        """Called in every process after each step; `snapshot` takes one, if it is wanted."""
+        """Called in every process after each step; call `snapshot` only if the state is to be saved."""
 
 
 NO_JOURNAL = Journal()
@@ -110,34 +106,39 @@ NO_JOURNAL = Journal()
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples to a batch padded on the right. Loss only on completions; position 0 is predicted from nothing."""
+    """Pads examples on the right to one batch. Only completions have labels, and never position 0."""
 
     pad_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and labels, each (examples, longest) int64."""
+        """Returns input_ids, attention_mask and labels, each (examples, longest) int64."""
         longest = max(len(e.input_ids) for e in examples)
         ids = [e.input_ids + [self.pad_id] * (longest - len(e.input_ids)) for e in examples]
-        real = [[1] * len(e.input_ids) + [0] * (longest - len(e.input_ids)) for e in examples]
+        attention = [[1] * len(e.input_ids) + [0] * (longest - len(e.input_ids)) for e in examples]
         labels = [e.labels() + [IGNORED] * (longest - len(e.input_ids)) for e in examples]
         return {
             "input_ids": torch.tensor(ids),
-            "attention_mask": torch.tensor(real),
+            "attention_mask": torch.tensor(attention),
             "labels": torch.tensor(labels),
         }
 
 
-def completion_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Sum of cross entropies at the labelled tokens, in float32, divided by the number of them in the whole step.
+def completion_loss(
+    outputs: CausalLMOutputWithPast,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Returns the sum of cross entropies at the labelled tokens, divided by their number in the whole step.
 
-    The same number as transformers' own loss; but only the rows that count are widened to float32.
+    Equals transformers' own loss, but widens to float32 only the rows that have a label.
     """
     targets = labels[:, 1:]
-    counted = targets != IGNORED
-    logits = outputs.logits[:, :-1][counted]
+    labelled = targets != IGNORED
+    assert outputs.logits is not None
+    logits = outputs.logits[:, :-1][labelled]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = nn.functional.cross_entropy(logits, targets[counted], reduction="sum")
-    return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+    total = nn.functional.cross_entropy(logits, targets[labelled], reduction="sum")
+    return total / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def fit(
@@ -148,18 +149,20 @@ def fit(
     on_step: OnStep,
     journal: Journal = NO_JOURNAL,
 ) -> Outcome:
-    """Trains the model's trainable parameters with a fresh optimizer, or goes on where `journal` says.
+    """Trains the model's trainable parameters with a fresh optimizer, or resumes from `journal.start`.
 
     Raises:
-        ConfigError: the batch does not divide over the processes, there are no examples, or the loss is not finite.
+        ConfigError: the batch size is not a multiple of the number of processes, there are no examples, the model
+            cannot take packed rows, or the loss is not finite.
     """
     if not examples:
-        raise ConfigError(Problem(f"{phase.name}: there are no examples to train on", remedy="give it records"))
+        raise ConfigError(Problem(f"{phase.name}: there are no examples to train on", remedy="add training records"))
+    settings = phase.settings
     use_cache = model.config.use_cache
-    collator = Collator(pad_id)
-    if phase.packed_length is not None:
+    collator: Collator | PackingCollator = Collator(pad_id)
+    if settings.packing:
         require_separate(model)
-        collator = PackingCollator(pad_id, phase.packed_length)
+        collator = PackingCollator(pad_id, settings.max_length)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(phase, list(parameters.values()))
     start = journal.start
@@ -177,7 +180,7 @@ def fit(
             trainer = _Trainer(
                 model=model,
                 args=_arguments(phase, folder, model.device),
-                train_dataset=Filled(examples, pad_id),
+                train_dataset=BlankPadded(examples, pad_id),
                 data_collator=collator,
                 compute_loss_func=completion_loss,
                 optimizers=(optimizer, None),
@@ -188,12 +191,13 @@ def fit(
                 trainer.add_callback(callback)
             trainer.train_from(start, parameters, optimizer)
     finally:
-        # What Trainer and accelerate leave behind: a config without a cache, training mode, and global state.
+        # Undo what Trainer and accelerate leave behind: a config without a cache, training mode, and global state.
         model.config.use_cache = use_cache
-        model.eval()
-        if phase.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()  # a hook that enabling it put on the embedding
+        model.train(False)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]  # of transformers
+            # a hook on the embedding that enabling it installed
+            model.disable_input_require_grads()  # type: ignore[no-untyped-call]  # of transformers
         optimizer.zero_grad()
         optimizer.state.clear()
         GradientState._reset_state()
@@ -202,60 +206,69 @@ def fit(
 
 
 class _Trainer(transformers.Trainer):
-    """Trainer with this project's order of examples, which goes on from a Snapshot instead of a folder.
+    """transformers' Trainer with this project's order of examples, resuming from a Snapshot instead of a folder.
 
-    transformers' own `checkpoint-N` folders are pickles, and a crash may leave half of one. What the Trainer does to go
-    on (the epoch, the batches of it that are done, accumulation) is used; what it would load is put there.
+    transformers' `checkpoint-N` folders are pickles, and a crash may leave half of one. The Trainer's own bookkeeping
+    for resuming (epoch, batches to skip, accumulation) is used; what it would load from files is put in place here.
     """
+
+    _restore: Callable[[], None]
+    _steps_done: int
+    _order: EpochOrder
 
     def train_from(
         self, start: Snapshot | None, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> None:
+        """Trains to the end, from the beginning or from `start`."""
         if start is None:
             self.train()
             return
         self._restore = lambda: _restore_optimizer(parameters, optimizer, start)
         self._steps_done = start.step
+        folder = self.args.output_dir
+        assert folder is not None
         state = TrainerState(global_step=start.step, train_batch_size=self.args.per_device_train_batch_size)
-        state.compute_steps(self.args, start.steps)
+        state.compute_steps(self.args, start.steps)  # type: ignore[no-untyped-call]  # of transformers
         try:
-            state.save_to_json(str(Path(self.args.output_dir) / TRAINER_STATE_NAME))
+            state.save_to_json(str(Path(folder) / TRAINER_STATE_NAME))
         except OSError as error:
             raise _no_temporary_files(error) from error
-        self.train(resume_from_checkpoint=self.args.output_dir)
+        self.train(resume_from_checkpoint=folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """The parameters are there already."""
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """No-op: `fit` has restored the parameters already."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         self._restore()
-        with warnings.catch_warnings():  # of a schedule that runs ahead of its optimizer
+        assert self.lr_scheduler is not None
+        with warnings.catch_warnings():  # torch warns when a scheduler steps before its optimizer
             warnings.simplefilter("ignore")
             for _ in range(self._steps_done):  # the learning rate is a function of the step alone
                 self.lr_scheduler.step()
 
-    def _load_rng_state(self, checkpoint) -> None:
-        """Each step seeds its own."""
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """No-op: each step seeds its own generators."""
 
-    def _run_epoch(self, *arguments, epoch: int, **keywords):
-        # accelerate tells the sampler itself, but not through what skips batches on several processes.
-        self._order.set_epoch(epoch)
-        return super()._run_epoch(*arguments, epoch=epoch, **keywords)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # accelerate sets the sampler's epoch too, but not through what skips batches on several processes.
+        self._order.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # of transformers
 
-    def _get_train_sampler(self, train_dataset=None) -> Order:
+    def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset[Example] | None = None) -> EpochOrder:
         several = self.args.world_size > 1
         multiple = self.args.world_size * self.args.per_device_train_batch_size if several else 1
-        self._order = Order(len(self.train_dataset), self.args.seed, multiple)
+        assert isinstance(self.train_dataset, BlankPadded)
+        self._order = EpochOrder(len(self.train_dataset), self.args.seed, multiple)
         return self._order
 
-    def floating_point_ops(self, inputs) -> int:
-        return 0  # an estimate that nobody reads; counting parameters at every step takes longer than a small step
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
+        return 0  # an unused estimate; counting parameters at every step takes longer than a small step
 
 
 class _Report(TrainerCallback):
-    """Seeds each step, hands its loss on, stops at one that is not finite, and offers the journal a snapshot."""
+    """Seeds each step, reports its loss, stops at a loss that is not finite, and offers the journal a snapshot."""
 
     def __init__(
         self,
@@ -275,16 +288,25 @@ class _Report(TrainerCallback):
         self.first_loss = start.first_loss if start else math.nan
         self.last_loss = start.last_loss if start else math.nan
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         torch.manual_seed(derived_seed("step", self._phase.seed, state.global_step, args.process_index))
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not logs or "loss" not in logs:
             return  # the summary at the end
         loss = logs["loss"]
         if not math.isfinite(loss):
             message = f"{self._phase.name}: the loss is {loss} at step {state.global_step}"
-            remedy = f"use a learning rate below {self._phase.learning_rate:g}, or more warm-up steps"
+            remedy = f"use a learning rate below {self._phase.settings.learning_rate:g}, or more warm-up steps"
             raise ConfigError(Problem(message, remedy=remedy))
         self.first_loss = loss if self.steps == 0 else self.first_loss
         self.last_loss = loss
@@ -300,11 +322,11 @@ class _Report(TrainerCallback):
 
 
 def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What Snapshot.tensors holds."""
-    found = {f"parameter.{name}": p.detach() for name, p in parameters.items()}
+    """Snapshot.tensors of the current step."""
+    tensors = {f"parameter.{name}": p.detach() for name, p in parameters.items()}
     for name, p in parameters.items():
-        found |= {f"optimizer.{what}.{name}": tensor for what, tensor in optimizer.state[p].items()}
-    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+        tensors |= {f"optimizer.{key}.{name}": tensor for key, tensor in optimizer.state[p].items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -316,17 +338,17 @@ def _restore_parameters(parameters: Mapping[str, nn.Parameter], start: Snapshot)
 def _restore_optimizer(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, start: Snapshot
 ) -> None:
-    for key, tensor in start.tensors.items():
-        kind, _, rest = key.partition(".")
+    for stored_name, tensor in start.tensors.items():
+        kind, _, key_and_name = stored_name.partition(".")
         if kind == "optimizer":
-            what, _, name = rest.partition(".")
-            optimizer.state[parameters[name]][what] = tensor.clone()
-    optimizer.load_state_dict(optimizer.state_dict())  # to the parameters' devices
+            key, _, name = key_and_name.partition(".")
+            optimizer.state[parameters[name]][key] = tensor.clone()
+    optimizer.load_state_dict(optimizer.state_dict())  # moves the state to the parameters' devices
 
 
 @contextmanager
 def _scratch_folder() -> Iterator[str]:
-    """For what the Trainer insists on; only a few lines about a step to go on from are ever written there."""
+    """A temporary folder, which the Trainer requires; all it ever holds is the trainer state of a resumed phase."""
     try:
         folder = tempfile.TemporaryDirectory()
     except OSError as error:
@@ -336,17 +358,19 @@ def _scratch_folder() -> Iterator[str]:
 
 
 def _no_temporary_files(error: OSError) -> ConfigError:
-    remedy = "make room on the disk, or name another folder in the environment variable TMPDIR; run the command again"
+    remedy = "free some disk space or set the environment variable TMPDIR to another folder, and run the command again"
     return ConfigError(Problem(f"temporary files cannot be written ({error})", remedy=remedy))
 
 
 def _optimizer(phase: Phase, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    settings = phase.settings
     if phase.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=phase.learning_rate)
-    return torch.optim.AdamW(parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, fused=True)
+        return torch.optim.SGD(parameters, lr=settings.learning_rate)
+    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
 def _arguments(phase: Phase, folder: str, device: torch.device) -> TrainingArguments:
+    settings = phase.settings
     arguments = TrainingArguments(
         output_dir=folder,
         save_strategy="no",
@@ -357,20 +381,20 @@ def _arguments(phase: Phase, folder: str, device: torch.device) -> TrainingArgum
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
         seed=phase.seed,
-        num_train_epochs=phase.epochs,
-        max_steps=-1 if phase.steps is None else phase.steps,
-        learning_rate=phase.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if phase.schedule == "constant" else phase.schedule,
-        warmup_steps=phase.warmup_steps,
-        weight_decay=phase.weight_decay,
-        max_grad_norm=phase.max_grad_norm,
-        gradient_checkpointing=phase.gradient_checkpointing,
+        num_train_epochs=settings.epochs,
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process drives one GPU: never torch's DataParallel
     arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = split_batch(
-        phase.batch_size, phase.micro_batch_size, arguments.world_size
+        settings.batch_size, settings.micro_batch_size, arguments.world_size
     )
     return arguments

@@ -1,4 +1,4 @@
-"""Which examples a step sees, and how processes divide them: the same ones, whatever the number of processes."""
+"""Which examples a step sees, and how processes share them. The examples do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from loraf_train.data.examples import Example
 
 
 def derived_seed(*parts: object) -> int:
-    """A seed below 2³² for each distinct sequence of parts."""
+    """Returns a seed below 2³² that depends on every part and on their order."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
 
 
-class Order(torch.utils.data.Sampler[int]):
-    """All indices once an epoch, in an order that depends on the seed and the epoch's number alone.
+class EpochOrder(torch.utils.data.Sampler[int]):
+    """Yields all indices once an epoch, in an order that depends only on the seed and the epoch's number.
 
     Args:
         size: number of examples.
-        multiple: the epoch is filled up to a multiple of this with the index `size` (see Filled).
+        multiple: the epoch is padded to a multiple of this with the index `size`, see BlankPadded.
     """
 
     def __init__(self, size: int, seed: int, multiple: int = 1):
@@ -41,11 +41,11 @@ class Order(torch.utils.data.Sampler[int]):
         return iter(torch.randperm(self._size, generator=generator).tolist() + [self._size] * self._blanks)
 
 
-class Filled(torch.utils.data.Dataset[Example]):
-    """Examples, and behind the last a blank one without loss.
+class BlankPadded(torch.utils.data.Dataset[Example]):
+    """Examples, followed by one blank example without labels at the index after the last.
 
-    Several processes take equal shares of a step, so the last step of an epoch may be too small for them. accelerate
-    would fill it with examples that were seen already; a blank changes neither the loss nor a gradient.
+    Processes take equal shares of a step, so the last step of an epoch may have too few examples for all of them.
+    accelerate would repeat examples of the epoch; a blank changes neither the loss nor a gradient.
     """
 
     def __init__(self, examples: Sequence[Example], pad_id: int):
@@ -60,15 +60,17 @@ class Filled(torch.utils.data.Dataset[Example]):
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, processes: int) -> tuple[int, int]:
-    """(examples a process takes at once, accumulation steps): their product times the processes is `batch_size`.
+    """Splits a step's batch over processes and gradient accumulation.
 
-    Of the splits with at most `micro_batch_size` at once, the one with the fewest accumulation steps.
+    Returns:
+        Examples per forward pass of a process, and accumulation steps; their product times the number of processes is
+        `batch_size`. Of the splits with up to `micro_batch_size` examples, the one with the fewest accumulation steps.
 
     Raises:
-        ConfigError: the batch cannot be divided evenly over the processes.
+        ConfigError: `batch_size` is not a multiple of the number of processes.
     """
-    share, rest = divmod(batch_size, processes)
-    if rest:
+    share, remainder = divmod(batch_size, processes)
+    if remainder:
         message = f"{batch_size} examples cannot be divided over {processes} processes"
         remedy = f"use a multiple of {processes}"
         raise ConfigError(Problem(message, "training.batch_size", remedy=remedy))

@@ -1,16 +1,16 @@
-"""TensorBoard and Weights & Biases, through transformers' own callbacks. Each phase of each task is a run of its own.
+"""Logs to TensorBoard and Weights & Biases through transformers' callbacks, as one run per phase of a task.
 
     tensorboard    <output>/runs/<task>/<phase>, which TensorBoard shows as the run `task/phase`
     wandb          project WANDB_PROJECT (loraf), group <output's name>/<task>, run `task/phase`, job type the phase
 
-Only the first process writes. A phase that goes on after an interruption adds to the same TensorBoard folder.
+Only the first process logs. A resumed phase adds to the same TensorBoard folder.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +25,17 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 PROJECT = "loraf"
-PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any one of them
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # tracker → any one of these
+
+Close = Callable[[bool], None]  # whether the phase failed
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """Who is told of a phase, and under which name.
+    """The trackers of a phase, and what they call it.
 
     Attributes:
-        trackers: names of PACKAGES.
+        trackers: keys of PACKAGES.
         output: the checkpoint's folder.
     """
 
@@ -48,10 +50,10 @@ class Tracking:
 
 
 def missing(config: RunConfig) -> list[Problem]:
-    """Trackers that the file asks for and that are not installed."""
-    asked = dict.fromkeys(tracker for task in config.tasks for tracker in task.training.report_to)
+    """Reports the trackers in `report_to` that are not installed."""
+    requested = dict.fromkeys(tracker for task in config.tasks for tracker in task.training.report_to)
     problems = []
-    for tracker in asked:
+    for tracker in requested:
         if not any(importlib.util.find_spec(package) for package in PACKAGES[tracker]):
             package = PACKAGES[tracker][0]
             remedy = f"`pip install {package}`, or leave {tracker} out"
@@ -61,21 +63,22 @@ def missing(config: RunConfig) -> list[Problem]:
 
 
 def tracking(task: TaskConfig, output: Path | None, phase: str) -> Tracking | None:
-    """Who is told of a phase of a task; None: nobody, or there is no place for it."""
-    asked = task.training.report_to
-    return Tracking(asked, output, task.name, phase) if asked and output is not None else None
+    """Returns the tracking of a task's phase; None if the task has no trackers or `output` is None."""
+    requested = task.training.report_to
+    return Tracking(requested, output, task.name, phase) if requested and output is not None else None
 
 
 @contextmanager
 def opened(tracking: Tracking | None) -> Iterator[Sequence[TrainerCallback]]:
-    """The callbacks of a phase's trackers; their runs are closed at the end, as failed where an exception passes."""
+    """Yields the callbacks of a phase's trackers, and closes their runs at the end: as failed after an exception."""
     from loraf_train.processes import group
 
     if tracking is None or not group.is_first():
         yield ()
         return
     makers = {"tensorboard": _tensorboard, "wandb": _wandb}
-    callbacks, closers = [], []
+    callbacks: list[TrainerCallback] = []
+    closers: list[Close] = []
     failed = True
     try:
         for tracker in tracking.trackers:
@@ -89,10 +92,10 @@ def opened(tracking: Tracking | None) -> Iterator[Sequence[TrainerCallback]]:
             close(failed)
 
 
-def _tensorboard(tracking: Tracking):
-    from transformers.integrations import TensorBoardCallback
+def _tensorboard(tracking: Tracking) -> tuple[TrainerCallback, Close]:
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
-    callback = TensorBoardCallback()
+    callback = TensorBoardCallback()  # type: ignore[no-untyped-call]  # of transformers
     callback.logging_dir = str(tracking.output / RUNS / tracking.task / tracking.phase)
 
     def close(failed: bool) -> None:
@@ -102,20 +105,19 @@ def _tensorboard(tracking: Tracking):
     return callback, close
 
 
-def _wandb(tracking: Tracking):
-    import wandb
-    from transformers.integrations import WandbCallback
-    from transformers.integrations.integration_utils import WandbLogModel
+def _wandb(tracking: Tracking) -> tuple[TrainerCallback, Close]:
+    import wandb  # type: ignore[import-not-found]  # optional
+    from transformers.integrations.integration_utils import WandbCallback, WandbLogModel
 
-    run = wandb.init(  # the callback takes the run that is open
+    run = wandb.init(  # the callback uses the open run
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=tracking.name,
         group=f"{tracking.output.name}/{tracking.task}",
         job_type=tracking.phase,
         reinit="finish_previous",
     )
-    callback = WandbCallback()
-    callback._log_model = WandbLogModel.FALSE  # it would upload the whole model; the adapter is in the checkpoint
+    callback = WandbCallback()  # type: ignore[no-untyped-call]  # of transformers
+    callback._log_model = WandbLogModel.FALSE  # or it would upload the whole model
 
     def close(failed: bool) -> None:
         run.finish(exit_code=1 if failed else 0)

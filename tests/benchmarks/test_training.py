@@ -1,4 +1,4 @@
-"""`benchmarks/training.py` at a toy's size: what must hold before it times anything, and its rounds and tables."""
+"""`benchmarks/training.py` on a toy model: its checks before timing, its rounds and its tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CELLS = [Cell(2, 0.0, False), Cell(2, 0.05, True)]
 
 
 class InThread(training.Process):
-    """The same conversation with a worker that is a thread, so that torch is not imported once more for each."""
+    """A worker that is a thread instead of a process, so that torch is not imported again for each."""
 
     def __init__(self, name: str, setting: Setting, threads: int):
         self.name = name
@@ -29,36 +29,36 @@ class InThread(training.Process):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_state_and_what_is_kept_are_those_of_the_formula(dtype):
+def test_gradients_optimizer_state_and_saved_tensors_follow_the_formula(dtype):
     held = training.verify(Setting(**vars(SETTING) | {"dtype": dtype}), list(METHODS))
     assert max(held["largest relative difference of gradients"].values()) < 1e-12
-    for found, expected in held["gradient and optimizer bytes at sparsity, as K says"].values():
-        assert found == expected > 0
-    for found in held["bytes kept for backward, a token and layer"].values():
-        measured, arithmetic = found["measured"], found["arithmetic"]
+    for measured, expected in held["gradient and optimizer bytes at sparsity, as K says"].values():
+        assert measured == expected > 0
+    for costs in held["bytes kept for backward, a token and layer"].values():
+        measured, arithmetic = costs["measured"], costs["arithmetic"]
         assert measured["loraf"] == arithmetic["loraf"] < measured["lora-half"] <= measured["lora"]
         if "lora" in arithmetic:
             assert measured["lora-half"] == arithmetic["lora"]
 
 
-def test_a_wrong_gradient_is_seen(monkeypatch):
+def test_a_wrong_gradient_is_detected(monkeypatch):
     right = LorafLinear.gradient
     monkeypatch.setattr(LorafLinear, "gradient", lambda layer, g, z: right(layer, g, z).roll(1))
     with pytest.raises(SystemExit, match="not those of the dense formula"):
         training.verify(SETTING, ["loraf"])
 
 
-def test_state_beyond_k_is_seen(monkeypatch):
-    found = Method.bytes
+def test_optimizer_state_beyond_k_is_detected(monkeypatch):
+    correct = Method.bytes
     more = {"optimizer_bytes": 1}
-    monkeypatch.setattr(Method, "bytes", lambda method: {k: v + more.get(k, 0) for k, v in found(method).items()})
+    monkeypatch.setattr(Method, "bytes", lambda method: {k: v + more.get(k, 0) for k, v in correct(method).items()})
     with pytest.raises(SystemExit, match="not proportional to K"):
         training.verify(SETTING, ["loraf"])
 
 
 @pytest.mark.parametrize("one_at_a_time", [False, True], ids=["together", "one at a time"])
-def test_rounds_give_every_method_its_costs(monkeypatch, one_at_a_time):
-    """`one at a time` is how a GPU is shared; here with a limit at which the memory is taken to be full."""
+def test_rounds_measure_every_method(monkeypatch, one_at_a_time):
+    """`one at a time` is how methods share a GPU; here a batch limit stands for full memory."""
     step = Method.step
 
     def limited(method, batch):
@@ -99,7 +99,7 @@ def test_rounds_give_every_method_its_costs(monkeypatch, one_at_a_time):
     json.dumps(run.table(SETTING.sequence))
 
 
-def test_a_worker_that_fails_says_so():
+def test_a_failing_worker_reports_its_error():
     process = InThread("lora", SETTING, 1)
     with pytest.raises(RuntimeError, match="lora: turn: AttributeError"):
         process.ask("turn", CELLS[0], 1)

@@ -1,4 +1,4 @@
-"""The demo's configuration loads. The paper's: test_examples_paper.py."""
+"""The demo's configuration loads. For the paper's see test_mistral_7b.py."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from loraf_train.settings.config import load
+from loraf_train.settings.loading import load
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_demo_s_configuration(tmp_path):
+def test_the_demos_configuration_loads_and_its_tasks_fit(tmp_path):
     demo = ROOT / "examples" / "demo"
     spec = importlib.util.spec_from_file_location("make_data", demo / "make_data.py")
     make_data = importlib.util.module_from_spec(spec)

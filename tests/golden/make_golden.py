@@ -1,6 +1,6 @@
 """Makes the files of this folder: what one version of LoRAF wrote, and later versions must read.
 
-    python tests/golden/make_golden.py --work /tmp/golden
+    python tests/golden/make_golden.py --work FOLDER
 
 Run it with the interpreter of the version to be frozen; it works in a folder of its own and then replaces the files
 here. It knows that version by its command line and its files only, so that it outlives moves of modules.
@@ -184,7 +184,7 @@ def make_interrupted(work: Path) -> int:
     resumed = work / "resumed"
     shutil.copytree(work / "interrupted", resumed)
     told = command("run", resumed / "tasks.yaml")
-    assert f"second: goes on after training step {step} of {STEPS}" in told, told
+    assert f"second: resumes after training step {step} of {STEPS}" in told, told
     assert digests(resumed) == digests(whole), "a resumed run ends with other bytes"
     shutil.copytree(whole / "ckpt", work / "interrupted-finished")
     return step

@@ -1,7 +1,7 @@
-"""What an earlier version wrote (origin.json, made by make_golden.py) is read, verified, served and gone on with today.
+"""Files that an earlier version wrote are read, verified, served and resumed today. `origin.json` says which version.
 
-The tests know this project by its commands, `loraf.checkpoint`, `loraf.delta`, `loraf.stream` and `launch`. Should one
-fail after a change of the format, the format has changed: the golden files are not to be made anew for that.
+The tests reach the project by its commands, `loraf.checkpoint`, `loraf.delta`, `loraf.checkpoint_stream` and `launch`.
+If one fails, the format or the arithmetic has changed. Never make the golden files anew to let it pass.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 
 import loraf
 from loraf.checkpoint import Checkpoint
+from loraf.checkpoint_stream import CheckpointStream
 from loraf.delta import delta_weight, task_scale
-from loraf.stream import Stream
 from loraf.tasksets import TaskSet
 from loraf_serve.launch import launch
 from loraf_train.cli import main
@@ -109,12 +109,12 @@ def test_each_set_gives_the_golden_logits(tiny, name):
 def test_read_as_a_stream_it_gives_the_golden_logits(tiny):
     """As the backend `resident` reads a checkpoint: some modules at a time, in several goes."""
     found = {name: {} for name in SETS}
-    with Stream.open(CHECKPOINT) as stream:
+    with CheckpointStream.open(CHECKPOINT) as stream:
         manifest = stream.manifest
         projections = stream.projections()
         modules = list(manifest.modules)
         for some in (modules[:5], modules[5:-1]):  # the last is left to `finish`
-            with stream.masks(some) as masks:
+            with stream.read_modules(some) as masks:
                 for module in some:
                     scaled = {t.name: masks[t.name][module].dense() for t in manifest.tasks}
                     scaled = {t: b * task_scale(manifest.task(t).alpha, manifest.rank) for t, b in scaled.items()}
@@ -129,6 +129,7 @@ def test_read_as_a_stream_it_gives_the_golden_logits(tiny):
         require_golden_logits(with_deltas(tiny, found[name]), name)
 
 
+@pytest.mark.slow
 def test_a_server_gives_the_golden_tokens(monkeypatch):
     monkeypatch.chdir(ROOT)
     with launch("tiny", f"golden={CHECKPOINT}", options=("--backend", "merged", "--dtype", "float32")) as server:
@@ -147,6 +148,7 @@ def test_a_server_gives_the_golden_tokens(monkeypatch):
 # --- gone on with ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_golden_bytes(tmp_path):
     """The manifests may differ in versions alone, and so in the digest of the whole.
 
@@ -168,7 +170,7 @@ def test_an_interrupted_run_goes_on_to_the_golden_bytes(tmp_path):
     assert ran.returncode == 0, ran.stderr
     place = ORIGIN["interrupted"]
     if loraf.__version__ == ORIGIN["versions"]["loraf"]:
-        assert f"second: goes on after training step {place['step']} of {place['steps']}\n" in ran.stdout, ran.stdout
+        assert f"second: resumes after training step {place['step']} of {place['steps']}\n" in ran.stdout, ran.stdout
         assert "second: calibration step" not in ran.stdout  # not anew
         assert "last bits may differ" not in ran.stdout
     else:

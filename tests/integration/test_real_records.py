@@ -1,9 +1,10 @@
-"""GSM8K, then language understanding, with the paper's hyperparameters but for size and length: the whole road on real
-records, from tasks.yaml to answers over gRPC from two backends. A step sees 8 examples of up to 256 bytes, not 32 of up
-to 512 tokens, so that two cores train both tasks in about two minutes.
+"""End to end on real records, GSM8K and then language understanding: from tasks.yaml to answers of two backends.
 
-The whole sets are read from `../shared/data` beside the repository, or from the folder that LORAF_TEST_DATA names;
-where they are missing, a handful of committed records takes their place, and the test says so.
+The hyperparameters are the paper's, except that a step has 8 examples of up to 256 bytes instead of 32 of up to 512
+tokens, so that two cores train both tasks in about two minutes.
+
+The whole sets are read from `../shared/data` next to the repository, or from the folder that LORAF_TEST_DATA names. If
+they are missing, a handful of committed records is used instead, with a warning.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pytest
 
 from loraf_serve.launch import launch
 from tests.records import NLU_SETS, data_folder
+from tests.tools import needs
 
 STEPS = 64
 CONFIG = """
@@ -58,7 +60,7 @@ def command(module: str, *arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tasks.yaml and the checkpoint trained from it."""
+    """A folder with a tasks.yaml and the checkpoint trained from it."""
     folder = tmp_path_factory.mktemp("real")
     data = data_folder()
     text = CONFIG.format(
@@ -89,25 +91,25 @@ def test_held_out_loss_falls_by_a_tenth_on_each_set(trained: Path):
 
 
 @pytest.mark.timeout(1800)
-def test_both_backends_give_the_same_answers_and_not_the_bases(trained: Path):
-    pytest.importorskip("vllm", reason="without vLLM there is only the merged backend")
+def test_both_backends_give_the_same_answers_which_differ_from_the_bases(trained: Path):
+    pytest.importorskip("vllm", reason=needs("vLLM"))
     gsm8k = (data_folder() / "gsm8k" / "test.jsonl").read_text().splitlines()[:3]
     boolq = json.loads((data_folder() / "nlu" / "boolq" / "test.json").read_text())[:3]
     prompts = [f"{json.loads(line)['question']}\n" for line in gsm8k] + [f"{r['instruction']}\n" for r in boolq]
     selections = [{"base": True}, {"as_trained": "math"}, {"as_trained": "nlu"}, {"tasks": {"math": 0.5, "nlu": 1.0}}]
 
-    found = {}
+    by_backend = {}
     for backend, options in {"merged": (), "slots": ("--enforce-eager", "--max-model-len", "1024")}.items():
-        chosen = ("--backend", backend, "--dtype", "float32", *options)
-        with launch("tiny", str(trained / "ckpt"), options=chosen) as server:
-            found[backend] = [
+        arguments = ("--backend", backend, "--dtype", "float32", *options)
+        with launch("tiny", str(trained / "ckpt"), options=arguments) as server:
+            by_backend[backend] = [
                 [server.client.generate(p, **s, max_tokens=48, temperature=0.0).token_ids for s in selections]
                 for p in prompts
             ]
 
-    assert found["slots"] == found["merged"]
-    base, *others = zip(*found["slots"], strict=True)
+    assert by_backend["slots"] == by_backend["merged"]
+    base, *others = zip(*by_backend["slots"], strict=True)
     for selection, answers in zip(selections[1:], others, strict=True):
-        # After so few steps the embedded model still says «yes» to some of the maths questions, as its base does.
+        # After so few steps the model still answers some of the maths questions with «yes», as the base does.
         different = sum(answer != of_base for answer, of_base in zip(answers, base, strict=True))
         assert different >= len(prompts) / 2, selection

@@ -1,4 +1,4 @@
-"""The two roads to the same results, which tests of loraf take one after the other."""
+"""Fixtures that run tests both with the compiled library and with NumPy."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Iterator
 import pytest
 
 from loraf import native, projection
+from tests.tools import needs
 
 
-def compiled_library() -> native.Library:
-    """The library, or the end of the test: skipped without a compiler, failed where one is there."""
-    found = native.library()
-    if found is None:
-        compilers = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
-        end = pytest.fail if compilers else pytest.skip
-        end(f"the compiled library is not used: {native.why_not()}; install loraf again (make setup)")
-    return found
+def compiled_library() -> native.NativeLibrary:
+    """Returns the library. Without it, skips the test if there is no compiler, and fails it otherwise."""
+    library = native.library()
+    if library is None:
+        if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            pytest.skip(needs("C++ compiler"))
+        pytest.fail(f"the compiled library is not used: {native.why_not()}; install loraf again (make setup)")
+    return library
 
 
 @pytest.fixture(scope="module", params=["compiled", "numpy"])
-def road(request) -> Iterator[str]:
-    """The tests of a module, once with the compiled library and once without; nothing is remembered in between."""
+def with_and_without_library(request) -> Iterator[str]:
+    """Runs the tests of a module with and without the compiled library, each with an empty cache of digests."""
     projection.forget_digests()
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "compiled":

@@ -1,8 +1,8 @@
-"""Stops a save at its n-th step: every system call of the write path, and the middle of every write, is a step.
+"""Stops a save at its n-th step. Every system call of the write path, and the middle of every write, is a step.
 
     python -m tests.loraf.crash_steps FOLDER      kills a save in FOLDER/<n> with SIGKILL at step n, for n = 1, 2, …
 
-Each FOLDER/<n> is a copy of FOLDER/before; after the last step the save finishes, and the number of steps is printed.
+Each FOLDER/<n> is a copy of FOLDER/before. Prints the number of steps when a save finishes without being stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NEW_TASK = "code"
 
 
 class Steps:
-    """Counts steps; at step number `at` it calls `stop` instead of going on."""
+    """Counts steps, and calls `stop` at step number `at`."""
 
     def __init__(self, at: int, stop: Callable[[], None]):
         self.at, self.stop = at, stop
@@ -36,7 +36,7 @@ class Steps:
 
 
 class SlowStream:
-    """A file whose every write takes three steps: before, in the middle, and after."""
+    """A file in which every write takes three steps: before, in the middle, and after."""
 
     def __init__(self, stream, steps: Steps):
         self._stream, self._steps = stream, steps
@@ -67,7 +67,7 @@ class SlowStream:
 
 @contextlib.contextmanager
 def stopped_at(at: int, stop: Callable[[], None]) -> Iterator[Steps]:
-    """Within it, the write path of loraf.checkpoint stops at step `at`; 0: never, only counts."""
+    """Stops the write path of loraf.checkpoint at step `at` within the context. With 0, it only counts the steps."""
     steps = Steps(at, stop)
     originals = {name: getattr(os, name) for name in ("fsync", "replace", "open")}
 
@@ -84,7 +84,7 @@ def stopped_at(at: int, stop: Callable[[], None]) -> Iterator[Steps]:
         steps.step("before opening")
         return SlowStream(open(*arguments), steps)
 
-    # Path.read_bytes and others do not go through these names, so only writing is traced.
+    # Path.read_bytes and the like do not use these names, so only writing is traced.
     module_under_test.open = traced_open
     for name in ("fsync", "replace", "open"):
         setattr(os, name, traced(name))
@@ -97,12 +97,12 @@ def stopped_at(at: int, stop: Callable[[], None]) -> Iterator[Steps]:
 
 
 def save(checkpoint: Checkpoint) -> None:
-    """The save that is stopped: a third task."""
+    """Adds a third task. This is the save that is stopped."""
     checkpoint.add_task(NEW_TASK, small.values()[NEW_TASK], alpha=48.0, sparsity=small.SPARSITY, trained_with=["math"])
 
 
 def _killed_save(folder: Path, at: int) -> bool:
-    """Whether a save that dies at step `at` came that far."""
+    """Runs a save that is killed at step `at`. Returns whether it had so many steps."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,4 +1,4 @@
-"""Small checkpoints without a model, and ways to damage them so that every digest still fits."""
+"""Small checkpoints without a model, and functions that damage them while keeping all digests valid."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ TASKS = ("math", "nlu", "code")
 
 
 def values(seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes) -> dict[str, dict[str, SparseB]]:
-    """Task → module → SparseB for TASKS, disjoint."""
+    """Returns task → module → SparseB for TASKS, with disjoint masks."""
     settings = {"shapes": SHAPES, "rank": RANK, "tasks": TASKS, "sparsity": SPARSITY} | changes
     return random_values(**settings, seed=seed, dtype=dtype)
 
 
 def make(folder: Path, tasks=TASKS, **changes) -> Checkpoint:
-    """A checkpoint with `tasks` (a beginning of TASKS), each trained on top of those before it."""
+    """Creates a checkpoint with `tasks` (the first of TASKS), each trained on top of the earlier ones."""
     checkpoint = Checkpoint.create(folder, BASE, RANK, SHAPES, seed=0)
     drawn = values(**changes)
     for i, name in enumerate(tasks):
@@ -44,7 +44,7 @@ def task_file(folder: Path, task: str) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Path → content and time of change of every file that a reader looks at (temporary files are none)."""
+    """Returns path → content and modification time of every file, except temporary ones."""
     return {
         str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
         for file in sorted(folder.rglob("*"))
@@ -53,12 +53,12 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """With digests that fit."""
+    """Writes a manifest, with valid digests."""
     (folder / manifests.FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def rewrite_bytes(folder: Path, task: str, data: bytes) -> None:
-    """Puts `data` in a task's file and the matching size and SHA-256 in the manifest."""
+    """Replaces a task's file, and its size and SHA-256 in the manifest."""
     task_file(folder, task).write_bytes(data)
     manifest = manifests.read(folder)
     stored = dataclasses.replace(manifest.task(task).file, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -67,7 +67,7 @@ def rewrite_bytes(folder: Path, task: str, data: bytes) -> None:
 
 
 def rewrite(folder: Path, task: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Changes a task's tensors; every digest fits afterwards."""
+    """Changes a task's tensors, and updates all digests."""
     tensors = safetensors.torch.load(task_file(folder, task).read_bytes())
     change(tensors)
     rewrite_bytes(folder, task, safetensors.torch.save(tensors))

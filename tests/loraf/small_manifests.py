@@ -1,4 +1,4 @@
-"""A manifest of two tasks, and ways to change it so that every digest still fits."""
+"""A manifest of two tasks, and functions that change it while keeping all digests valid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from loraf import manifest as manifests
-from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task, Templates, positions
+from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task, Templates, positions_per_matrix
 
 RANK = 4
 MODULES = {
@@ -25,7 +25,7 @@ def a_task(name: str, **changes) -> Task:
         "sparsity": 0.75,
         "dtype": "bfloat16",
         "file": StoredFile(f"tasks/{name}.safetensors", 100, hashlib.sha256(name.encode()).hexdigest()),
-        "k": {module: positions(0.75, shape.d_out, RANK) for module, shape in MODULES.items()},
+        "k": {module: positions_per_matrix(0.75, shape.d_out, RANK) for module, shape in MODULES.items()},
     }
     return Task(**(values | changes))
 
@@ -57,7 +57,7 @@ DATA = WHOLE.to_json().encode()
 
 
 def signed(content: dict) -> bytes:
-    """The file that says `content`, with digests that fit: what an author of a wrong manifest would write."""
+    """Returns the file with `content` and valid digests, as the author of a wrong manifest would write it."""
     content = {key: value for key, value in content.items() if key != "digest"}
     try:
         modules = {name: [entry["d_out"], entry["d_in"]] for name, entry in content["modules"].items()}
@@ -72,7 +72,7 @@ def signed(content: dict) -> bytes:
         }
         content["adapter_digest"] = sha256_of(covered)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        pass  # too malformed to have one
+        pass  # too malformed to have a digest
     return json.dumps(content | {"digest": sha256_of(content)}).encode()
 
 
@@ -82,11 +82,11 @@ def sha256_of(content) -> str:
 
 
 def changed(path: str, value, remove: bool = False) -> bytes:
-    """The signed file with the value at a dotted path replaced (`a/b/0`, separated by slashes)."""
+    """Returns the signed file with the value at a path such as `a/b/0` replaced or removed."""
     content = json.loads(DATA)
-    *way, last = path.split("/")
+    *parents, last = path.split("/")
     place = content
-    for step in way:
+    for step in parents:
         place = place[int(step) if isinstance(place, list) else step]
     last = int(last) if isinstance(place, list) else last
     if remove:

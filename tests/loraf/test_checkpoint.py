@@ -1,4 +1,4 @@
-"""A checkpoint: what is put in comes out, what must not go in is refused and nothing is written."""
+"""A checkpoint returns what was stored. Invalid content is refused, and then nothing is written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loraf import manifest as manifests
 from loraf import projection
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CheckpointError, CorruptCheckpoint, UnknownTask
-from loraf.manifest import Templates, positions
+from loraf.manifest import Templates, positions_per_matrix
 from loraf.sparse import SparseB, index_dtype
 from tests.loraf import small_checkpoints as small
 from tests.loraf.small_checkpoints import BASE, RANK, SHAPES, SPARSITY, TASKS, UP, Q
@@ -40,7 +40,7 @@ def same(left: dict[str, SparseB], right: dict[str, SparseB]) -> bool:
     )
 
 
-# --- there and back ---------------------------------------------------------------------------------------------
+# --- round trip -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -68,8 +68,8 @@ def shapes_and_sparsity(draw):
 
 @settings(max_examples=15, deadline=None)
 @given(shapes_and_sparsity(), st.integers(0, 1000))
-def test_round_trip_of_any_mask(case, seed):
-    """Every index dtype, K = 0 and K = everything; the file is read by safetensors' own numpy reader too."""
+def test_any_mask_survives_a_round_trip(case, seed):
+    """Covers every index dtype, K = 0 and K = all positions. safetensors' NumPy reader reads the file too."""
     (d_out, rank), sparsity = case
     tasks = ("a", "b") if sparsity else ("a",)
     drawn = random_values({"m": (d_out, 8)}, rank, tasks, sparsity, seed)
@@ -79,16 +79,16 @@ def test_round_trip_of_any_mask(case, seed):
         for task in tasks:
             made.add_task(task, drawn[task], alpha=1, sparsity=sparsity)
         opened = Checkpoint.open(folder)
-        k = positions(sparsity, d_out, rank)
+        k = positions_per_matrix(sparsity, d_out, rank)
         taken = set()
         for task in tasks:
             assert same(opened.tasks[task], drawn[task])
             b = opened.tasks[task]["m"]
             assert len(b.values) == k == opened.manifest.task(task).k["m"]
-            flat = set(b.flat.tolist())
-            assert len(flat) == k
-            assert not flat & taken
-            taken |= flat
+            positions = set(b.positions.tolist())
+            assert len(positions) == k
+            assert not positions & taken
+            taken |= positions
         assert opened.manifest.free_positions("m") == d_out * rank - len(taken)
         stored = safetensors.torch.load(small.task_file(folder, "a").read_bytes())
         assert set(stored) == {"m.rows", "m.cols", "m.values"}
@@ -99,7 +99,7 @@ def test_round_trip_of_any_mask(case, seed):
         assert (np.diff(order) > 0).all()
 
 
-def test_what_is_remembered_of_a_task(tmp_path):
+def test_a_task_keeps_its_settings_and_templates(tmp_path):
     checkpoint = Checkpoint.create(tmp_path, BASE, RANK, SHAPES, seed=-3, init_std=0.02)
     task = checkpoint.add_task(
         "math",
@@ -120,7 +120,7 @@ def test_what_is_remembered_of_a_task(tmp_path):
     assert task.file.bytes == small.task_file(tmp_path, "math").stat().st_size
 
 
-def test_the_projection_is_the_definitions(tmp_path):
+def test_the_projection_follows_its_definition(tmp_path):
     checkpoint = Checkpoint.create(tmp_path, BASE, RANK, SHAPES, seed=7, init_std=0.5)
     for module, (_, d_in) in SHAPES.items():
         a = checkpoint.projection_of(module)
@@ -128,7 +128,7 @@ def test_the_projection_is_the_definitions(tmp_path):
         assert a.dtype == torch.float32
 
 
-def test_scores_change_the_manifest_alone(tmp_path):
+def test_scores_change_only_the_manifest(tmp_path):
     small.make(tmp_path)
     before = small.snapshot(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
@@ -152,7 +152,7 @@ def test_adding_a_task_changes_no_byte_of_an_earlier_file(tmp_path):
     assert {path for path in before if before[path] != after[path]} == {manifests.FILE_NAME}
 
 
-def test_nothing_but_the_contracts_files_is_written(tmp_path):
+def test_only_the_documented_files_are_written(tmp_path):
     small.make(tmp_path / "a" / "b")
     files = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
     assert files == ["a/b/loraf.json", *(f"a/b/tasks/{name}.safetensors" for name in sorted(TASKS))]
@@ -172,7 +172,7 @@ def test_file_modes_follow_the_umask(tmp_path, umask, mode):
 # --- subsets ----------------------------------------------------------------------------------------------------
 
 
-def test_a_subset_reads_the_subsets_files_only(tmp_path):
+def test_opening_a_subset_reads_only_its_files(tmp_path):
     small.make(tmp_path)
     small.task_file(tmp_path, "math").unlink()
     small.task_file(tmp_path, "code").write_bytes(b"damaged")
@@ -194,7 +194,7 @@ def test_a_subset_is_in_checkpoint_order_and_has_its_own_digest(tmp_path):
     assert opened.manifest.adapter_digest == Checkpoint.open(tmp_path, ("math", "code")).manifest.adapter_digest
 
 
-def test_a_subset_refuses_to_be_written(tmp_path):
+def test_a_partly_opened_checkpoint_cannot_be_written(tmp_path):
     small.make(tmp_path, tasks=TASKS[:2])
     before = small.snapshot(tmp_path)
     for names in (["math"], []):
@@ -204,10 +204,10 @@ def test_a_subset_refuses_to_be_written(tmp_path):
     with pytest.raises(CheckpointError, match="open it with all tasks"):
         Checkpoint.open(tmp_path, ["math"]).set_scores("math", [])
     assert small.snapshot(tmp_path) == before
-    Checkpoint.open(tmp_path, ["nlu", "math"]).set_scores("math", [])  # all of them, by name
+    Checkpoint.open(tmp_path, ["nlu", "math"]).set_scores("math", [])  # all tasks, by name
 
 
-def test_unknown_tasks_are_all_named(tmp_path):
+def test_all_unknown_tasks_are_named(tmp_path):
     small.make(tmp_path)
     with pytest.raises(UnknownTask) as caught:
         Checkpoint.open(tmp_path, ["math", "art", "science"])
@@ -220,12 +220,12 @@ def test_unknown_tasks_are_all_named(tmp_path):
 # --- what must not go in ----------------------------------------------------------------------------------------
 
 
-def flat_values(flat, values, module=Q) -> SparseB:
-    return SparseB.from_flat(torch.tensor(flat), values, (SHAPES[module][0], RANK))
+def matrix(positions, values, module=Q) -> SparseB:
+    return SparseB.from_positions(torch.tensor(positions), values, (SHAPES[module][0], RANK))
 
 
 def refused(tmp_path, pattern: str, values=None, name="code", tasks=TASKS[:2], **changes):
-    """add_task raises and leaves folder and object as they were."""
+    """add_task raises, and changes neither the folder nor the object."""
     checkpoint = small.make(tmp_path, tasks=tasks)
     before, manifest, held = small.snapshot(tmp_path), checkpoint.manifest, dict(checkpoint.tasks)
     names = sorted(os.listdir(tmp_path / "tasks"))
@@ -237,7 +237,7 @@ def refused(tmp_path, pattern: str, values=None, name="code", tasks=TASKS[:2], *
     assert sorted(os.listdir(tmp_path / "tasks")) == names
     assert (checkpoint.manifest, checkpoint.tasks) == (manifest, held)
     good = small.values()["code"]
-    checkpoint.add_task("code", good, alpha=1.0, sparsity=SPARSITY)  # it is still of use
+    checkpoint.add_task("code", good, alpha=1.0, sparsity=SPARSITY)  # the object can still be used
     assert same(Checkpoint.open(tmp_path).tasks["code"], good)
     return caught.value
 
@@ -245,35 +245,35 @@ def refused(tmp_path, pattern: str, values=None, name="code", tasks=TASKS[:2], *
 @pytest.mark.parametrize(
     "name", ["math", "nlu", "all", "base", "../x", "a/b", "", ".", "..", "A", "a b", "x" * 65, "math.safetensors/../y"]
 )
-def test_a_name_that_is_taken_or_none(tmp_path, name):
-    refused(tmp_path, "is already there|is taken|is no task name", name=name)
+def test_a_duplicate_reserved_or_invalid_name_is_refused(tmp_path, name):
+    refused(tmp_path, "already exists|is reserved|is not a valid task name", name=name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loraf.json", "tasks"]
 
 
-def test_a_mask_that_overlaps(tmp_path):
+def test_an_overlapping_mask_is_refused(tmp_path):
     drawn = small.values()
     error = refused(tmp_path, "holds .* positions of task 'nlu'", values=drawn["nlu"])
     assert {problem.field for problem in error.problems} == set(SHAPES)
 
 
-def test_a_mask_that_overlaps_in_one_position(tmp_path):
+def test_a_mask_that_overlaps_in_one_position_is_refused(tmp_path):
     drawn = small.values()
     b, other = drawn["code"][UP], drawn["math"][UP]
-    flat = b.flat.clone()
-    flat[0] = other.flat[0]
-    drawn["code"][UP] = SparseB.from_flat(flat, b.values, b.shape)
+    positions = b.positions.clone()
+    positions[0] = other.positions[0]
+    drawn["code"][UP] = SparseB.from_positions(positions, b.values, b.shape)
     error = refused(tmp_path, "holds 1 positions of task 'math'", values=drawn["code"])
     assert [problem.field for problem in error.problems] == [UP]
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_mask_of_another_size(tmp_path, change):
-    k = positions(SPARSITY, SHAPES[Q][0], RANK)
+def test_a_mask_of_the_wrong_size_is_refused(tmp_path, change):
+    k = positions_per_matrix(SPARSITY, SHAPES[Q][0], RANK)
     free = sorted(
-        set(range(SHAPES[Q][0] * RANK)) - set(torch.cat([small.values()[t][Q].flat for t in TASKS[:2]]).tolist())
+        set(range(SHAPES[Q][0] * RANK)) - set(torch.cat([small.values()[t][Q].positions for t in TASKS[:2]]).tolist())
     )
-    chosen = free[: k + change]
-    values = small.values()["code"] | {Q: flat_values(chosen, torch.ones(len(chosen), dtype=torch.bfloat16))}
+    positions = free[: k + change]
+    values = small.values()["code"] | {Q: matrix(positions, torch.ones(len(positions), dtype=torch.bfloat16))}
     refused(tmp_path, f"{Q}: has {k + change} positions, K is {k}", values=values)
 
 
@@ -286,27 +286,27 @@ def test_several_faults_are_named_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite(tmp_path, bad):
+def test_a_value_that_is_not_finite_is_refused(tmp_path, bad):
     values = small.values()["code"]
     values[UP].values[-1] = bad
     refused(tmp_path, f"{UP}: a value is not finite", values=values)
 
 
-def test_modules_that_differ(tmp_path):
+def test_missing_or_additional_modules_are_refused(tmp_path):
     values = small.values()["code"]
     refused(tmp_path / "a", f"modules differ.*{UP}", values={Q: values[Q]})
     refused(tmp_path / "b", "modules differ.*x.y", values=values | {"x.y": values[UP]})
-    refused(tmp_path / "c", "of one dtype", values={})
+    refused(tmp_path / "c", "the same dtype", values={})
     wide = dataclasses.replace(values[UP], shape=(SHAPES[UP][0], RANK + 1))
     refused(tmp_path / "d", "another shape", values=values | {UP: wide})
 
 
-def test_dtypes_that_cannot_be_stored(tmp_path):
+def test_mixed_or_unsupported_dtypes_are_refused(tmp_path):
     values = small.values()["code"]
     mixed = values | {UP: dataclasses.replace(values[UP], values=values[UP].values.float())}
-    refused(tmp_path / "a", "of one dtype", values=mixed)
+    refused(tmp_path / "a", "the same dtype", values=mixed)
     double = {m: dataclasses.replace(b, values=b.values.double()) for m, b in values.items()}
-    refused(tmp_path / "b", "out of bfloat16, float16, float32", values=double)
+    refused(tmp_path / "b", "one of bfloat16, float16, float32", values=double)
 
 
 @pytest.mark.parametrize(
@@ -326,11 +326,11 @@ def test_dtypes_that_cannot_be_stored(tmp_path):
         ({"templates": Templates(3, "")}, "templates.prompt: is 3, not a string"),
     ],
 )
-def test_settings_that_cannot_be_kept(tmp_path, changes, pattern):
+def test_settings_that_cannot_be_stored_are_refused(tmp_path, changes, pattern):
     refused(tmp_path, pattern, **changes)
 
 
-def test_scores_that_cannot_be_kept(tmp_path):
+def test_scores_that_cannot_be_stored_are_refused(tmp_path):
     checkpoint = small.make(tmp_path)
     before, manifest = small.snapshot(tmp_path), checkpoint.manifest
     with pytest.raises(CheckpointError, match="cannot be written"):
@@ -339,7 +339,7 @@ def test_scores_that_cannot_be_kept(tmp_path):
     assert checkpoint.manifest == manifest
 
 
-def test_what_another_process_wrote_is_not_lost(tmp_path):
+def test_changes_by_another_process_are_not_overwritten(tmp_path):
     one = small.make(tmp_path, tasks=TASKS[:1])
     other = Checkpoint.open(tmp_path)
     other.add_task("nlu", small.values()["nlu"], alpha=1, sparsity=SPARSITY)
@@ -351,13 +351,13 @@ def test_what_another_process_wrote_is_not_lost(tmp_path):
     assert small.snapshot(tmp_path) == before
 
 
-# --- making one -------------------------------------------------------------------------------------------------
+# --- creating one -----------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_never_made_over_another(tmp_path):
+def test_create_never_overwrites_a_checkpoint(tmp_path):
     small.make(tmp_path)
     before = small.snapshot(tmp_path)
-    with pytest.raises(CheckpointError, match="already there"):
+    with pytest.raises(CheckpointError, match="already holds a checkpoint"):
         Checkpoint.create(tmp_path, BASE, RANK, SHAPES, seed=1)
     assert small.snapshot(tmp_path) == before
 
@@ -377,7 +377,7 @@ def test_a_checkpoint_is_never_made_over_another(tmp_path):
         ({"base_model": dataclasses.replace(BASE, name=None)}, "base_model.name"),
     ],
 )
-def test_a_checkpoint_that_could_not_be_read_back_is_not_made(tmp_path, changes, field):
+def test_a_checkpoint_that_could_not_be_read_back_is_not_created(tmp_path, changes, field):
     arguments = {"base_model": BASE, "rank": RANK, "modules": SHAPES, "seed": 0} | changes
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.create(tmp_path / "c", **arguments)
@@ -385,7 +385,7 @@ def test_a_checkpoint_that_could_not_be_read_back_is_not_made(tmp_path, changes,
     assert not (tmp_path / "c").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300)):
         with pytest.raises(CheckpointError, match="cannot be written") as caught:

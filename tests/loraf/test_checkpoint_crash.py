@@ -1,4 +1,4 @@
-"""A save that stops anywhere leaves the checkpoint before or the checkpoint after, and can be done again."""
+"""A save that is stopped anywhere leaves the old or the new checkpoint, and can be repeated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory):
-    """Folder with `before` and `after` the save."""
+    """A folder with the checkpoints `before` and `after` the save."""
     root = tmp_path_factory.mktemp("states")
     small.make(root / "before", tasks=EARLIER)
     shutil.copytree(root / "before", root / "after")
@@ -44,7 +44,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def check_stopped(folder: Path, states: Path, earlier: dict) -> bool:
-    """Before or after, the earlier files untouched, and the save can be done (again). Returns whether it was done."""
+    """Checks that the checkpoint is the old or the new one, earlier files are unchanged, and the save can be repeated.
+
+    Returns:
+        Whether it is the new one.
+    """
     opened = Checkpoint.open(folder)
     before, after = manifests.read(states / "before"), manifests.read(states / "after")
     assert opened.manifest in (before, after)
@@ -73,7 +77,7 @@ def stop_everywhere(states: Path, tmp_path: Path, step_names: list[str], stop, e
         assert list(checkpoint.tasks) == list(EARLIER)
         assert not list(folder.rglob("*.tmp")), step_names[at - 1]
         done.append(check_stopped(folder, states, earlier))
-    # It takes hold at the very moment of the manifest's rename and not before.
+    # The save takes effect when the manifest is renamed, not before.
     turning = len(step_names) - 1 - step_names[::-1].index("after replace")
     assert done == [False] * turning + [True] * (len(step_names) - turning)
 
@@ -85,8 +89,8 @@ def raiser(error: BaseException):
     return stop
 
 
-def test_the_steps_are_all_there(step_names):
-    """Two files, the task's and the manifest, each written, flushed, renamed, and its folder flushed."""
+def test_a_save_takes_all_expected_steps(step_names):
+    """Two files, the task's and the manifest, are each written, flushed and renamed, and their folder is flushed."""
     one_file = [
         "before opening",
         "write nothing",
@@ -106,8 +110,8 @@ def test_the_steps_are_all_there(step_names):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_refusal_of_the_system_is_told_with_the_file(states, tmp_path, step_names, code):
-    folder = tmp_path / "told"
+def test_an_error_of_the_system_is_reported_with_the_file(states, tmp_path, step_names, code):
+    folder = tmp_path / "ckpt"
     shutil.copytree(states / "before", folder)
     for at in (1, 3, len(step_names) // 2 + 3):
         expected = f"tasks/{NEW_TASK}.safetensors" if at <= len(step_names) // 2 else manifests.FILE_NAME
@@ -118,16 +122,17 @@ def test_a_refusal_of_the_system_is_told_with_the_file(states, tmp_path, step_na
         assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_an_error_at_every_step(states, tmp_path, step_names):
+def test_an_error_at_any_step_leaves_a_whole_checkpoint(states, tmp_path, step_names):
     stop_everywhere(states, tmp_path, step_names, raiser(OSError(errno.ENOSPC, "disk full")), CheckpointError)
 
 
-def test_an_interrupt_at_every_step(states, tmp_path, step_names):
+def test_an_interrupt_at_any_step_leaves_a_whole_checkpoint(states, tmp_path, step_names):
     stop_everywhere(states, tmp_path, step_names, raiser(KeyboardInterrupt()), KeyboardInterrupt)
 
 
-def test_a_kill_at_every_step(states, tmp_path, step_names):
-    """SIGKILL: nothing is tidied up, half a temporary file may stay and is no matter."""
+@pytest.mark.slow
+def test_a_kill_at_any_step_leaves_a_whole_checkpoint(states, tmp_path, step_names):
+    """SIGKILL prevents any cleanup. Half a temporary file may stay behind, and is ignored."""
     shutil.copytree(states / "before", tmp_path / "before")
     run = subprocess.run(
         [sys.executable, "-m", "tests.loraf.crash_steps", str(tmp_path)],
@@ -148,11 +153,11 @@ def test_a_kill_at_every_step(states, tmp_path, step_names):
         done.append(check_stopped(folder, states, here))
     assert done == sorted(done)
     assert set(done) == {False, True}
-    assert leftovers > 0  # else the kill came too late to mean anything
+    assert leftovers > 0  # otherwise all kills came too late
 
 
-def test_an_interrupted_beginning(tmp_path, states):
-    """Checkpoint.create: there is none, or there is one without tasks."""
+def test_an_interrupted_create_leaves_no_checkpoint_or_an_empty_one(tmp_path, states):
+    """Checkpoint.create leaves no checkpoint, or one without tasks."""
 
     def create(folder):
         return Checkpoint.create(folder, small.BASE, small.RANK, small.SHAPES, seed=0)
@@ -172,7 +177,7 @@ def test_an_interrupted_beginning(tmp_path, states):
         assert manifests.read(folder) == whole
 
 
-def test_interrupted_scores(tmp_path, states):
+def test_interrupted_scores_are_stored_or_not(tmp_path, states):
     before = manifests.read(states / "after")
     scores = [{"score": 0.5}]
     at, stopped = 0, True

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is refused with the file's name and what is wrong with it, whether or not the digests fit."""
+"""A damaged checkpoint is refused with the file's name and the fault, whether or not its digests match."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from loraf import manifest as manifests
 from loraf import projection
 from loraf.checkpoint import Checkpoint
+from loraf.checkpoint_stream import CheckpointStream
 from loraf.errors import CheckpointError, CorruptCheckpoint
 from loraf.manifest import Module, StoredFile
-from loraf.stream import Stream
 from tests.loraf import small_checkpoints as small
 from tests.loraf.small_checkpoints import RANK, SHAPES, TASKS, UP, Q
 
-pytestmark = pytest.mark.usefixtures("road")
+pytestmark = pytest.mark.usefixtures("with_and_without_library")
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,12 @@ def folder(pristine, tmp_path):
 
 
 def refusal(folder, *files: str, says: str = "") -> CorruptCheckpoint:
-    """Opening fails; exactly these tasks' files are named, and the message says what. So does reading it by and by."""
+    """Opening and streaming fail with the same problems, which name exactly these tasks' files."""
     with pytest.raises(CorruptCheckpoint) as caught:
         Checkpoint.open(folder)
-    with pytest.raises(CorruptCheckpoint) as by_and_by, Stream.open(folder) as checkpoint:
+    with pytest.raises(CorruptCheckpoint) as streaming, CheckpointStream.open(folder) as checkpoint:
         checkpoint.finish()
-    assert by_and_by.value.problems == caught.value.problems
+    assert streaming.value.problems == caught.value.problems
     named = {problem.file for problem in caught.value.problems}
     assert named == {str(small.task_file(folder, name)) for name in files}
     assert says in str(caught.value)
@@ -52,8 +52,9 @@ def refusal(folder, *files: str, says: str = "") -> CorruptCheckpoint:
 # --- bytes ------------------------------------------------------------------------------------------------------
 
 
-def test_every_flipped_bit_of_every_task_file_is_seen(folder):
-    """One bit in each of 60 places a file, the first and the last among them; the digest is over all bytes alike."""
+@pytest.mark.slow
+def test_every_flipped_bit_of_every_task_file_is_detected(folder):
+    """Flips one bit at 60 places of each file, including the first and the last byte."""
     for name in TASKS:
         file = small.task_file(folder, name)
         whole = file.read_bytes()
@@ -65,27 +66,27 @@ def test_every_flipped_bit_of_every_task_file_is_seen(folder):
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 100, -1])
-def test_a_truncated_file(folder, length):
+def test_a_truncated_file_is_refused(folder, length):
     file = small.task_file(folder, "nlu")
     whole = file.read_bytes()
     file.write_bytes(whole[:length])
     refusal(folder, "nlu", says=f"({len(whole[:length])} bytes, {len(whole)} expected)")
 
 
-def test_a_longer_file(folder):
+def test_a_file_with_extra_bytes_is_refused(folder):
     file = small.task_file(folder, "nlu")
     file.write_bytes(file.read_bytes() + b"\0")
     refusal(folder, "nlu", says="bytes")
 
 
-def test_a_missing_file_and_a_folder_in_its_place(folder):
+def test_a_missing_file_or_a_folder_in_its_place_is_refused(folder):
     small.task_file(folder, "nlu").unlink()
     refusal(folder, "nlu", says="No such file")
     small.task_file(folder, "nlu").mkdir()
     refusal(folder, "nlu", says="Is a directory")
 
 
-def test_two_files_in_each_others_place(folder):
+def test_swapped_files_are_refused(folder):
     math, nlu = small.task_file(folder, "math"), small.task_file(folder, "nlu")
     math.rename(folder / "x")
     nlu.rename(math)
@@ -101,8 +102,8 @@ def test_several_damaged_files_are_all_named(folder):
     assert len(error.problems) == 3
 
 
-def test_files_that_are_not_in_the_manifest_are_no_matter(folder):
-    """What a killed save leaves behind, and what a user puts there."""
+def test_files_that_are_not_in_the_manifest_are_ignored(folder):
+    """Such as those that a killed save leaves behind, or that a user adds."""
     (folder / "tasks" / ".nlu.safetensors.123.tmp").write_bytes(b"half")
     (folder / ".loraf.json.123.tmp").write_bytes(b"{")
     (folder / "tasks" / "orphan.safetensors").write_bytes(b"x")
@@ -113,14 +114,14 @@ def test_files_that_are_not_in_the_manifest_are_no_matter(folder):
 # --- content, with digests that fit -----------------------------------------------------------------------------
 
 
-def test_the_helpers_make_good_files_too(folder):
+def test_the_helpers_write_valid_files_too(folder):
     """Otherwise the tests below could pass for the wrong reason."""
     small.rewrite(folder, "nlu", lambda tensors: None)
     assert Checkpoint.open(folder).manifest.task_names == TASKS
 
 
 def header_of(entries: dict) -> bytes:
-    """A safetensors file with a header of our own, and 64 bytes of data."""
+    """Returns a safetensors file with this header and 64 bytes of data."""
     header = json.dumps(entries).encode()
     return struct.pack("<Q", len(header)) + header + bytes(64)
 
@@ -140,31 +141,31 @@ def header_of(entries: dict) -> bytes:
         header_of({"a": {"dtype": "XX", "shape": [16], "data_offsets": [0, 64]}}),
     ],
 )
-def test_a_file_that_is_no_safetensors(folder, data):
+def test_a_file_that_is_not_in_the_safetensors_format_is_refused(folder, data):
     small.rewrite_bytes(folder, "nlu", data)
-    refusal(folder, "nlu", says="is no safetensors file")
+    refusal(folder, "nlu", says="is not a safetensors file")
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "x.rows", "", f"{Q}.rows.rows", Q])
-def test_a_tensor_too_many(folder, name):
+def test_an_additional_tensor_is_refused(folder, name):
     outside = small.snapshot(folder.parent)
 
     def add(tensors):
         tensors[name] = torch.zeros(3)
 
     small.rewrite(folder, "nlu", add)
-    refusal(folder, "nlu", says=f"holds other tensors than the manifest names ({name})")
+    refusal(folder, "nlu", says=f"holds other tensors than the manifest lists ({name})")
     assert small.snapshot(folder.parent).keys() == outside.keys()
 
 
 @pytest.mark.parametrize("part", ["rows", "cols", "values"])
-def test_a_tensor_too_few(folder, part):
+def test_a_missing_tensor_is_refused(folder, part):
     small.rewrite(folder, "nlu", lambda tensors: tensors.pop(f"{UP}.{part}"))
     refusal(folder, "nlu", says=f"{UP}.{part}")
 
 
 def replace(part: str, change):
-    """Changes one tensor of module UP."""
+    """Returns a function that changes one tensor of module UP."""
 
     def apply(tensors):
         tensors[f"{UP}.{part}"] = change(tensors[f"{UP}.{part}"].clone())
@@ -224,15 +225,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_content_that_makes_no_sense(folder, fault):
+def test_invalid_content_is_refused_by_file_and_module(folder, fault):
     change, says = FAULTS[fault]
     small.rewrite(folder, "nlu", change)
     error = refusal(folder, "nlu", says=says)
     assert [problem.field for problem in error.problems] == [UP]
 
 
-def test_masks_that_overlap(folder):
-    """In one module, in one position: nlu takes one of math's."""
+def test_overlapping_masks_are_refused(folder):
+    """nlu owns one position of math in one module."""
     math = safetensors.torch.load(small.task_file(folder, "math").read_bytes())
 
     def steal(tensors):
@@ -244,7 +245,7 @@ def test_masks_that_overlap(folder):
 
     small.rewrite(folder, "nlu", steal)
     refusal(folder, "nlu", says="task 'nlu' holds 1 positions of task 'math'")
-    Checkpoint.open(folder, ["nlu", "code"])  # among these there is no overlap
+    Checkpoint.open(folder, ["nlu", "code"])  # these do not overlap
 
 
 def test_a_copied_task_overlaps_everywhere(folder):
@@ -256,7 +257,7 @@ def test_a_copied_task_overlaps_everywhere(folder):
 def test_a_manifest_with_another_k_sparsity_or_rank_does_not_fit_the_files(folder):
     manifest = manifests.read(folder)
     for sparsity, rank in ((0.7, RANK), (0.8, RANK * 2)):
-        k = {m: manifests.positions(sparsity, shape[0], rank) for m, shape in SHAPES.items()}
+        k = {m: manifests.positions_per_matrix(sparsity, shape[0], rank) for m, shape in SHAPES.items()}
         tasks = tuple(dataclasses.replace(task, k=k, sparsity=sparsity) for task in manifest.tasks)
         small.write_manifest(folder, dataclasses.replace(manifest, rank=rank, tasks=tasks))
         refusal(folder, *TASKS, says="positions, K is")
@@ -269,7 +270,7 @@ def test_a_manifest_with_another_dtype_does_not_fit_the_files(folder):
     refusal(folder, *TASKS, says="the manifest says float16")
 
 
-def test_a_file_of_another_size_is_not_taken_because_its_digest_fits(folder):
+def test_a_file_of_the_wrong_size_is_refused_although_its_digest_matches(folder):
     manifest = manifests.read(folder)
     stored = manifest.tasks[0].file
     odd = dataclasses.replace(manifest.tasks[0], file=StoredFile(stored.path, stored.bytes + 1, stored.sha256))
@@ -281,7 +282,7 @@ def test_a_file_of_another_size_is_not_taken_because_its_digest_fits(folder):
 
 
 def refused_projection(checkpoint: Checkpoint, modules=tuple(SHAPES)) -> None:
-    """By both ways to ask for A, naming every module."""
+    """Both ways to obtain A fail, and name every module."""
     with pytest.raises(CorruptCheckpoint) as caught:
         checkpoint.verify_projection()
     assert {p.field for p in caught.value.problems} == {f"modules.{m}.projection_sha256" for m in modules}
@@ -301,8 +302,8 @@ def test_another_seed_or_deviation_is_refused(folder, change):
     refused_projection(Checkpoint.open(folder))
 
 
-def test_the_default_deviation_by_its_value_is_the_same(folder):
-    """Not the text but the numbers count: 1/√(3·24) written out gives the same A."""
+def test_the_default_deviation_written_as_a_number_is_accepted(folder):
+    """The number 1/√(3·24) gives the same A as the default."""
     manifest = manifests.read(folder)
     changed = dataclasses.replace(manifest.projection, init_std=projection.default_std(24))
     small.write_manifest(folder, dataclasses.replace(manifest, projection=changed))
@@ -317,7 +318,7 @@ def test_another_width_is_refused(folder):
 
 
 def test_another_rank_is_refused(tmp_path):
-    """Without tasks nothing but the projection can tell."""
+    """Without tasks, only the projection reveals it."""
     small.make(tmp_path, tasks=())
     small.write_manifest(tmp_path, dataclasses.replace(manifests.read(tmp_path), rank=RANK + 1))
     refused_projection(Checkpoint.open(tmp_path))
@@ -342,13 +343,13 @@ def test_another_generator_is_refused_before_anything_is_read(folder):
     changed = dataclasses.replace(manifest.projection, generator="mersenne")
     small.write_manifest(folder, dataclasses.replace(manifest, projection=changed))
     small.task_file(folder, "math").unlink()
-    with pytest.raises(CheckpointError, match="'mersenne' is not known") as caught:
+    with pytest.raises(CheckpointError, match="'mersenne' is unknown") as caught:
         Checkpoint.open(folder)
     assert [problem.field for problem in caught.value.problems] == ["projection.generator"]
 
 
-def test_a_combined_digest_that_is_not_the_modules(folder):
-    """It is what the adapter digest covers, so it has to stand for the modules' own digests."""
+def test_a_combined_digest_that_does_not_match_the_modules_is_refused(folder):
+    """The adapter digest covers it, so it must match the modules' digests."""
     manifest = manifests.read(folder)
     changed = dataclasses.replace(manifest.projection, sha256="0" * 64)
     small.write_manifest(folder, dataclasses.replace(manifest, projection=changed))

@@ -1,4 +1,4 @@
-"""ΔW(S) and merged weights, against loops over single numbers."""
+"""ΔW(S) and merged weights, compared with loops over single numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parse(text: str) -> TaskSet:
 
 
 def slow_delta(checkpoint: Checkpoint, module: str, task_set: TaskSet) -> np.ndarray:
-    """ΔW = Σ_t w_t·(α_t/r)·B_t·A, one double-precision product a number."""
+    """Computes ΔW = Σ_t w_t·(α_t/r)·B_t·A in double precision, one product at a time."""
     d_out, d_in = SHAPES[module]
     a = checkpoint.projection_of(module).double().tolist()
     delta = [[0.0] * d_in for _ in range(d_out)]
@@ -58,7 +58,7 @@ def test_delta_equals_the_slow_reference(checkpoint, module, text):
     assert bool(found.any()) == (text != "base")
 
 
-def test_a_given_at_hand_changes_nothing(checkpoint):
+def test_passing_a_does_not_change_the_result(checkpoint):
     a = checkpoint.projection_of(Q)
     assert torch.equal(delta_weight(checkpoint, Q, parse("all"), a), delta_weight(checkpoint, Q, parse("all")))
     rounded = delta_weight(checkpoint, Q, parse("all"), a.bfloat16())
@@ -66,10 +66,10 @@ def test_a_given_at_hand_changes_nothing(checkpoint):
     assert torch.equal(rounded, combined_b(checkpoint, Q, parse("all")) @ a.bfloat16().float())
 
 
-def test_tasks_stand_on_positions_of_their_own(checkpoint):
+def test_tasks_own_disjoint_positions(checkpoint):
     for module, (d_out, _) in SHAPES.items():
-        k = manifests.positions(small.SPARSITY, d_out, RANK)
-        masks = {name: set(checkpoint.tasks[name][module].flat.tolist()) for name in TASKS}
+        k = manifests.positions_per_matrix(small.SPARSITY, d_out, RANK)
+        masks = {name: set(checkpoint.tasks[name][module].positions.tolist()) for name in TASKS}
         assert all(len(mask) == k for mask in masks.values())
         for one, other in itertools.combinations(TASKS, 2):
             assert not masks[one] & masks[other]
@@ -86,7 +86,7 @@ WEIGHT = st.floats(-16, 16, width=32)
 
 @settings(max_examples=25, deadline=None)
 @given(st.tuples(WEIGHT, WEIGHT, WEIGHT))
-def test_linear_in_the_weights(checkpoint, weights):
+def test_delta_is_linear_in_the_weights(checkpoint, weights):
     a = checkpoint.projection_of(UP)
     parts = [w * delta_weight(checkpoint, UP, parse(name), a).double() for name, w in zip(TASKS, weights, strict=True)]
     expected = torch.stack(parts).sum(0)
@@ -95,7 +95,7 @@ def test_linear_in_the_weights(checkpoint, weights):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * (1 + expected.abs().max().item()))
 
 
-def test_scale():
+def test_task_scale_by_hand():
     assert task_scale(64.0, 16) == 4.0
     assert task_scale(16.0, 64, 0.5) == 0.125
     assert task_scale(16.0, 64, -2.0) == -0.5
@@ -105,7 +105,7 @@ def test_scale():
 
 
 class Layered(torch.nn.Module):
-    """A model whose modules have the names and shapes of the small checkpoint, and one module more."""
+    """A model whose modules have the names and shapes of the small checkpoint, plus one more module."""
 
     def __init__(self, dtype: torch.dtype, seed: int = 3):
         super().__init__()
@@ -128,7 +128,7 @@ def bits(model: torch.nn.Module) -> dict[str, bytes]:
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 → the 16 bits of the nearest bfloat16, ties to even, by integers."""
+    """Returns the 16 bits of the nearest bfloat16, ties to even, by integer arithmetic."""
     words = values.view(np.uint32).astype(np.uint64)
     return ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -144,7 +144,7 @@ def test_merging_rounds_the_float32_sum_once(checkpoint, text):
         assert (found == round_to_bfloat16(total)).all()
 
 
-def test_rounding_twice_would_be_seen(checkpoint):
+def test_rounding_twice_would_be_detected(checkpoint):
     """The test above could not fail otherwise."""
     model = Layered(torch.bfloat16)
     weight = model.get_submodule(Q).weight.detach()
@@ -155,8 +155,8 @@ def test_rounding_twice_would_be_seen(checkpoint):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("keep", [True, False])
-def test_merging_forgets_what_was_merged_before(checkpoint, dtype, keep):
-    """Any way to a set gives the same bits, and base gives the model's own back."""
+def test_merging_does_not_depend_on_what_was_merged_before(checkpoint, dtype, keep):
+    """Any sequence of merges to a set gives the same bits, and base restores the model's own."""
     expected = {}
     for text in SETS:
         fresh = Layered(dtype)
@@ -175,7 +175,7 @@ def test_merging_forgets_what_was_merged_before(checkpoint, dtype, keep):
 
 
 def test_two_checkpoints_on_one_model_undo_each_other(checkpoint, tmp_path):
-    """The second one adapts fewer modules; what the first one left in the others must go."""
+    """The second one adapts fewer modules. What the first one left in the others must be undone."""
     narrow = Checkpoint.create(tmp_path, BASE, RANK, {Q: SHAPES[Q]}, seed=9)
     drawn = small.values(seed=9, shapes={Q: SHAPES[Q]})
     narrow.add_task("art", drawn["math"], alpha=8.0, sparsity=small.SPARSITY)
@@ -198,13 +198,13 @@ def test_two_checkpoints_on_one_model_undo_each_other(checkpoint, tmp_path):
     assert bits(model) == start
 
 
-def test_gradients_are_of_no_concern(checkpoint):
+def test_merging_leaves_no_gradients(checkpoint):
     model = Layered(torch.float32)
     Merger(model, checkpoint).merge(parse("math"))
     assert all(p.is_leaf and p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_a_model_that_does_not_fit_is_refused_with_every_module(checkpoint):
+def test_a_model_that_does_not_fit_is_refused_naming_every_module(checkpoint):
     model = Layered(torch.float32)
     mlp = model.get_submodule("model.layers.0.mlp")
     mlp["up_proj"] = torch.nn.Linear(25, SHAPES[UP][0])

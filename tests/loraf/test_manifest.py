@@ -1,4 +1,4 @@
-"""loraf.json: read as it was written; what its digests cover; the sets it knows."""
+"""loraf.json: the round trip, what its digests cover, and its task sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from loraf import manifest as manifests
 from loraf.errors import CheckpointError, CorruptCheckpoint, UnknownTask
-from loraf.manifest import Manifest, Module, Projection, Templates, positions
+from loraf.manifest import Manifest, Module, Projection, Templates, positions_per_matrix
 from tests.loraf.small_manifests import (
     DATA,
     JSON_VALUES,
@@ -44,8 +44,8 @@ from tests.loraf.small_manifests import (
     st.integers(1, 200_000),
     st.integers(1, 1024),
 )
-def test_positions_are_exact(sparsity, d_out, rank):
-    assert positions(float(sparsity), d_out, rank) == floor((1 - Fraction(sparsity)) * d_out * rank)
+def test_the_number_of_positions_is_exact(sparsity, d_out, rank):
+    assert positions_per_matrix(float(sparsity), d_out, rank) == floor((1 - Fraction(sparsity)) * d_out * rank)
 
 
 @pytest.mark.parametrize(
@@ -60,17 +60,17 @@ def test_positions_are_exact(sparsity, d_out, rank):
         (0, 7, 4, 28),
     ],
 )
-def test_positions_by_hand(sparsity, d_out, rank, k):
-    assert positions(sparsity, d_out, rank) == k
+def test_the_number_of_positions_by_hand(sparsity, d_out, rank, k):
+    assert positions_per_matrix(sparsity, d_out, rank) == k
 
 
 @pytest.mark.parametrize("sparsity", [1, 1.0, -0.1, 2, float("nan"), float("inf")])
-def test_positions_of_a_sparsity_that_is_none(sparsity):
+def test_a_sparsity_outside_its_range_is_refused(sparsity):
     with pytest.raises(ValueError, match="not in"):
-        positions(sparsity, 10, 4)
+        positions_per_matrix(sparsity, 10, 4)
 
 
-# --- there and back ---------------------------------------------------------------------------------------------
+# --- round trip -------------------------------------------------------------------------------------------------
 
 
 def test_round_trip(tmp_path):
@@ -94,20 +94,20 @@ def test_round_trip_of_any_values(training, alpha, seed, template):
     assert again.adapter_digest == whole.adapter_digest
 
 
-def test_what_json_changes_does_not_break_the_digest():
-    """Tuples become lists and numbers that are keys become strings, in another order."""
+def test_values_that_json_converts_do_not_break_the_digest():
+    """Tuples become lists, and numeric keys become strings, which sort differently."""
     task = a_task("math", training={"tuple": (1, 2), "keys": {10: "a", 9: "b"}})
     again = manifests.parse(a_manifest(tasks=(task,)).to_json().encode(), PATH)
     assert again.task("math").training == {"tuple": [1, 2], "keys": {"10": "a", "9": "b"}}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1, 2}, b"x", "\ud800", Path("x")])
-def test_what_json_does_not_have_is_not_written(value):
+def test_values_without_a_json_form_are_not_written(value):
     with pytest.raises((ValueError, TypeError)):
         a_manifest(tasks=(a_task("math", training={"x": value}),)).to_json()
 
 
-def test_optional_fields_may_be_missing_and_integers_may_stand_for_numbers():
+def test_optional_fields_may_be_missing_and_floats_may_be_integers():
     content = json.loads(DATA)
     for name in ("trained_with", "templates", "training", "scores"):
         del content["tasks"][0][name]
@@ -123,7 +123,7 @@ def test_optional_fields_may_be_missing_and_integers_may_stand_for_numbers():
 # --- folders ----------------------------------------------------------------------------------------------------
 
 
-def test_folders_that_are_no_checkpoint(tmp_path):
+def test_folders_without_a_checkpoint_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "odd" / manifests.FILE_NAME).mkdir(parents=True)
     for folder in (
@@ -159,7 +159,7 @@ def with_task(**changes) -> Manifest:
         dataclasses.replace(WHOLE, modules=dict(reversed(WHOLE.modules.items()))),
     ],
 )
-def test_the_adapter_digest_ignores_what_changes_no_answer(other):
+def test_the_adapter_digest_ignores_what_the_output_does_not_depend_on(other):
     assert other.adapter_digest == WHOLE.adapter_digest
 
 
@@ -178,7 +178,7 @@ def test_the_adapter_digest_ignores_what_changes_no_answer(other):
         WHOLE.only(("math",)),
     ],
 )
-def test_the_adapter_digest_covers_what_changes_answers(other):
+def test_the_adapter_digest_covers_what_the_output_depends_on(other):
     assert other.adapter_digest != WHOLE.adapter_digest
 
 
@@ -195,7 +195,7 @@ def test_the_adapter_digest_by_hand():
 # --- questions --------------------------------------------------------------------------------------------------
 
 
-def test_sets():
+def test_the_sets_of_a_manifest():
     assert str(WHOLE.all_tasks()) == "math+nlu"
     assert str(WHOLE.as_trained("math")) == "math"
     assert str(WHOLE.as_trained("nlu")) == "math+nlu"
@@ -204,17 +204,17 @@ def test_sets():
             WHOLE.as_trained(name)
 
 
-def test_as_trained_needs_the_tasks_below():
+def test_as_trained_needs_the_earlier_tasks():
     with pytest.raises(UnknownTask, match="trained on top of math"):
         WHOLE.only(("nlu",)).as_trained("nlu")
-    # math was taken out and trained again, now on top of nlu: it is not the math that nlu was trained with.
+    # math was removed and trained again on top of nlu, so it is not the math that nlu was trained with.
     again = dataclasses.replace(WHOLE, tasks=(WHOLE.tasks[1], a_task("math", trained_with=("nlu",))))
     with pytest.raises(UnknownTask, match="trained on top of math"):
         again.as_trained("nlu")
     assert str(manifests.parse(again.to_json().encode(), PATH).as_trained("math")) == "nlu+math"
 
 
-def test_only():
+def test_only_restricts_the_tasks():
     assert WHOLE.only(("nlu", "math")) == WHOLE
     assert WHOLE.only(("nlu",)).task_names == ("nlu",)
     with pytest.raises(UnknownTask) as caught:
@@ -224,23 +224,23 @@ def test_only():
 
 def test_free_positions():
     for module, shape in MODULES.items():
-        k = positions(0.75, shape.d_out, RANK)
+        k = positions_per_matrix(0.75, shape.d_out, RANK)
         assert WHOLE.free_positions(module) == shape.d_out * RANK - 2 * k
         assert dataclasses.replace(WHOLE, tasks=()).free_positions(module) == shape.d_out * RANK
-    assert WHOLE.tasks[0].parameters == sum(positions(0.75, m.d_out, RANK) for m in MODULES.values())
+    assert WHOLE.tasks[0].parameters == sum(positions_per_matrix(0.75, m.d_out, RANK) for m in MODULES.values())
 
 
 # --- speed and weight -------------------------------------------------------------------------------------------
 
 
 def test_reading_a_7b_manifest_is_fast_and_needs_neither_torch_nor_numpy(tmp_path):
-    """32 layers, 7 projections, 12 tasks: the contract allows a second for the whole command."""
+    """32 layers, 7 projections, 12 tasks. The whole command may take a second."""
     widths = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
     widths |= {"gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336)}
     modules = {
         f"model.layers.{i}.x.{name}": Module(*shape, "a" * 64) for i in range(32) for name, shape in widths.items()
     }
-    k = {name: positions(0.95, m.d_out, 64) for name, m in modules.items()}
+    k = {name: positions_per_matrix(0.95, m.d_out, 64) for name, m in modules.items()}
     tasks = tuple(a_task(f"task{i}", sparsity=0.95, k=k) for i in range(12))
     whole = a_manifest(rank=64, modules=modules, tasks=tasks)
     (tmp_path / manifests.FILE_NAME).write_text(whole.to_json(), encoding="utf-8")
@@ -257,8 +257,8 @@ def test_reading_a_7b_manifest_is_fast_and_needs_neither_torch_nor_numpy(tmp_pat
     assert done.returncode == 0, done.stderr
 
 
-def test_reading_leaves_the_content_alone():
-    """Two readings of one text are equal and share nothing that a caller may change."""
+def test_two_readings_share_nothing():
+    """A caller may change one without changing the other."""
     one, other = manifests.parse(DATA, PATH), manifests.parse(DATA, PATH)
     before = copy.deepcopy(other)
     one.task("math").training["epochs"] = 99

@@ -1,4 +1,4 @@
-"""A manifest that was damaged, or that its author got wrong, is refused with the field named; never half understood."""
+"""A damaged or wrong manifest is refused with the name of the field, never partly understood."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ def test_any_json_is_refused(value):
         (DATA.replace(b'"rank": 4', b'"rank": -Infinity'), "-Infinity is not JSON"),
         (DATA.replace(b'"rank": 4', b'"rank": 1e999'), "too large"),
         (DATA.replace(b'"rank": 4', b'"rank": ' + b"1" * 5000), "is not JSON"),
-        (DATA.replace(b'"rank": 4', b'"rank": 4, "rank": 4'), "'rank' stands twice"),
+        (DATA.replace(b'"rank": 4', b'"rank": 4, "rank": 4'), "duplicate key 'rank'"),
         (DATA.replace(b'"org/model"', b'"\\ud800"'), "is not JSON"),
         (b"null", "is not 'loraf'"),
         (b"{}", "is not 'loraf'"),
         (b"[]", "is not 'loraf'"),
     ],
 )
-def test_what_is_not_a_manifest(data, words):
+def test_bytes_that_are_not_a_manifest_are_refused(data, words):
     error = refusal(data)
     assert isinstance(error, CorruptCheckpoint)
     assert words in str(error)
@@ -100,7 +100,7 @@ def test_an_unknown_version_is_refused_by_name(version):
     assert "use a release" in str(error)
 
 
-def test_no_version_no_digest():
+def test_a_missing_version_or_digest_is_refused():
     assert fields(refusal(changed("format_version", 0, remove=True))) == {"format_version"}
     content = json.loads(DATA)
     del content["digest"]
@@ -113,7 +113,7 @@ def test_no_version_no_digest():
 
 
 def leaves(value, path: str = ""):
-    """Every place of the manifest, as a slashed path."""
+    """Yields the path of every value of the manifest, separated by slashes."""
     if path:
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -121,7 +121,7 @@ def leaves(value, path: str = ""):
         yield from leaves(item, f"{path}/{key}" if path else str(key))
 
 
-FREE = ("/training/", "/scores/0/")  # whatever was written there
+FREE = ("/training/", "/scores/0/")  # these may hold any value
 PLACES = [
     path
     for path in leaves(json.loads(DATA))
@@ -143,7 +143,7 @@ def test_a_wrong_type_anywhere_names_the_field(value):
             assert any(field.startswith(top) for field in fields(error)), (path, str(error))
         else:
             taken += 1
-    # Texts may be any text, free values any value, optional fields null; all the rest is refused.
+    # Strings may be any string, free values any value, optional fields null. Everything else is refused.
     assert taken < len(PLACES) / 2
 
 
@@ -160,7 +160,7 @@ OPTIONAL = {
     "training",
     "scores",
 }
-# Entries of lists and of the dicts with keys of their own are no fields: without one of them there is just one less.
+# Entries of lists, and of dicts with arbitrary keys, are not fields and may be missing.
 NAMED = [
     p for p in PLACES if not p.split("/")[-1].isdigit() and not p.startswith(("modules/model.", "base_model/shapes/"))
 ]
@@ -182,7 +182,7 @@ def test_a_missing_field_is_named_unless_it_is_optional(path):
     ["extra", "base_model/extra", "projection/extra", "tasks/0/extra", "tasks/1/file/extra", "tasks/0/templates/extra"],
 )
 def test_an_unknown_field_is_named(path):
-    """Reading over it would lose it when the manifest is written the next time."""
+    """Ignoring it would lose it when the manifest is written next."""
     error = refusal(changed(path, 1))
     assert "is not a known field" in str(error)
     assert "extra" in next(iter(fields(error)))
@@ -242,7 +242,7 @@ def test_an_unknown_field_is_named(path):
         ("tasks", {"math": 1}, "tasks"),
     ],
 )
-def test_values_that_make_no_sense_are_named(path, value, field):
+def test_inconsistent_values_are_named(path, value, field):
     error = refusal(changed(path, value))
     assert isinstance(error, CorruptCheckpoint)
     assert field in fields(error), str(error)
@@ -262,7 +262,7 @@ def test_all_mistakes_are_named_at_once():
     assert fields(refusal(signed(content))) == {"projection.init_std", "tasks[0].dtype", "tasks[1].sparsity"}
 
 
-def test_a_stated_adapter_digest_that_is_not_the_contents_is_refused():
+def test_a_wrong_adapter_digest_is_refused():
     content = json.loads(DATA)
     content["adapter_digest"] = "0" * 64
     del content["digest"]

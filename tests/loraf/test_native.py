@@ -1,4 +1,4 @@
-"""The compiled library gives NumPy's bits and finds NumPy's faults, in each of its variants; without it all works."""
+"""Every variant of the compiled library computes the bits and finds the faults that NumPy does."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ HALVES = {torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16}
 
 
 @pytest.fixture(scope="module", params=range(len(native.VARIANTS)), ids=native.VARIANTS)
-def library(request) -> native.Library:
-    found = native.Library(compiled_library().path, request.param)
-    if found.variant != native.VARIANTS[request.param]:
+def library(request) -> native.NativeLibrary:
+    library = native.NativeLibrary(compiled_library().path, request.param)
+    if library.variant != native.VARIANTS[request.param]:
         pytest.skip(f"this processor has no {native.VARIANTS[request.param]}")
-    return found
+    return library
 
 
 # --- A ----------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def by_numpy(seed: int, module: str, rows, columns, scale) -> np.ndarray:
 
 
 def by_library(library, seed: int, module: str, rows, columns, scale, dtype=None) -> tuple[np.ndarray, np.ndarray]:
-    """float32, and the bits of `dtype`; with a margin that must stay untouched."""
+    """Returns the slice in float32 and in `dtype`, and checks that a margin around it stays untouched."""
     shape = (rows[1] - rows[0], columns[1] - columns[0])
     size, margin = shape[0] * shape[1], 64
     out32 = np.full(size + 2 * margin, 7.5, dtype=np.float32)
@@ -57,13 +57,13 @@ def by_library(library, seed: int, module: str, rows, columns, scale, dtype=None
 
 SPANS = st.tuples(st.integers(0, 1200), st.integers(0, 700)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 ROWS = st.tuples(st.integers(0, 2**20), st.integers(0, 4)).map(lambda pair: (pair[0], pair[0] + pair[1]))
-# Down to where float16 has only denormal numbers and zero, and up to where it has only infinity.
+# From where float16 has only denormal numbers and zero up to where it has only infinity.
 SCALES = st.one_of(st.sampled_from([1.0, 1e-3, 2e-5, 6e-8, 1e-20, 7e4, 1e20]), st.floats(1e-9, 1e6)).map(np.float32)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(-(2**70), 2**70), st.text(max_size=5), ROWS, SPANS, SCALES, st.sampled_from([None, *HALVES]))
-def test_the_same_bits_of_a(library, seed, module, rows, columns, scale, dtype):
+def test_the_library_computes_the_same_bits_of_a(library, seed, module, rows, columns, scale, dtype):
     expected = by_numpy(seed, module, rows, columns, scale)
     single, half = by_library(library, seed, module, rows, columns, scale, dtype)
     assert bits(single) == bits(expected)
@@ -74,7 +74,7 @@ def test_the_same_bits_of_a(library, seed, module, rows, columns, scale, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_every_quantile_is_rounded_as_torch_does(library, dtype, monkeypatch):
-    """With a table of chosen numbers: all exponents, and ties on both sides."""
+    """The table covers all exponents, and ties in both directions."""
     words = np.arange(1 << 16, dtype=np.uint32)
     for low in (0, 0x7FFF, 0x8000, 0x8001, 0x1000, 0x0FFF, 0x3000, 0x2FFF):
         table = (words << 16 | low).view(np.float32)
@@ -83,7 +83,7 @@ def test_every_quantile_is_rounded_as_torch_does(library, dtype, monkeypatch):
         single, half = by_library(library, 0, "m", (0, 64), (0, 4096), np.float32(1), dtype)
         rounded = torch.from_numpy(single).to(dtype).view(torch.int16).numpy().view(np.uint16)
         assert bits(half) == bits(rounded)
-        assert len(np.unique(single)) > 60_000  # nearly every entry took part
+        assert len(np.unique(single)) > 60_000  # nearly every entry is used
 
 
 def test_flushing_denormal_numbers_changes_nothing(library):
@@ -100,7 +100,7 @@ def test_flushing_denormal_numbers_changes_nothing(library):
 
 
 def slow_fault(b: SparseB) -> str | None:
-    """By the definition, in plain Python."""
+    """Follows the definition, in plain Python."""
     d_out, rank = b.shape
     positions = list(zip(b.rows.tolist(), b.cols.tolist(), strict=True))
     if any(not 0 <= row < d_out for row, _ in positions):
@@ -126,22 +126,22 @@ def overwrite(tensor: torch.Tensor, index: int, value: int) -> None:
 
 @st.composite
 def modules(draw):
-    """Masks of one to four tasks in one matrix, most of them damaged in one or two places, now and then overlapping."""
+    """Masks of one to four tasks in one matrix, most of them damaged in one or two places, some overlapping."""
     shape = draw(
         st.sampled_from([(1, 1), (7, 3), (256, 4), (300, 16), (40, 300), (65_536, 1), (65_537, 2), (70_000, 3)])
     )
     size = shape[0] * shape[1]
     count = draw(st.integers(1, 4))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    # Longer than a block of the compiled loop, where the matrix has room for it.
+    # Longer than a block of the compiled loop, if the matrix is large enough.
     share = draw(st.sampled_from([0, 1, 5, 40, 2047, 2048, 2049, 5000]))
     order = random.permutation(size)
     masks = []
     for task in range(count):
-        flat = torch.from_numpy(order[task * share : (task + 1) * share].copy())
+        positions = torch.from_numpy(order[task * share : (task + 1) * share].copy())
         dtype = draw(st.sampled_from(sparse.VALUE_DTYPES))
-        values = torch.from_numpy(random.standard_normal(len(flat))).to(dtype)
-        masks.append(SparseB.from_flat(flat, values, shape))
+        values = torch.from_numpy(random.standard_normal(len(positions))).to(dtype)
+        masks.append(SparseB.from_positions(positions, values, shape))
     for _ in range(draw(st.integers(0, 2))):
         b = draw(st.sampled_from(masks))
         if not len(b.values):
@@ -168,11 +168,13 @@ def modules(draw):
 
 @settings(max_examples=250, deadline=None)
 @given(modules())
-def test_exactly_the_faults_of_the_slow_reference(library, masks):
+def test_the_library_reports_the_faults_of_the_slow_reference(library, masks):
     expected = [slow_fault(b) for b in masks]
-    for road in (library, None):
+    for with_and_without_library in (library, None):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "library", lambda road=road: road)
+            patch.setattr(
+                native, "library", lambda with_and_without_library=with_and_without_library: with_and_without_library
+            )
             faults, shared = examine(masks)
             assert faults == expected
             assert [b.fault() for b in masks] == expected
@@ -180,7 +182,7 @@ def test_exactly_the_faults_of_the_slow_reference(library, masks):
             assert shared == slow_shared(masks)
 
 
-def test_every_kind_of_damage_is_among_the_random_ones():
+def test_the_random_masks_include_every_fault():
     """Otherwise the test above could pass for the wrong reason."""
     seen = set()
 
@@ -197,7 +199,7 @@ def test_every_kind_of_damage_is_among_the_random_ones():
 
 
 @pytest.mark.parametrize("dtype", sparse.VALUE_DTYPES)
-def test_every_16_bit_value_is_judged_right(library, dtype):
+def test_every_16_bit_value_is_classified_correctly(library, dtype):
     words = torch.arange(1 << 16, dtype=torch.int32)
     raw = (words << 16) if dtype == torch.float32 else words.to(torch.int16)
     values = raw.view(dtype)
@@ -207,7 +209,7 @@ def test_every_16_bit_value_is_judged_right(library, dtype):
         assert library.check_masks([mask], (1, 1), (1, 1)) == ([0 if finite else 8], False)
 
 
-def test_matrices_whose_positions_do_not_fit_32_bits_go_the_other_way():
+def test_matrices_with_more_than_32_bit_positions_use_numpy():
     assert native.can_check((1 << 16, 1 << 16))
     assert not native.can_check((1 << 16, (1 << 16) + 1))
     assert not native.can_check((1 << 31 | 1, 1))
@@ -221,37 +223,37 @@ def test_matrices_whose_positions_do_not_fit_32_bits_go_the_other_way():
 # --- loading ----------------------------------------------------------------------------------------------------
 
 
-def test_it_can_be_switched_off():
+def test_an_environment_variable_disables_the_library():
     code = "from loraf import native; print(native.library(), native.why_not())"
     environment = os.environ | {native.SWITCH: "0"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert run.stdout.strip() == "None LORAF_NATIVE=0 switches it off", run.stderr
+    assert run.stdout.strip() == "None LORAF_NATIVE=0 disables it", run.stderr
 
 
-def test_a_library_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+def test_the_reason_names_a_library_that_cannot_be_used(tmp_path, monkeypatch):
     good = compiled_library().path
     (tmp_path / "_native.so").write_bytes(b"no library")
     with pytest.raises(native.Unusable, match=r"_native\.so cannot be loaded"):
-        native.Library(tmp_path / "_native.so")
+        native.NativeLibrary(tmp_path / "_native.so")
     monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
     with pytest.raises(native.Unusable, match="was built from other sources"):
-        native.Library(good)
+        native.NativeLibrary(good)
     monkeypatch.setattr(sys, "byteorder", "big")
     with pytest.raises(native.Unusable, match="big-endian"):
-        native.Library(good)
+        native.NativeLibrary(good)
 
 
-def test_the_newest_library_that_can_be_used_is_taken(tmp_path, monkeypatch):
+def test_the_newest_usable_library_is_loaded(tmp_path, monkeypatch):
     good = compiled_library().path
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    native._found.cache_clear()
+    native._load.cache_clear()
     try:
         assert native.library() is None
         assert "was not built" in native.why_not()
-        native._found.cache_clear()
+        native._load.cache_clear()
         shutil.copy(good, tmp_path / "_native.old.so")
         (tmp_path / "_native.new.so").write_bytes(b"half a library")
         assert native.library().path == tmp_path / "_native.old.so"
         assert native.why_not() is None
     finally:
-        native._found.cache_clear()
+        native._load.cache_clear()

@@ -1,4 +1,4 @@
-"""A PEFT export, loaded by PEFT, answers like the merged model (contract, invariant 6)."""
+"""A PEFT export, loaded by PEFT, gives the same logits as the merged model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASKS = ("math", "nlu", "code")
 
 @pytest.fixture(scope="module", params=standins.ARCHITECTURES)
 def case(request, tmp_path_factory):
-    """(architecture's model folder, checkpoint, prompts as token ids)."""
+    """The model folder of an architecture, a checkpoint, and prompts as token ids."""
     folder = tmp_path_factory.mktemp(request.param)
     model = standins.make_model(request.param, folder / "model")
     checkpoint = standins.random_checkpoint(folder / "ckpt", model, tasks=TASKS)
@@ -60,15 +60,15 @@ def test_peft_and_the_merged_model_give_the_same_logits(case, tmp_path):
         assert torch.equal(found.argmax(-1), expected.argmax(-1)), text
         assert (text == "base") == torch.allclose(found, base, atol=1e-5)
         seen[text] = found
-    # The sets are far apart, so agreement says something.
+    # The sets differ much, so agreement is meaningful.
     for one in SETS:
         for other in SETS:
             if one != other:
                 assert (seen[one] - seen[other]).norm() > 1e-2 * base.norm(), (one, other)
 
 
-def test_the_files(case, tmp_path):
-    """Every module under PEFT's names with the shapes that PEFT has; B·A is ΔW with all scales in it."""
+def test_the_exported_files(case, tmp_path):
+    """Every module has PEFT's names and shapes, and B·A is the scaled ΔW."""
     _, checkpoint, _ = case
     task_set = TaskSet.parse("math:0.5+nlu", TASKS)
     before = os.umask(0o027)

@@ -1,4 +1,4 @@
-"""Reading PEFT LoRA directories: what PEFT itself computes from them, or a refusal that names what is in the way."""
+"""Reading PEFT LoRA directories gives what PEFT computes from them, or an error that names the obstacle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def edit(folder: Path, **changes) -> None:
-    """Fields of adapter_config.json; ... takes one out."""
+    """Changes fields of adapter_config.json. `...` removes one."""
     config = json.loads((folder / CONFIG).read_text()) | changes
     (folder / CONFIG).write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
@@ -34,7 +34,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, foreign_loras.PATTERNS], ids=["plain", "rs", "patterns"])
-def test_factors_are_what_peft_computes(model, tmp_path, config):
+def test_factors_give_the_delta_that_peft_computes(model, tmp_path, config):
     foreign_loras.make(tmp_path, model, **config)
     found = read_peft(tmp_path)
     expected = foreign_loras.deltas(tmp_path, model)
@@ -46,7 +46,7 @@ def test_factors_are_what_peft_computes(model, tmp_path, config):
     assert found.base_model == str(model) and found.file.bytes == (tmp_path / WEIGHTS).stat().st_size
 
 
-def test_a_config_of_another_version_has_peft_s_defaults(model, tmp_path):
+def test_missing_config_fields_have_peft_s_defaults(model, tmp_path):
     foreign_loras.make(tmp_path, model, r=8, lora_alpha=8)
     edit(tmp_path, r=..., lora_alpha=..., use_rslora=..., rank_pattern=None, alpha_pattern=..., some_new_field=False)
     assert {factors.scale for factors in read_peft(tmp_path).modules.values()} == {1.0}
@@ -62,19 +62,19 @@ REFUSED = [
     ({"trainable_token_indices": [3]}, "trainable_token_indices: rows of the embedding"),
     ({"target_parameters": ["experts.down_proj"]}, "target_parameters: it adapts parameters"),
     ({"layer_replication": [[0, 2]]}, "layer_replication: layers"),
-    ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens: it acts only after"),
+    ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens: it is active only after"),
     ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
-    ({"a_new_trick": {"on": 1}}, "a_new_trick: changes what the adapter does"),
-    ({"r": 0}, "r: 0 is no rank"),
+    ({"a_new_trick": {"on": 1}}, "a_new_trick: changes how the adapter works"),
+    ({"r": 0}, "r: 0 is not a valid rank"),
     ({"r": "4"}, "r: is '4', not an integer"),
     ({"r": 5}, "the config says rank 5"),
     ({"lora_alpha": 0}, "lora_alpha: is 0 everywhere"),
-    ({"alpha_pattern": {"(": 2}}, "alpha_pattern: '(' is no pattern"),
+    ({"alpha_pattern": {"(": 2}}, "alpha_pattern: '(' is not a valid pattern"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[next(iter(changes)) for changes, _ in REFUSED])
-def test_what_a_task_cannot_do_is_refused_by_name(model, tmp_path, changes, message):
+def test_unsupported_peft_features_are_refused_by_name(model, tmp_path, changes, message):
     foreign_loras.make(tmp_path, model)
     read_peft(tmp_path)
     edit(tmp_path, **changes)
@@ -84,7 +84,7 @@ def test_what_a_task_cannot_do_is_refused_by_name(model, tmp_path, changes, mess
     assert all(problem.remedy and problem.file for problem in refused.value.problems)
 
 
-def test_all_at_once(model, tmp_path):
+def test_all_problems_are_reported_at_once(model, tmp_path):
     foreign_loras.make(tmp_path, model)
     edit(tmp_path, use_dora=True, bias="all", modules_to_save=["score"])
     (tmp_path / WEIGHTS).write_bytes(b"no tensors")
@@ -92,22 +92,22 @@ def test_all_at_once(model, tmp_path):
         read_peft(tmp_path)
     said = str(refused.value)
     assert len(refused.value.problems) == 4
-    assert all(text in said for text in ("use_dora", "bias", "modules_to_save", "is no safetensors file"))
+    assert all(text in said for text in ("use_dora", "bias", "modules_to_save", "is not a safetensors file"))
 
 
 @pytest.mark.parametrize(
     "settings", [{"use_dora": True}, {"lora_bias": True}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=str
 )
-def test_tensors_of_another_kind_are_refused_whatever_the_config_says(model, tmp_path, settings):
-    """As PEFT writes them."""
+def test_other_tensors_are_refused_whatever_the_config_says(model, tmp_path, settings):
+    """The adapters are written by PEFT."""
     foreign_loras.make(tmp_path, model, **settings)
     edit(tmp_path, use_dora=False, lora_bias=False)
-    with pytest.raises(ConfigError, match="holds what is no lora_A or lora_B of a linear layer"):
+    with pytest.raises(ConfigError, match="holds tensors other than lora_A and lora_B of linear layers"):
         read_peft(tmp_path)
 
 
 TENSORS = [
-    (lambda tensors, a: tensors.pop(a), "has lora_B alone"),
+    (lambda tensors, a: tensors.pop(a), "has lora_B only"),
     (lambda tensors, a: tensors.update({a: tensors[a].double()}), "lora_A is torch.float64"),
     (lambda tensors, a: tensors.update({a: tensors[a].reshape(-1)}), "the config says rank 4"),
     (lambda tensors, a: tensors[a].view(-1)[3:4].fill_(float("nan")), "lora_A has a value that is not finite"),
@@ -124,10 +124,10 @@ def test_damaged_tensors_are_refused(model, tmp_path, change, message):
         read_peft(tmp_path)
 
 
-def test_nothing_pickled_is_read(model, tmp_path):
+def test_pickled_weights_are_never_read(model, tmp_path):
     foreign_loras.make(tmp_path, model)
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(ConfigError, match="pickled, which is never read → load the adapter with PEFT and save it"):
+    with pytest.raises(ConfigError, match="pickled files are never read → load the adapter with PEFT and save it"):
         read_peft(tmp_path)
     (tmp_path / "adapter_model.bin").unlink()
     (tmp_path / CONFIG).write_text("{]")

@@ -1,4 +1,4 @@
-"""A: the same bits as a slow reference in plain integers, whatever the slice, the chunk size and the threads."""
+"""A has the bits of a slow integer reference, whatever the slice, the chunk size and the number of threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.loraf.vectors import slow_projection
 VECTORS = json.loads((slow_projection.HERE / "projection.json").read_text(encoding="utf-8"))
 QUANTILES = slow_projection.table()
 
-pytestmark = pytest.mark.usefixtures("road")
+pytestmark = pytest.mark.usefixtures("with_and_without_library")
 
 # Random123, tests/kat_vectors: counter, key, result of philox4x32-10.
 KNOWN_ANSWERS = [
@@ -42,7 +42,7 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, result):
     assert slow_projection.philox4x32_10(words(counter), words(key)) == words(result)
 
 
-def test_philox_leaves_its_argument_alone_and_treats_columns_alike():
+def test_philox_does_not_change_its_argument_and_treats_columns_alike():
     counter = np.array([words(c) for c, _, _ in KNOWN_ANSWERS], dtype=np.uint64).T
     before = counter.copy()
     together = projection.philox4x32(counter, (7, 0xFFFFFFFF))
@@ -79,7 +79,7 @@ def test_table_is_increasing_symmetric_and_cannot_be_changed():
 
 
 def test_table_holds_the_midpoint_quantiles_rounded_once():
-    """Against mpmath's inverse error function: each entry is the float32 nearest to the exact quantile."""
+    """By mpmath's inverse error function, each entry is the float32 nearest to the exact quantile."""
     table = projection.normal_table()
     picked = {0, 1, 2, 32766, 32767, 32768, 65533, 65535, *range(113, 65536, 641)}
     with mpmath.workdps(40):
@@ -119,7 +119,7 @@ STDS = st.one_of(st.none(), st.floats(1e-6, 10))
 
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, NAMES, st.integers(1, 9), st.integers(1, 40), STDS)
-def test_equals_the_slow_reference(seed, module, rank, d_in, std):
+def test_projection_equals_the_slow_reference(seed, module, rank, d_in, std):
     assert same_bits(projection.projection(seed, module, rank, d_in, std), slow(seed, module, rank, d_in, std))
 
 
@@ -130,7 +130,7 @@ def slices(size: int):
 
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(-5, 5), st.integers(1, 12), st.integers(1, 50))
-def test_a_slice_made_alone_equals_the_slice_of_the_whole(data, seed, rank, d_in):
+def test_a_slice_computed_alone_equals_the_slice_of_the_whole(data, seed, rank, d_in):
     rows, columns = data.draw(slices(rank)), data.draw(slices(d_in))
     whole = projection.projection(seed, "m", rank, d_in)
     part = projection.projection(seed, "m", rank, d_in, rows=rows, columns=columns)
@@ -146,13 +146,13 @@ def test_a_slice_with_another_step_is_refused(where, step):
 
 
 def test_a_row_depends_neither_on_the_rank_nor_on_the_width():
-    """Only the scale does, through the default standard deviation."""
+    """Only the scale depends on the width, through the default standard deviation."""
     large = projection.projection(3, "m", 16, 64, std=1.0)
     assert same_bits(projection.projection(3, "m", 5, 13, std=1.0), np.ascontiguousarray(large[:5, :13]))
 
 
-def test_far_positions_are_made_alone():
-    """Row and column counters beyond 16 bits, without making the matrix."""
+def test_distant_positions_are_computed_alone():
+    """Row and column counters exceed 16 bits. The matrix is not computed."""
     rank, d_in = 70_001, 600_007
     a = projection.projection(5, "m", rank, d_in, 1.0, slice(70_000, None), slice(600_000, None))
     expected = [slow_projection.entry(QUANTILES, 5, "m", 70_000, column, 1.0) for column in range(600_000, d_in)]
@@ -196,16 +196,16 @@ def test_a_and_its_digest_in_one_pass(monkeypatch, dtype, at_once):
     monkeypatch.setattr(projection, "_NUMBERS_AT_ONCE", at_once)
     a = projection.projection(3, "m", 7, 333)
     projection.forget_digests()
-    for _ in range(2):  # the second time the digest is known
-        found, digest = projection.made(3, "m", 7, 333, dtype=dtype)
-        assert found.dtype == dtype
-        assert torch.equal(found, torch.from_numpy(a).to(dtype))
+    for _ in range(2):  # the second time the digest is cached
+        rounded, digest = projection.projection_and_digest(3, "m", 7, 333, dtype=dtype)
+        assert rounded.dtype == dtype
+        assert torch.equal(rounded, torch.from_numpy(a).to(dtype))
         assert digest == projection.digest(a)
     projection.forget_digests()
     assert projection.digest_of(3, "m", 7, 333) == projection.digest(a)
 
 
-def test_what_is_known_is_not_made_again_and_all_that_matters_is_in_its_name(monkeypatch):
+def test_a_digest_is_cached_under_everything_that_it_depends_on(monkeypatch):
     made = []
     fill = projection._fill
     monkeypatch.setattr(projection, "_fill", lambda *arguments: made.append(arguments[0]) or fill(*arguments))
@@ -215,30 +215,30 @@ def test_what_is_known_is_not_made_again_and_all_that_matters_is_in_its_name(mon
     found = [projection.digest_of(*case) for case in cases]
     assert len(set(found)) == len(made) == len(cases)
     assert [projection.digest_of(*case) for case in cases] == found
-    assert projection.digest_of(0, "m", 2, 9, projection.default_std(9)) == found[-1]  # the number counts
+    assert projection.digest_of(0, "m", 2, 9, projection.default_std(9)) == found[-1]  # the same number, written out
     assert len(made) == len(cases)
 
 
-def test_what_is_remembered_is_bounded(monkeypatch):
+def test_the_cache_of_digests_is_bounded(monkeypatch):
     projection.forget_digests()
     monkeypatch.setattr(projection, "_KNOWN_DIGESTS", 3)
     for seed in range(9):
         projection.digest_of(seed, "m", 1, 1)
-    assert [matrix.seed for matrix in projection._known] == [6, 7, 8]
+    assert [matrix.seed for matrix in projection._digests] == [6, 7, 8]
 
 
 # --- test vectors -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda v: f"{v['seed']}-{v['rank']}x{v['d_in']}")
-def test_committed_vectors(vector):
+def test_projection_equals_the_committed_vectors(vector):
     a = projection.projection(vector["seed"], vector["module"], vector["rank"], vector["d_in"], vector["std"])
     assert projection.digest(a) == vector["sha256"]
     assert [float(value).hex() for value in a[0, :8]] == vector["first_row"]
     assert [float(value).hex() for value in a[-1, :8]] == vector["last_row"]
 
 
-def test_the_committed_vectors_are_what_the_reference_gives():
+def test_the_committed_vectors_equal_the_reference():
     assert VECTORS["generator"] == projection.GENERATOR
     assert [slow_projection.vector(QUANTILES, case) for case in slow_projection.CASES] == VECTORS["vectors"]
 
@@ -258,14 +258,14 @@ def test_digest_is_over_little_endian_rows_whatever_the_memory_order():
 
 
 def test_default_standard_deviation_is_that_of_pefts_lora():
-    """PEFT starts A with torch's kaiming_uniform_(a=√5), whose variance is 1/(3·d_in)."""
+    """PEFT initializes A with torch's kaiming_uniform_(a=√5), whose variance is 1/(3·d_in)."""
     torch.manual_seed(0)
     weight = torch.empty(256, 1024)
     torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     assert projection.default_std(1024) == pytest.approx(float(weight.std()), rel=5e-3)
 
 
-def test_numbers_look_normal_and_rows_and_modules_unrelated():
+def test_numbers_are_normal_and_rows_and_modules_uncorrelated():
     rank, d_in = 64, 4096
     a = projection.projection(0, "model.layers.0.self_attn.q_proj", rank, d_in, 1.0).astype(np.float64)
     b = projection.projection(0, "model.layers.0.self_attn.k_proj", rank, d_in, 1.0).astype(np.float64)

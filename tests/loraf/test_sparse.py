@@ -1,4 +1,4 @@
-"""SparseB: coordinates in the smallest index dtype, and every fault of a foreign one told."""
+"""SparseB: coordinates in the smallest index dtype, and every fault of untrusted data reported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loraf.sparse import SparseB, index_dtype
 
-pytestmark = pytest.mark.usefixtures("road")
+pytestmark = pytest.mark.usefixtures("with_and_without_library")
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("road")
         (2**31, torch.int32),
     ],
 )
-def test_the_smallest_index_dtype(size, dtype):
+def test_index_dtype_is_the_smallest(size, dtype):
     assert index_dtype(size) == dtype
     assert torch.iinfo(dtype).max >= size - 1
 
@@ -34,43 +34,43 @@ def masks(draw):
     rank = draw(st.sampled_from([1, 3, 16, 256, 257, 300]))
     size = d_out * rank
     corners = st.sampled_from([0, size - 1, size // 2, min(rank, size - 1), max(0, size - rank)])
-    flat = draw(st.lists(st.one_of(st.integers(0, size - 1), corners), max_size=40, unique=True))
-    values = draw(st.lists(st.floats(-100, 100, width=16), min_size=len(flat), max_size=len(flat)))
-    return (d_out, rank), dict(zip(flat, values, strict=True))
+    positions = draw(st.lists(st.one_of(st.integers(0, size - 1), corners), max_size=40, unique=True))
+    values = draw(st.lists(st.floats(-100, 100, width=16), min_size=len(positions), max_size=len(positions)))
+    return (d_out, rank), dict(zip(positions, values, strict=True))
 
 
 @settings(deadline=None)
 @given(masks(), st.sampled_from([torch.float32, torch.float16]))
 def test_from_positions_in_any_order_and_back(case, dtype):
     (d_out, rank), entries = case
-    flat = torch.tensor(list(entries), dtype=torch.int64)
-    b = SparseB.from_flat(flat, torch.tensor(list(entries.values()), dtype=dtype), (d_out, rank))
+    positions = torch.tensor(list(entries), dtype=torch.int64)
+    b = SparseB.from_positions(positions, torch.tensor(list(entries.values()), dtype=dtype), (d_out, rank))
     expected = sorted((position // rank, position % rank, value) for position, value in entries.items())
     assert list(zip(b.rows.tolist(), b.cols.tolist(), b.values.tolist(), strict=True)) == expected
-    assert b.flat.tolist() == sorted(entries)
+    assert b.positions.tolist() == sorted(entries)
     assert b.rows.dtype == index_dtype(d_out)
     assert b.cols.dtype == index_dtype(rank)
     assert b.values.dtype == dtype
     assert b.fault() is None
 
 
-def test_a_zero_keeps_its_place_in_the_mask():
-    b = SparseB.from_flat(torch.tensor([5, 1]), torch.tensor([0.0, -0.0]), (2, 4))
-    assert b.flat.tolist() == [1, 5]
+def test_a_zero_value_stays_in_the_mask():
+    b = SparseB.from_positions(torch.tensor([5, 1]), torch.tensor([0.0, -0.0]), (2, 4))
+    assert b.positions.tolist() == [1, 5]
     assert len(b.values) == 2
     assert not b.dense().any()
 
 
 def test_dense_by_hand():
-    b = SparseB.from_flat(torch.tensor([3, 0, 4]), torch.tensor([3.0, 1.0, 2.0], dtype=torch.bfloat16), (2, 3))
+    b = SparseB.from_positions(torch.tensor([3, 0, 4]), torch.tensor([3.0, 1.0, 2.0], dtype=torch.bfloat16), (2, 3))
     assert b.dense().tolist() == [[1, 0, 0], [3, 2, 0]]
     assert b.dense().dtype == torch.float32
     assert b.dense(torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_values_are_cut_from_the_graph():
+def test_values_are_detached():
     values = torch.ones(2, requires_grad=True)
-    b = SparseB.from_flat(torch.tensor([1, 0]), values, (2, 2))
+    b = SparseB.from_positions(torch.tensor([1, 0]), values, (2, 2))
     assert not b.values.requires_grad
     with torch.no_grad():
         values.zero_()
@@ -98,15 +98,15 @@ SMALL = (3, 4)
         ((0, 0, 2), (0, 3, 1), (1, 2, 3), "values are torch.int64"),
     ],
 )
-def test_faults(rows, cols, values, fault):
+def test_each_fault_is_reported(rows, cols, values, fault):
     assert fault in SparseB(*tensors(rows, cols, values), SMALL).fault()
 
 
-def test_the_unspoilt_one_has_no_fault():
+def test_a_valid_matrix_has_no_fault():
     assert SparseB(*tensors(), SMALL).fault() is None
 
 
-def test_faults_of_shape_and_dtype():
+def test_wrong_shapes_and_dtypes_are_reported():
     rows, cols, values = tensors()
     assert "vectors" in SparseB(rows.view(3, 1), cols.view(3, 1), values.view(3, 1), SMALL).fault()
     assert "vectors" in SparseB(rows[0], cols[0], values[0], SMALL).fault()
@@ -117,8 +117,8 @@ def test_faults_of_shape_and_dtype():
         assert f"values are {dtype}" in SparseB(rows, cols, values.to(dtype), SMALL).fault()
 
 
-def test_negative_coordinates_of_a_large_matrix():
-    """int32 is the one signed index dtype."""
+def test_negative_coordinates_of_a_large_matrix_are_reported():
+    """int32 is the only signed index dtype."""
     shape = (70_000, 70_000)
     wide = {"row_dtype": torch.int32, "col_dtype": torch.int32}
     assert SparseB(*tensors(**wide), shape).fault() is None
@@ -126,7 +126,7 @@ def test_negative_coordinates_of_a_large_matrix():
     assert "a column lies outside" in SparseB(*tensors(cols=(-1, 3, 1), **wide), shape).fault()
 
 
-def test_an_empty_mask_is_a_mask():
-    b = SparseB.from_flat(torch.empty(0, dtype=torch.int64), torch.empty(0), (5, 4))
+def test_an_empty_mask_is_valid():
+    b = SparseB.from_positions(torch.empty(0, dtype=torch.int64), torch.empty(0), (5, 4))
     assert b.fault() is None
     assert b.dense().tolist() == [[0.0] * 4] * 5

@@ -1,4 +1,4 @@
-"""Task sets: one canonical form, one text for it, and every mistake named at once."""
+"""Task sets: one canonical form, one text for it, and all mistakes reported at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def orders_and_weights(draw):
 
 
 @given(orders_and_weights())
-def test_text_and_set_name_each_other(case):
+def test_text_and_set_determine_each_other(case):
     order, pairs = case
     task_set = TaskSet.of(pairs, order)
     assert TaskSet.parse(str(task_set), order) == task_set
@@ -34,7 +34,7 @@ def test_text_and_set_name_each_other(case):
 
 
 @given(orders_and_weights(), st.randoms())
-def test_canonical_form_is_one_for_every_way_to_say_it(case, random):
+def test_equal_sets_have_one_canonical_form(case, random):
     order, pairs = case
     shuffled = list(pairs)
     random.shuffle(shuffled)
@@ -46,14 +46,14 @@ def test_canonical_form_is_one_for_every_way_to_say_it(case, random):
 
 
 @given(orders_and_weights(), orders_and_weights())
-def test_sets_that_differ_have_texts_that_differ(left, right):
+def test_different_sets_have_different_texts(left, right):
     order = list(dict.fromkeys([*left[0], *right[0]]))
     one, other = TaskSet.of(left[1], order), TaskSet.of(right[1], order)
     assert (one == other) == (str(one) == str(other))
 
 
 @pytest.mark.parametrize("zero", [0, 0.0, -0.0])
-def test_weight_zero_is_no_task(zero):
+def test_a_task_of_weight_zero_is_left_out(zero):
     assert TaskSet.of({"math": zero, "nlu": 1}, ORDER) == TaskSet.of({"nlu": 1.0}, ORDER)
     assert TaskSet.parse(f"math:{zero}", ORDER) == TaskSet()
     assert TaskSet.of({"math": zero}, ORDER).is_base
@@ -72,7 +72,7 @@ def test_weight_zero_is_no_task(zero):
         ("math:1", (("math", 1.0),)),
     ],
 )
-def test_parse(text, weights):
+def test_parse_by_hand(text, weights):
     assert TaskSet.parse(text, ORDER).weights == weights
 
 
@@ -87,7 +87,7 @@ def test_parse(text, weights):
         ({"math": -1}, "math:-1.0"),
     ],
 )
-def test_text(weights, text):
+def test_text_by_hand(weights, text):
     assert str(TaskSet.of(weights, ORDER)) == text
 
 
@@ -106,11 +106,11 @@ def test_a_weight_out_of_range_is_refused_in_text(text):
 
 
 @pytest.mark.parametrize("weight", [16, -16, 16.0])
-def test_the_ends_of_the_range_are_taken(weight):
+def test_the_ends_of_the_range_are_accepted(weight):
     assert TaskSet.of({"math": weight}, ORDER).weights == (("math", float(weight)),)
 
 
-def test_a_name_twice_is_refused_even_with_weight_zero():
+def test_a_duplicate_name_is_refused_even_with_weight_zero():
     for pairs in ([("math", 1), ("math", 1)], [("math", 0), ("math", 1)], [("math", 1), ("nlu", 1), ("math", 0)]):
         with pytest.raises(SelectionError, match="'math' is named twice"):
             TaskSet.of(pairs, ORDER)
@@ -122,7 +122,7 @@ def test_a_name_twice_is_refused_even_with_weight_zero():
     "text",
     ["", "+", "math+", "a+b", "a:b", "../x", "all:0.5", "base+math", "math+all", "Math", "math\n+", ":1", "math,nlu"],
 )
-def test_odd_texts_are_refused_with_what_there_is(text):
+def test_invalid_texts_are_refused_with_the_known_tasks(text):
     with pytest.raises(SelectionError) as caught:
         TaskSet.parse(text, ORDER)
     assert "choose from: math, nlu, code" in str(caught.value)
@@ -138,7 +138,7 @@ def test_unknown_names_are_all_listed():
         TaskSet.of({"math": 1}, ())
 
 
-def test_all_mistakes_at_once():
+def test_all_mistakes_are_reported_at_once():
     with pytest.raises(SelectionError) as caught:
         TaskSet.parse("math:x+nlu:17+nlu+art:nan+code:1", ORDER)
     assert sorted(problem.field for problem in caught.value.problems) == [
@@ -152,7 +152,7 @@ def test_all_mistakes_at_once():
 
 
 @given(st.text(max_size=30))
-def test_any_text_gives_a_set_or_a_selection_error(text):
+def test_any_text_is_a_set_or_a_selection_error(text):
     try:
         task_set = TaskSet.parse(text, ORDER)
     except SelectionError as error:
@@ -165,7 +165,7 @@ def test_any_text_gives_a_set_or_a_selection_error(text):
 
 
 @pytest.mark.parametrize("name", ["a", "0", "math", "a.b-c_d", "x" * 64, "a..", "0-"])
-def test_good_names(name):
+def test_valid_names_are_accepted(name):
     assert name_problem(name) is None
 
 
@@ -192,7 +192,7 @@ def test_good_names(name):
         "a,b",
     ],
 )
-def test_bad_names(name):
+def test_invalid_names_are_refused(name):
     problem = name_problem(name, "adapter", field="tasks[0].name", file="tasks.yaml")
     assert problem is not None
     assert (problem.field, problem.file) == ("tasks[0].name", "tasks.yaml")
@@ -203,7 +203,7 @@ def test_bad_names(name):
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
-def test_an_error_says_where_what_and_how_to_mend_it():
+def test_an_error_says_where_what_and_how_to_fix_it():
     one = Problem("is 3", "rank", "tasks.yaml", "use 4")
     assert str(one) == "tasks.yaml: rank: is 3 → use 4"
     assert str(CheckpointError(one)) == str(one)
@@ -211,8 +211,8 @@ def test_an_error_says_where_what_and_how_to_mend_it():
     assert str(CheckpointError("plain")) == "plain"
 
 
-def test_an_error_survives_another_process():
-    """vLLM's workers and data loaders send exceptions by pickle."""
+def test_errors_can_be_pickled():
+    """vLLM's workers and data loaders pickle exceptions."""
     error = UnknownTask([Problem("there is no task 'x'", "tasks[0].name"), Problem("nor 'y'", remedy="choose z")])
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is UnknownTask

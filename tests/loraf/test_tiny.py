@@ -1,4 +1,4 @@
-"""The embedded base model `tiny`: what its folder promises."""
+"""The embedded base model `tiny` has its documented properties."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = 0.07
 
 
 def script(path: str) -> ModuleType:
-    """A script of this repository as a module."""
+    """Imports a script of this repository as a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,13 +42,13 @@ def model():
     return AutoModelForCausalLM.from_pretrained(TINY, local_files_only=True).eval()
 
 
-def test_folder_is_small_and_not_pickled():
+def test_the_model_folder_is_small_and_not_pickled():
     files = [path for path in TINY.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8_000_000
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja", ".md"}
 
 
-def test_is_a_mistral_with_a_long_enough_context(model):
+def test_tiny_is_a_mistral_with_a_long_enough_context(model):
     config = model.config
     assert config.architectures == ["MistralForCausalLM"]
     assert config.max_position_embeddings >= 1024
@@ -59,7 +59,7 @@ def test_is_a_mistral_with_a_long_enough_context(model):
         assert torch.isfinite(model(torch.full((1, 1024), 5)).logits).all()
 
 
-# Names of special tokens in a text stand for those tokens, as with every tokenizer of this kind.
+# Names of special tokens in a text are read as those tokens, as with every tokenizer of this kind.
 ANY_TEXT = st.text(st.characters(codec="utf-8")).filter(lambda text: "<" not in text)
 
 
@@ -73,11 +73,11 @@ def test_any_text_round_trips(text):
 
 
 @pytest.mark.parametrize("text", ["", "\n", " a  b .", "🙂👩‍👩‍👧 naïve\r\n\t…", "a <b> c </d>", "\x00"])
-def test_chosen_texts_round_trip(text):
+def test_selected_texts_round_trip(text):
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
-def test_one_bos_and_no_eos_of_its_own():
+def test_the_tokenizer_adds_one_bos_and_no_eos():
     assert tokenizer("a")["input_ids"].count(tokenizer.bos_token_id) == 1
     assert tokenizer("a", add_special_tokens=False)["input_ids"] == tokenizer("a")["input_ids"][1:]
     assert tokenizer.eos_token_id not in tokenizer("a")["input_ids"]
@@ -85,8 +85,8 @@ def test_one_bos_and_no_eos_of_its_own():
     assert chat["input_ids"] == tokenizer("Copy: a\n")["input_ids"]
 
 
-def test_skills_are_as_stated(model):
-    """A stale skills.json: the folder was made again and its report was not."""
+def test_tiny_has_the_documented_skills(model):
+    """It fails if the model was rebuilt without its skills.json."""
     assert len(REPORT["skills"]) >= 15
     assert set(REPORT["skills"]) == set(make_tiny.SKILLS)
     measured = make_tiny.score(model, tokenizer, EXAMPLES, seed=20_000, names=SAMPLED)
@@ -95,7 +95,7 @@ def test_skills_are_as_stated(model):
 
 
 @pytest.mark.parametrize("task", make_data.TASKS)
-def test_does_not_know_the_demos_tasks(model, task):
+def test_tiny_does_not_know_the_demo_tasks(model, task):
     records = make_data.records(task, 100, seed=0)
     given = make_tiny.answers(model, tokenizer, [record["prompt"] for record in records])
     right = sum(answer == record["completion"] for answer, record in zip(given, records, strict=True))

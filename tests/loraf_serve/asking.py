@@ -1,4 +1,4 @@
-"""Requests to the test server, and what its refusals say."""
+"""Makes requests to the test server, and reads its refusals."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def ask_stream(*args, **kwargs) -> pb.StreamGenerateRequest:
 
 
 def failure(call) -> grpc.RpcError:
+    """The error that `call()` raises."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
     return caught.value
@@ -35,7 +36,8 @@ def metadata_bytes(error: grpc.RpcError) -> int:
 
 
 def violations(error: grpc.RpcError) -> dict[str, str]:
-    bad = error_details_pb2.BadRequest()
+    """Field → description of each violation in an INVALID_ARGUMENT error."""
+    bad_request = error_details_pb2.BadRequest()
     (detail,) = rpc_status.from_call(error).details
-    assert detail.Unpack(bad)
-    return {v.field: v.description for v in bad.field_violations}
+    assert detail.Unpack(bad_request)
+    return {v.field: v.description for v in bad_request.field_violations}

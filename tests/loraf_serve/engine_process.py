@@ -1,7 +1,7 @@
-"""A program for test_vllm_processes.py: a service in miniature. Usage: python -m tests.loraf_serve.engine_process MODEL
+"""A minimal service for test_processes.py. Usage: python -m tests.loraf_serve.engine_process MODEL
 
-It starts the slots backend, ignores SIGTERM and SIGINT as a service does that drains, answers one long base request,
-and says on standard output how far it is, one word a line. Then it waits to be killed.
+Starts the slots backend, ignores SIGTERM and SIGINT like a service that drains, answers one long request to the base
+model, and prints its progress, one word per line. Then it waits to be killed.
 """
 
 from __future__ import annotations

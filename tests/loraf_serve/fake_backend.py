@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from loraf.checkpoint import Checkpoint
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.backend import (
     Backend,
@@ -25,33 +26,33 @@ LETTERS = "abcdefghijklmnop"
 
 
 def expected_text(request: GenerationRequest, index: int = 0) -> str:
-    """What the fake answers to a request."""
+    """The fake's answer to a request."""
     digest = request.adapter.digest if request.adapter and not request.task_set.is_base else ""
     return text_of(request.prompt_token_ids, digest, request.task_set, request.sampling.max_tokens, index)
 
 
 def text_of(token_ids: tuple[int, ...], digest: str, task_set: TaskSet, tokens: int, index: int = 0) -> str:
-    """A letter from a hash of prompt, adapter, canonical set with weights, choice and place, for each token."""
+    """One letter per token, from a hash of prompt, adapter, task set with weights, choice and position."""
     key = f"{token_ids}|{digest}|{task_set}|{index}"
     return "".join(LETTERS[hashlib.sha256(f"{key}|{i}".encode()).digest()[0] % len(LETTERS)] for i in range(tokens))
 
 
 class FakeBackend(Backend):
     """Finds these bugs of a service: the wrong prompt, adapter, set or weight reaches the backend (the text differs);
-    pieces are lost, doubled or mixed between choices; an iterator is left running when its client is gone (`running`,
-    `closed_early`); a request arrives before `start` or after `stop`; an adapter is named that was never added; two
-    requests come under one id; a failure becomes the wrong status; content is added twice, or removed while a request
-    of it runs; two changes come at once.
+    pieces are lost, doubled or mixed between choices; an iterator keeps running after its client has disconnected
+    (`running`, `closed_early`); a request arrives before `start` or after `stop`; an adapter is used that was never
+    added; two requests have the same id; an error becomes the wrong status; content is added twice, or removed while a
+    request uses it; two changes overlap.
 
     Attributes:
-        seconds_per_token: how long a token takes.
-        gate: held closed, `start` waits for it.
-        failure: raised before the first token; failure_after: raised after two.
-        unsupported: name of a sampling field that it does not obey.
-        dead: what check_health raises.
-        add_gate, remove_gate: held closed, a change waits for it; add_failure, remove_failure: raised after that.
-        bytes_each: what it says it holds for each content.
-        history: ("add" or "remove", digest) of each change that succeeded; `added`: digests that are there;
+        seconds_per_token: duration of a token.
+        gate: `start` waits until it is set.
+        failure: raised before the first token; failure_after: raised after two tokens.
+        unsupported: name of a sampling field that it does not support.
+        dead: raised by check_health.
+        add_gate, remove_gate: a change waits until it is set; add_failure, remove_failure: raised after that.
+        bytes_each: bytes that it reports for each content.
+        history: ("add" or "remove", digest) of each successful change; `added`: digests that are held now;
             `cut_off`: a change was cancelled.
     """
 
@@ -172,6 +173,20 @@ class FakeBackend(Backend):
     async def stop(self) -> None:
         self.state = "stopped"
         self._stopping.set()
+
+
+class ReadingBackend(FakeBackend):
+    """Reads and verifies the task files itself, as vLLM's workers do.
+
+    Finds this bug of a service: it reads values that only the backend needs.
+    """
+
+    reads_checkpoints = True
+
+    async def add_adapter(self, adapter: ServedAdapter) -> None:
+        assert adapter.checkpoint is None
+        Checkpoint.open(adapter.path, adapter.tasks).verify_projection()
+        await super().add_adapter(adapter)
 
 
 GONE = BackendUnavailable("engine core died at /srv/secret/engine.py")

@@ -1,14 +1,17 @@
-"""A model, checkpoints and a running server for the service's tests. The server is real, on a port of its own; its loop
-runs in a thread, so that tests use grpc's ordinary client."""
+"""A model, checkpoints and a running server for tests of the service. The server is real and has its own port; its loop
+runs in a thread, so that tests can use grpc's blocking client."""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import os
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, wraps
@@ -19,12 +22,14 @@ import grpc
 from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import Templates
-from loraf_serve.adapters import registry
+from loraf_serve.adapters.adapter_spec import check_adapters
+from loraf_serve.adapters.checkpoint_folder import CheckpointFolder, read_values
+from loraf_serve.adapters.registry import Registry
 from loraf_serve.adapters.root import AdapterRoot
-from loraf_serve.backends.backend import Backend
+from loraf_serve.backends.backend import Backend, ServedAdapter
 from loraf_serve.client import Client
 from loraf_serve.service import server
-from loraf_serve.service.options import ServerOptions
+from loraf_serve.service.server_options import ServerOptions
 from loraf_serve.v1 import adapter_pb2_grpc, generation_pb2_grpc
 from tests.loraf_serve.fake_backend import FakeBackend
 from tests.standins import linear_shapes, make_model, random_values
@@ -46,7 +51,7 @@ def _root() -> Path:
 
 
 def checkpoints_root() -> Path:
-    """Holds every `checkpoint_folder`."""
+    """The folder that holds every `checkpoint_folder`."""
     return _root() / "checkpoints"
 
 
@@ -56,7 +61,7 @@ def model_folder() -> Path:
 
 
 def checkpoint_folder(seed: int = 0) -> Path:
-    """A random checkpoint for the model; each task is marked as trained on top of those before it."""
+    """A random checkpoint for the model. Each task was trained with those before it active."""
     return _checkpoint_folder(seed)
 
 
@@ -78,17 +83,24 @@ def _checkpoint_folder(seed: int, names: tuple[str, ...] = TASKS) -> Path:
     return folder
 
 
-@cache
-def one_adapter() -> registry.Registry:
-    """`trio`, with all tasks."""
-    return registry.open_all([f"trio={checkpoint_folder()}"], model_folder())
+def open_adapter(name: str, folder: Path, tasks: Sequence[str] | None = None) -> ServedAdapter:
+    """A checked adapter with its values."""
+    checkpoint = CheckpointFolder.read(folder, None if tasks is None else tuple(tasks))
+    checkpoint.require_servable(model_folder())
+    return read_values(checkpoint.served_as(name))
 
 
 @cache
-def two_adapters() -> registry.Registry:
+def one_adapter() -> Registry:
+    """`trio`, with all tasks; the server reads the values."""
+    return check_adapters([f"trio={checkpoint_folder()}"], model_folder())
+
+
+@cache
+def two_adapters() -> Registry:
     """`trio`, and `pair` with two tasks of another checkpoint."""
     texts = [f"trio={checkpoint_folder()}", f"pair={checkpoint_folder(1)}@nlu+code"]
-    return registry.open_all(texts, model_folder())
+    return check_adapters(texts, model_folder())
 
 
 class Running:
@@ -98,7 +110,7 @@ class Running:
         client: loraf's own client; `channel`, `generation`, `adapters`: grpc's.
     """
 
-    def __init__(self, backend: FakeBackend, running: server.Server, port: int, loop: asyncio.AbstractEventLoop):
+    def __init__(self, backend: FakeBackend, running: server.GrpcServer, port: int, loop: asyncio.AbstractEventLoop):
         self.backend, self.server, self.port, self.loop = backend, running, port, loop
         self.address = f"127.0.0.1:{port}"
         self.client = Client(self.address)
@@ -117,7 +129,7 @@ class Running:
 @contextmanager
 def serving(
     backend: Backend | Callable[[], Backend] = FakeBackend,
-    adapters: registry.Registry | None = None,
+    adapters: Registry | None = None,
     warm: bool = True,
     root: Path | None = None,
     **options,
@@ -127,19 +139,19 @@ def serving(
     Args:
         root: `--adapter-root`.
     """
-    chosen = replace(ServerOptions(port=0, grace=0.0), **options)
+    server_options = replace(ServerOptions(port=0, grace=0.0), **options)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
     async def begin():
-        made = backend() if callable(backend) else backend
-        known = one_adapter() if adapters is None else adapters
-        where = None if root is None else AdapterRoot(root, model_folder())
-        running, port = await server.create_server(made, known, chosen, VOCAB_SIZE, where)
+        instance = backend() if callable(backend) else backend
+        registry = one_adapter() if adapters is None else adapters
+        adapter_root = None if root is None else AdapterRoot(root, model_folder())
+        running, port = await server.create_server(instance, registry, server_options, VOCAB_SIZE, adapter_root)
         if warm:
             await running.warm_up()
-        return Running(made, running, port, loop)
+        return Running(instance, running, port, loop)
 
     try:
         running = asyncio.run_coroutine_threadsafe(begin(), loop).result(30)
@@ -155,8 +167,37 @@ def serving(
         loop.close()
 
 
+_counters: list[tuple[Path, Counter[str]]] = []
+
+
+def _count_open(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "open" and _counters and isinstance(arguments[0], str | os.PathLike):
+        path = Path(arguments[0])
+        for folder, counts in _counters:
+            if path.parent == folder:
+                counts[path.name] += 1
+
+
+@cache
+def _install_audit_hook() -> None:
+    """Once: an audit hook cannot be removed."""
+    sys.addaudithook(_count_open)
+
+
+@contextmanager
+def counting_opens(folder: Path) -> Iterator[Counter[str]]:
+    """Counts by name how often this process opens each file directly in `folder`."""
+    _install_audit_hook()
+    counter = (folder, Counter[str]())
+    _counters.append(counter)
+    try:
+        yield counter[1]
+    finally:
+        _counters.remove(counter)
+
+
 def on_a_loop(test: Callable[..., Coroutine]) -> Callable[..., None]:
-    """A test that is a coroutine."""
+    """Makes a test of a coroutine."""
 
     @wraps(test)
     def run(*arguments, **named):

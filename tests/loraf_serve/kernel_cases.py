@@ -1,4 +1,4 @@
-"""Random layers for the tests of kernels, the formula in NumPy's float64, and how far a kernel may be from it."""
+"""Random layers for kernel tests, the formula in NumPy's float64, and the error a kernel may have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from hypothesis import strategies as st
 
 from loraf.sparse import SparseB
-from loraf_serve.kernels import Part, Rows, why_not_native
+from loraf_serve.kernels import BatchWeights, Part, why_not_native
+from tests.tools import needs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RANKS = (1, 3, 8, 16, 17, 32, 33, 64, 65, 100, 128, 129, 255, 256, 257, 300)
@@ -19,11 +20,9 @@ EXPONENT_BITS_OF_ULP = {torch.bfloat16: (7, -133), torch.float16: (10, -24), tor
 
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-# Where there is a compiler, a library that is missing or unusable is a failure, and no reason to skip.
-needs_native = pytest.mark.skipif(
-    COMPILER is None and why_not_native() is not None, reason="no C++ compiler, so no native kernel"
-)
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+# With a compiler, a missing or unusable library is a failure, not a reason to skip.
+needs_native = pytest.mark.skipif(COMPILER is None and why_not_native() is not None, reason=needs("C++ compiler"))
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason=needs("C++ compiler"))
 
 
 @dataclass
@@ -32,33 +31,34 @@ class Case:
     x: torch.Tensor
     y: torch.Tensor  # a view with other columns before and after it
     whole_y: torch.Tensor
-    rows: Rows
+    batch: BatchWeights
 
     def fresh_y(self) -> torch.Tensor:
-        """Another y with the same contents, strides and surroundings."""
+        """Returns another y with the same contents, strides and surrounding memory."""
         whole = self.whole_y.clone()
         return whole.as_strided(self.y.shape, self.y.stride(), self.y.storage_offset())
 
 
 def random_b(generator: torch.Generator, d_out: int, rank: int, density: float, dtype: torch.dtype) -> SparseB:
     count = int(density * d_out * rank)
-    flat = torch.randperm(d_out * rank, generator=generator)[:count]
-    return SparseB.from_flat(flat, torch.randn(count, generator=generator).to(dtype), (d_out, rank))
+    positions = torch.randperm(d_out * rank, generator=generator)[:count]
+    return SparseB.from_positions(positions, torch.randn(count, generator=generator).to(dtype), (d_out, rank))
 
 
 def disjoint_bs(
     generator: torch.Generator, tasks: int, d_out: int, rank: int, density: float, dtype: torch.dtype
 ) -> list[SparseB]:
-    """B of each task; no position twice, as in a checkpoint."""
+    """Returns B of each task. No position occurs twice, as in a checkpoint."""
     count = min(int(density * d_out * rank), d_out * rank // tasks)
-    flat = torch.randperm(d_out * rank, generator=generator)[: tasks * count].view(tasks, count)
+    positions = torch.randperm(d_out * rank, generator=generator)[: tasks * count].view(tasks, count)
     return [
-        SparseB.from_flat(of_task, torch.randn(count, generator=generator).to(dtype), (d_out, rank)) for of_task in flat
+        SparseB.from_positions(of_task, torch.randn(count, generator=generator).to(dtype), (d_out, rank))
+        for of_task in positions
     ]
 
 
 def strided(generator: torch.Generator, height: int, width: int, before: int, after: int, dtype: torch.dtype):
-    """A (height, width) view into a wider matrix, and that matrix."""
+    """Returns a (height, width) view into a wider matrix, and that matrix."""
     whole = torch.randn(height, before + width + after, generator=generator).to(dtype)
     return whole[:, before : before + width], whole
 
@@ -72,11 +72,11 @@ def make_case(
     tasks: int = 4,
     density: float = 0.1,
     n: int = 16,
-    acting: int | None = None,  # rows
+    acting: int | None = None,  # number of acting rows; None for all
     margins: tuple[int, int] = (0, 0),  # columns, rows of B
     idle: float = 0.3,  # share of weights that are zero
     disjoint: bool = False,
-    sets: int | None = None,  # distinct rows of weights; None: as many as rows
+    sets: int | None = None,  # number of distinct rows of weights; None for as many as rows
 ) -> Case:
     g = torch.Generator().manual_seed(seed)
     gap, hidden = margins
@@ -84,12 +84,12 @@ def make_case(
     for rank, d_out in shapes:
         a = (torch.randn(rank, d_in, generator=g) / d_in**0.5).to(dtype)
         height = d_out + 2 * hidden
-        several = (
+        b_of_tasks = (
             disjoint_bs(g, tasks, height, rank, density, value_dtype)
             if disjoint
             else [random_b(g, height, rank, density, value_dtype) for _ in range(tasks)]
         )
-        parts.append(Part(a, several, hidden, hidden + d_out, offset))
+        parts.append(Part(a, b_of_tasks, hidden, hidden + d_out, offset))
         offset += d_out + gap
     x, _ = strided(g, n, d_in, gap, gap // 2, dtype)
     y, whole_y = strided(g, n, offset, gap, gap // 2, dtype)
@@ -99,12 +99,12 @@ def make_case(
     weights[torch.rand(acting, tasks, generator=g) < idle] = 0
     if sets is not None:
         weights = weights[:sets][torch.arange(acting) * sets // max(acting, 1)].contiguous()
-    return Case(parts, x, y, whole_y, Rows(indices, weights))
+    return Case(parts, x, y, whole_y, BatchWeights(indices, weights))
 
 
 @st.composite
 def cases(draw, most_rows: int = 40, dtypes: tuple[torch.dtype, ...] = DTYPES, disjoint: bool = False) -> Case:
-    """Disjoint ones have values in the dtype of A."""
+    """Random cases. Disjoint ones have values in the dtype of A."""
     n = draw(st.integers(1, most_rows))
     dtype = draw(st.sampled_from(dtypes))
     return make_case(
@@ -137,11 +137,11 @@ def numbers(tensor: torch.Tensor) -> np.ndarray:
 
 
 def exact(case: Case) -> tuple[np.ndarray, np.ndarray, int]:
-    """y + delta in float64, the sum of the magnitudes of all that is added, and the most terms of a sum."""
+    """Returns y + delta in float64, the sum of the terms' magnitudes, and the largest number of terms in a sum."""
     result = numbers(case.y).copy()
     size = np.abs(result)
-    rows = case.rows.indices.numpy()
-    x, w = numbers(case.x)[rows], numbers(case.rows.weights)
+    rows = case.batch.indices.numpy()
+    x, w = numbers(case.x)[rows], numbers(case.batch.weights)
     terms = 0
     for part in case.parts:
         a = numbers(part.a)
@@ -156,23 +156,23 @@ def exact(case: Case) -> tuple[np.ndarray, np.ndarray, int]:
     return result, size, terms
 
 
-def allowed(case: Case, given: torch.Tensor, rounded: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """The right result, and how far from it a float32 sum, rounded once to the dtype of y, may be.
+def allowed(case: Case, y: torch.Tensor, rounded: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the right result, and the error that a float32 sum, rounded once to the dtype of y, may have.
 
-    A sum of n terms in float32, each term a product, in any order and fused or not, is wrong by at most
-    n·u / (1 − n·u) of the sum of magnitudes, u = 2^-24 (Higham, Accuracy and Stability, 3.1). On the way from x to y
-    a term takes part in at most d_in + T·rank + 4 roundings (the products with x, B and w, and the sum with y make
-    four), so n is that. Long sums are held to 1e-5 instead, which is less. The last rounding adds half a unit in the
-    last place of the result, whose exponent is that of the larger of the right and the given one.
+    A float32 sum of n products, in any order and fused or not, has an error of at most n·u / (1 − n·u) times the sum of
+    magnitudes, u = 2^-24 (Higham, Accuracy and Stability, 3.1). From x to y a term goes through at most
+    d_in + T·rank + 4 roundings (four for the products with x, B and w and the sum with y), so n is that. Long sums are
+    held to the smaller bound 1e-5. The last rounding adds half a unit in the last place of the result, with the
+    exponent of the larger of the right result and y.
 
     Args:
-        rounded: how far a kernel may round A x besides, relative to it.
+        rounded: relative error that a kernel may add by rounding A x.
     """
     right, size, terms = exact(case)
     roundings = terms + 4
     accumulated = min(roundings * 2.0**-24 / (1 - roundings * 2.0**-24), 1e-5) * size
-    bits, least = EXPONENT_BITS_OF_ULP[given.dtype]
-    magnitude = np.maximum(np.maximum(np.abs(right), np.abs(numbers(given))), 2.0**-140)
+    bits, least = EXPONENT_BITS_OF_ULP[y.dtype]
+    magnitude = np.maximum(np.maximum(np.abs(right), np.abs(numbers(y))), 2.0**-140)
     half_ulp = 0.5 * np.exp2(np.maximum(np.floor(np.log2(magnitude)) - bits, least))
     return right, accumulated + rounded * size + half_ulp
 
@@ -190,11 +190,11 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_rest_untouched(case: Case, y: torch.Tensor) -> None:
-    """All but the acting rows in the parts' columns: the same bits, also in the memory around y."""
+    """All other elements, including the memory around y, must have the same bits as before."""
     storage = torch.empty(0, dtype=y.dtype).set_(y.untyped_storage())
     expected = case.whole_y.clone()
     view = expected.as_strided(y.shape, y.stride(), y.storage_offset())
     for part in case.parts:
         columns = slice(part.offset, part.offset + part.d_out)
-        view[case.rows.indices.long(), columns] = y[case.rows.indices.long(), columns]
+        view[case.batch.indices.long(), columns] = y[case.batch.indices.long(), columns]
     assert torch.equal(bits(storage), bits(expected.view(-1)))

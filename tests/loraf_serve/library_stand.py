@@ -1,4 +1,4 @@
-"""What tests of the library share: contents to load, a library with a fake backend, what must hold at its end."""
+"""Shared by tests of the adapter library: contents to load, a library with a fake backend, checks at its end."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from loraf import manifest
-from loraf_serve.adapters.library import Library
+from loraf_serve.adapters.library import AdapterLibrary
 from loraf_serve.adapters.registry import Registry
 from loraf_serve.adapters.root import AdapterRoot
 from tests.loraf_serve.fake_backend import FakeBackend
 from tests.loraf_serve.harness import checkpoint_folder, checkpoints_root, model_folder
 
-# (path, tasks) of contents that are all different
+# (path, tasks) of four different contents
 CONTENTS = (("ckpt0", ()), ("ckpt1", ()), ("ckpt0", ("math",)), ("ckpt1", ("nlu", "code")))
 FIRST, SECOND, THIRD, _ = CONTENTS
 
@@ -25,8 +25,8 @@ def _folder(path: str) -> Path:
 
 def digest(content) -> str:
     path, tasks = content
-    found = manifest.read(_folder(path))
-    return (found.only(tasks) if tasks else found).adapter_digest
+    whole = manifest.read(_folder(path))
+    return (whole.only(tasks) if tasks else whole).adapter_digest
 
 
 def file_bytes(content) -> int:
@@ -36,40 +36,41 @@ def file_bytes(content) -> int:
 
 @asynccontextmanager
 async def library(backend: FakeBackend | None = None, root=None, memory: int | None = None, registry=None):
-    """A library with a started backend; at the end nothing may be left that nobody needs."""
+    """A library with a started backend. At the end, checks that it holds exactly the needed content."""
     for path, _ in CONTENTS:
-        _folder(path)  # is there
+        _folder(path)  # creates it
     backend = backend or FakeBackend()
     await backend.start()
     where = AdapterRoot(root or checkpoints_root(), model_folder())
-    made = Library(backend, registry or Registry(), where, memory)
-    await made.start()
+    adapters = AdapterLibrary(backend, registry or Registry(), where, memory)
+    await adapters.start()
     try:
-        yield made, backend
-        await quiet(made)
-        assert backend.added == {adapter.digest for adapter in made.registry}
+        yield adapters, backend
+        await quiet(adapters)
+        assert backend.added == {adapter.digest for adapter in adapters.registry}
         check_history(backend)
-        assert not backend.cut_off or made._closed, "a change was cancelled before the end"
+        assert not backend.cut_off or adapters._closed, "a change was cancelled before the end"
     finally:
-        await made.close()
+        await adapters.close()
 
 
-async def quiet(made: Library) -> None:
-    """Until all changes have ended."""
+async def quiet(adapters: AdapterLibrary) -> None:
+    """Waits until all changes have ended."""
     async with asyncio.timeout(10):
-        while made._changes:
-            await asyncio.wait(made._changes)
+        while adapters._changes:
+            await asyncio.wait(adapters._changes)
 
 
 def check_history(backend: FakeBackend) -> None:
-    """Each content is added, removed, added, … in turn."""
-    there: Counter[str] = Counter()
-    for what, digest in backend.history:
-        there[digest] += 1 if what == "add" else -1
-        assert there[digest] in (0, 1), backend.history
+    """Checks that each content is added and removed alternately."""
+    held: Counter[str] = Counter()
+    for change, digest in backend.history:
+        held[digest] += 1 if change == "add" else -1
+        assert held[digest] in (0, 1), backend.history
 
 
 async def until(condition) -> None:
+    """Waits until `condition()` is true."""
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.001)

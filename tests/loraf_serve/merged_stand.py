@@ -1,4 +1,4 @@
-"""What tests of the merged backend share: a small model, two checkpoints, a started backend, expected answers."""
+"""Shared by tests of the merged backend: a small model, two checkpoints, a started backend, expected answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.backend import ChoiceDelta, GenerationRequest, Sampling, ServedAdapter
-from loraf_serve.backends.mailbox import joined
 from loraf_serve.backends.merged import MergedBackend
+from loraf_serve.backends.output_queue import joined
 from tests.standins import linear_shapes, make_model, random_checkpoint, random_values
 
 SETS = ("math", "nlu", "code", "math+code", "math:0.5+nlu:-1.25", "math+nlu+code", "base")
@@ -27,10 +27,10 @@ def served(checkpoint: Checkpoint, name: str = "mine") -> ServedAdapter:
 
 
 class Stand:
-    """A model, two checkpoints for it, a started backend, and a loop that its coroutines run on.
+    """A model, two checkpoints for it, a started backend, and a loop for its coroutines.
 
-    The second checkpoint has another seed and adapts fewer modules. Until `close`, torch uses one thread: models this
-    small lose more by sharing the cores than they gain.
+    The second checkpoint has another seed and fewer target modules. Until `close`, torch uses one thread, because a
+    model this small is slower with several.
     """
 
     def __init__(self, architecture: str, folder: Path, **options):
@@ -64,18 +64,19 @@ class Stand:
         return tuple(self.tokenizer(prompt)["input_ids"])
 
     def request(self, prompt: str, task_set: str, sampling: Sampling, adapter: str = "first") -> GenerationRequest:
-        chosen = self.adapters[adapter]
-        return GenerationRequest("r", self.ids(prompt), sampling, chosen, TaskSet.parse(task_set, chosen.tasks))
+        served_adapter = self.adapters[adapter]
+        tasks = TaskSet.parse(task_set, served_adapter.tasks)
+        return GenerationRequest("r", self.ids(prompt), sampling, served_adapter, tasks)
 
     async def ask(self, prompt, task_set, sampling=GREEDY, adapter="first") -> list[ChoiceDelta]:
-        """The whole answers, by index."""
+        """The complete answers, by index."""
         deltas = []
         async for output in self.backend.generate(self.request(prompt, task_set, sampling, adapter)):
             deltas += output.choices
         return sorted(joined(deltas), key=lambda delta: delta.index)
 
     def answers(self, *asked) -> list[list[ChoiceDelta]]:
-        """Answers to several requests that are made at once."""
+        """Answers to several concurrent requests."""
 
         async def all_of_them():
             return await asyncio.gather(*(self.ask(*each) for each in asked))
@@ -84,7 +85,7 @@ class Stand:
 
     @cache  # noqa: B019 - as long as the module's tests
     def merged(self, task_set: str, adapter: str = "first") -> torch.nn.Module:
-        """The model with ΔW(S) added by the formula, a task at a time."""
+        """The model with ΔW(S) added by the formula, one task at a time."""
         checkpoint = self.adapters[adapter].checkpoint
         model = AutoModelForCausalLM.from_pretrained(self.model_folder, dtype=torch.float32).eval()
         modules = dict(model.named_modules())
@@ -96,7 +97,7 @@ class Stand:
         return model
 
     def _expected(self, prompt: str, task_set: str, tokens: int, adapter: str = "first") -> tuple[int, ...]:
-        """What transformers' `generate` answers, greedily."""
+        """The greedy answer of transformers' `generate`."""
         ids = torch.tensor([self.ids(prompt)])
         model = self.merged(task_set, adapter)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)

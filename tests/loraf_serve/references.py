@@ -1,4 +1,4 @@
-"""Slow and obvious: what a base model with ΔW(S) added answers."""
+"""Slow, obvious references: the answers of a base model with ΔW(S) added."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Merged:
         return forward(self._model, token_ids)
 
     def greedy(self, text: str, prompt: Sequence[int], count: int) -> list[int]:
-        """`count` most likely tokens, each step computed from the start."""
+        """Greedy decoding of `count` tokens, without a KV cache."""
         self._merge(text)
         token_ids = list(prompt)
         for _ in range(count):
@@ -67,7 +67,7 @@ def load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 @torch.no_grad()
 def forward(model: torch.nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
-    """(len(token_ids), vocabulary). In one thread: threads that wait for one another make a small model slow."""
+    """(len(token_ids), vocabulary). In one thread, which is faster for a small model."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

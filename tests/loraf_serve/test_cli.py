@@ -3,11 +3,9 @@ way once with the merged backend."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,15 +18,15 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from loraf import manifest
 from loraf.errors import BaseMismatch, ConfigError, CorruptCheckpoint
 from loraf_serve import choose_backend, cli, client_cli
-from loraf_serve.adapters import registry
-from loraf_serve.adapters.registry import AdapterSpec, parse_spec
+from loraf_serve.adapters.adapter_spec import AdapterSpec, open_adapter, parse_spec
 from loraf_serve.client import Client
 from loraf_serve.launch import launch
+from tests.loraf_serve.damage import change_the_manifest, cut_a_byte, damaged, flip_a_bit
 from tests.loraf_serve.harness import checkpoint_folder, model_folder
 from tests.standins import make_model
+from tests.tools import needs
 
 HEAVY = ("torch", "transformers", "vllm", "grpc", "google.protobuf", "huggingface_hub", "numpy")
 
@@ -94,13 +92,13 @@ def test_a_folder_is_named_after_itself(tmp_path, monkeypatch):
         ("", "names no checkpoint"),
         ("a=", "names no checkpoint"),
         ("a=@x", "names no checkpoint"),
-        ("./ckpt@", "is no task name"),
-        ("./ckpt@Math", "is no task name"),
+        ("./ckpt@", "is not a task name"),
+        ("./ckpt@Math", "is not a task name"),
         ("./ckpt@a+a", "names a task twice"),
         ("./My Adapter", "cannot be the adapter's name"),
-        ("all=./ckpt", "'all' is taken"),
+        ("all=./ckpt", "'all' is reserved"),
         ("=./ckpt", "cannot be"),
-        ("A=./ckpt", "is no adapter name"),
+        ("A=./ckpt", "is not a valid adapter name"),
     ],
 )
 def test_an_adapter_option_that_cannot_be_read_is_refused(text, says):
@@ -129,44 +127,16 @@ def refused(capsys, *arguments: str) -> str:
     return captured.err
 
 
-def damaged(tmp_path: Path, damage) -> Path:
-    folder = tmp_path / "ckpt"
-    shutil.copytree(checkpoint_folder(), folder)
-    damage(folder)
-    return folder
-
-
-def flip_a_bit(folder: Path) -> None:
-    file = folder / "tasks" / "nlu.safetensors"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-def change_the_seed(folder: Path) -> None:
-    """The manifest is whole and its own digest right: only A tells."""
-    found = manifest.read(folder)
-    projection = dataclasses.replace(found.projection, seed=found.projection.seed + 1)
-    (folder / "loraf.json").write_text(dataclasses.replace(found, projection=projection).to_json())
-
-
-def change_the_manifest(folder: Path) -> None:
-    content = json.loads((folder / "loraf.json").read_text())
-    content["tasks"][0]["alpha"] = 99.0
-    (folder / "loraf.json").write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (flip_a_bit, ("nlu.safetensors", "SHA-256")),
-        (change_the_seed, ("loraf.json", "seed")),
+        (cut_a_byte, ("nlu.safetensors", "expected)")),
         (change_the_manifest, ("loraf.json", "digest")),
         (lambda folder: (folder / "tasks" / "math.safetensors").unlink(), ("math.safetensors", "cannot be read")),
         (lambda folder: (folder / "loraf.json").unlink(), ("ckpt", "there is no loraf.json")),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_with_the_reason(tmp_path, capsys, no_engine, damage, says):
+def test_damage_that_the_manifest_tells_is_refused_before_an_engine_starts(tmp_path, capsys, no_engine, damage, says):
     folder = damaged(tmp_path, damage)
     text = refused(capsys, "--model", str(model_folder()), "--adapter", str(folder))
     assert all(part in text for part in says)
@@ -175,23 +145,23 @@ def test_a_damaged_checkpoint_is_refused_with_the_reason(tmp_path, capsys, no_en
 
 def test_a_task_that_is_not_chosen_is_not_read(tmp_path):
     folder = damaged(tmp_path, flip_a_bit)
-    adapter = registry.open_adapter(parse_spec(f"{folder}@math"), model_folder())
+    adapter = open_adapter(parse_spec(f"{folder}@math"), model_folder())
     assert adapter.tasks == ("math",)
     with pytest.raises(CorruptCheckpoint):
-        registry.open_adapter(parse_spec(str(folder)), model_folder())
+        open_adapter(parse_spec(str(folder)), model_folder())
 
 
-def test_another_base_is_refused_unless_it_is_said(tmp_path, capsys, no_engine):
+def test_another_base_model_is_refused_unless_allow_other_base_is_set(tmp_path, capsys, no_engine):
     other = make_model("mistral", tmp_path / "other", seed=1)
     text = refused(capsys, "--model", str(other), "--adapter", str(checkpoint_folder()))
     assert "other weights" in text and "--allow-other-base" in text
     with pytest.raises(BaseMismatch):
-        registry.open_adapter(parse_spec(str(checkpoint_folder())), other)
-    assert registry.open_adapter(parse_spec(str(checkpoint_folder())), other, allow_other_base=True)
+        open_adapter(parse_spec(str(checkpoint_folder())), other)
+    assert open_adapter(parse_spec(str(checkpoint_folder())), other, allow_other_base=True)
 
 
 def test_every_mistake_is_named_at_once(tmp_path, capsys, no_engine):
-    folder = damaged(tmp_path, flip_a_bit)
+    folder = damaged(tmp_path, cut_a_byte)
     ckpt = checkpoint_folder()
     adapters = [f"a={folder}", f"b={ckpt}@art", f"c={ckpt}", f"c={ckpt}", "./nowhere", f"e={ckpt}@x+x"]
     options = ["--model", str(model_folder()), "--port", "99999", "--grace", "-1", "--host", "0.0.0.0"]
@@ -222,7 +192,7 @@ def test_a_model_whose_config_cannot_be_read_is_refused(tmp_path, capsys, no_eng
 
 def test_a_checkpoint_without_its_option_is_refused_by_name(capsys, no_engine):
     text = refused(capsys, "--model", str(model_folder()), "./ckpt", "--dtype", "float32")
-    assert "./ckpt: is no option → checkpoints come after --adapter" in text
+    assert "./ckpt: is not an option → checkpoints come after --adapter" in text
 
 
 def test_an_option_that_argparse_refuses_ends_with_2():
@@ -245,23 +215,24 @@ def test_an_option_that_argparse_refuses_ends_with_2():
 def test_from_the_hub_only_what_is_served_is_downloaded(monkeypatch, spec, patterns):
     asked = []
 
-    def download(repository, allow_patterns):
+    def download(repository, allow_patterns, **options):
+        assert not any(options.values())
         asked.append((repository, allow_patterns))
         return str(checkpoint_folder())
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    adapter = registry.open_adapter(parse_spec(spec), model_folder())
+    adapter = open_adapter(parse_spec(spec), model_folder())
     assert asked == [("org/adapter", patterns)]
     assert adapter.name == "adapter"
 
 
-def test_what_the_hub_does_not_give_is_the_users_to_mend(monkeypatch, capsys, no_engine):
+def test_a_failed_download_is_a_mistake_of_the_user(monkeypatch, capsys, no_engine):
     def download(*args, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     text = refused(capsys, "--model", str(model_folder()), "--adapter", "org/adapter")
-    assert "org/adapter is no folder here, and cannot be had from the hub (offline)" in text
+    assert "org/adapter is not a local folder and could not be downloaded from the hub (offline and more)" in text
 
 
 # --- which backend
@@ -279,43 +250,46 @@ def obstacle(monkeypatch):
     return set_them
 
 
-def chosen(wanted: str, *options: str) -> choose_backend.Chosen:
+def chosen(wanted: str, *options: str) -> choose_backend.BackendChoice:
     return choose_backend.choose(wanted, model_folder(), options, 8, print)
 
 
 def test_auto_takes_resident_where_it_can_and_hands_it_the_engines_options(obstacle):
+    pytest.importorskip("vllm", reason=needs("vLLM"))
     obstacle(None)
     found = chosen("auto", "--dtype", "float32")
     assert found.backend.name == "resident"
-    assert found.backend._now._engine_options == ("--dtype", "float32")
+    assert found.backend._current._engine_options == ("--dtype", "float32")
 
 
-def test_auto_takes_slots_where_resident_cannot_or_the_options_speak_of_slots(obstacle):
+def test_auto_takes_slots_where_resident_cannot_or_an_option_is_about_slots(obstacle):
+    pytest.importorskip("vllm", reason=needs("vLLM"))
     obstacle(None, "no kernels")
-    assert (chosen("auto").backend.name, chosen("auto").why) == ("slots", "not resident: no kernels")
+    assert (chosen("auto").backend.name, chosen("auto").reason) == ("slots", "not resident: no kernels")
     obstacle(None)
     found = chosen("auto", "--max-loras", "3")
-    assert (found.backend.name, found.why) == ("slots", "not resident: --max-loras speaks of slots")
+    assert (found.backend.name, found.reason) == ("slots", "not resident: --max-loras is an option of slots")
     assert found.backend._engine_options == ("--max-loras", "3") and found.backend._max_rank == 8
 
 
-def test_auto_takes_slots_where_resident_has_to_be_asked_for(obstacle, monkeypatch):
+def test_auto_takes_slots_where_resident_is_not_the_default(obstacle, monkeypatch):
+    pytest.importorskip("vllm", reason=needs("vLLM"))
     from loraf_serve.vllm.engine import support
 
     obstacle(None)
     monkeypatch.setattr(support, "not_by_default", lambda: "on a GPU")
-    assert (chosen("auto").backend.name, chosen("auto").why) == ("slots", "not resident: on a GPU")
+    assert (chosen("auto").backend.name, chosen("auto").reason) == ("slots", "not resident: on a GPU")
     assert chosen("resident").backend.name == "resident"
 
 
 def test_auto_takes_merged_where_vllm_cannot_and_says_why(obstacle):
     obstacle("vLLM is not installed")
     found = chosen("auto", "--dtype", "float32", "--max-model-len=64")
-    assert (found.backend.name, found.why) == ("merged", "vLLM is not installed")
+    assert (found.backend.name, found.reason) == ("merged", "vLLM is not installed")
     assert (found.backend._dtype, found.backend._max_model_len) == ("float32", 64)
 
 
-def test_what_was_asked_for_and_cannot_be_is_refused(obstacle):
+def test_a_requested_backend_that_cannot_serve_is_refused(obstacle):
     obstacle("vLLM has no LoRA for Mamba")
     for wanted in ("slots", "resident"):
         with pytest.raises(ConfigError, match="vLLM has no LoRA for Mamba → .* --backend merged"):
@@ -346,7 +320,8 @@ def test_merged_refuses_the_options_that_it_does_not_know_by_name(options, field
 # --- the whole way
 
 
-def test_the_whole_way_with_the_merged_backend(capsys):
+@pytest.mark.slow
+def test_end_to_end_with_the_merged_backend(capsys):
     """Command → model and checkpoint → answers through loraf-client and through reflection → SIGTERM → exit 0."""
     options = ("--backend", "merged", "--reflection", "--dtype", "float32", "--max-model-len", "128")
     with launch(str(model_folder()), f"trio={checkpoint_folder()}", options=options, start_timeout=300) as server:
@@ -355,7 +330,7 @@ def test_the_whole_way_with_the_merged_backend(capsys):
             return client_cli.main([*arguments, "--server", server.address]), *capsys.readouterr()
 
         log = "\n".join(server.log)
-        assert "loraf-serve: backend merged: asked for by --backend" in log
+        assert "loraf-serve: backend merged: requested by --backend" in log
         assert "loraf-serve: adapter trio: verified, rank 8" in log
         assert f"loraf-serve: listening on {server.address}" in log
 
@@ -411,7 +386,7 @@ from loraf_serve import choose_backend
 from tests.loraf_serve.fake_backend import FakeBackend
 backend = FakeBackend()
 backend.gate = asyncio.Event()
-choose_backend.choose = lambda *a: choose_backend.Chosen(backend, "a test")
+choose_backend.choose = lambda *a: choose_backend.BackendChoice(backend, "a test")
 sys.exit(cli.main(["--model", {str(model_folder())!r}, "--port", "0"]))
 """
     root = Path(__file__).parents[2]

@@ -88,7 +88,7 @@ def test_a_refusal_is_readable_and_whole(running):
         next(running.client.stream("x", tasks=["art"]))
 
 
-def test_a_full_queue_says_when_to_come_back():
+def test_a_full_queue_gives_the_time_to_retry():
     with serving(FakeBackend(seconds_per_token=0.1), max_queue=1) as running:
         stream = running.client.stream("x", max_tokens=100)
         next(stream)
@@ -107,7 +107,7 @@ def test_timeouts():
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "grpc_proxy"])
-def test_no_proxy_stands_between_a_client_and_its_own_machine(running, monkeypatch, variable):
+def test_a_client_of_the_same_machine_uses_no_proxy(running, monkeypatch, variable):
     monkeypatch.setenv(variable, "http://127.0.0.1:9")
     with Client(running.address) as client:
         assert client.health(timeout=10) == "SERVING"
@@ -131,12 +131,12 @@ def test_no_server():
         ({"prompt": "x", "temperature": "hot"}, TypeError, "temperature='hot'"),
     ],
 )
-def test_a_wrong_call_is_an_error_of_the_caller(arguments, error, says):
+def test_invalid_arguments_raise_python_errors(arguments, error, says):
     with pytest.raises(error, match=says):
         request_of(pb.GenerateRequest, **arguments)
 
 
-def test_an_empty_list_of_tasks_is_not_all_of_them():
+def test_an_empty_list_of_tasks_does_not_mean_all_tasks():
     assert request_of(pb.GenerateRequest, "x", tasks=[]).task_selection.WhichOneof("selection") == "tasks"
     assert not request_of(pb.GenerateRequest, "x").HasField("task_selection")
 
@@ -154,7 +154,7 @@ def test_an_empty_list_of_tasks_is_not_all_of_them():
         (["--base"], "base"),
     ],
 )
-def test_the_answer_is_on_standard_output_and_what_answered_beside_it(running, cli, selection, set_, no_stream):
+def test_the_answer_goes_to_standard_output_and_served_by_to_standard_error(running, cli, selection, set_, no_stream):
     status, out, err = cli("generate", "hello", "--max-tokens", "6", *selection, *no_stream)
     passed = running.backend.requests[-1]
     assert (status, out) == (0, expected_text(passed) + "\n")
@@ -190,7 +190,7 @@ def test_json(running, cli):
     assert cli("health", "--json") == (0, '{"status": "SERVING"}\n', "")
 
 
-def test_adapters_and_health_for_people(cli):
+def test_adapters_and_health_print_text(cli):
     status, out, _ = cli("adapters")
     digest = one_adapter().get("trio").digest
     parameters = one_adapter().get("trio").manifest.task("nlu").parameters
@@ -199,7 +199,7 @@ def test_adapters_and_health_for_people(cli):
     assert cli("health") == (0, "SERVING\n", "")
 
 
-def test_health_of_a_server_that_does_not_serve_is_1(cli):
+def test_health_exits_with_1_if_the_server_is_not_serving(cli):
     with serving(warm=False) as loading:
         assert cli("health", server=loading.address) == (1, "NOT_SERVING\n", "")
 
@@ -216,7 +216,7 @@ def test_health_of_a_server_that_does_not_serve_is_1(cli):
         (["adapters", "--tls-ca", "/nowhere/ca.pem"], 2, "/nowhere/ca.pem: No such file"),
     ],
 )
-def test_mistakes_end_with_2_and_a_line_that_says_why(cli, arguments, status, says):
+def test_mistakes_exit_with_2_and_print_the_reason(cli, arguments, status, says):
     found, out, err = cli(*arguments)
     assert found == status and says in err and not out
     assert "Traceback" not in err
@@ -239,7 +239,7 @@ def test_no_server_ends_with_1(cli):
         [],
     ],
 )
-def test_what_argparse_refuses_ends_with_2(arguments, capsys):
+def test_arguments_that_argparse_refuses_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         client_cli.main(arguments)
     assert error.value.code == 2

@@ -1,4 +1,4 @@
-"""The public protocol against the page that promises it, and against buf's rules."""
+"""The gRPC contract: its fields, buf's lint rules, and compatibility with the last release."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 
 from loraf_serve.v1 import adapter_pb2
 from loraf_serve.v1 import generation_pb2 as pb
+from tests.tools import needs
 
 ROOT = Path(__file__).parents[2]
 
-PROMISED = {
+FIELDS = {
     pb.GenerateRequest: "adapter adapter_digest task_selection prompt messages prompt_token_ids apply_task_template "
     "sampling request_id",
     pb.TaskSelection: "all tasks as_trained base",
@@ -34,32 +35,53 @@ PROMISED = {
 }
 
 
-@pytest.mark.parametrize("message", PROMISED, ids=lambda message: message.DESCRIPTOR.name)
-def test_a_message_has_the_promised_fields(message):
-    assert set(message.DESCRIPTOR.fields_by_name) == set(PROMISED[message].split())
+@pytest.mark.parametrize("message", FIELDS, ids=lambda message: message.DESCRIPTOR.name)
+def test_a_message_has_exactly_these_fields(message):
+    assert set(message.DESCRIPTOR.fields_by_name) == set(FIELDS[message].split())
 
 
 @pytest.mark.parametrize(
-    ("single", "stream"),
+    ("unary", "stream"),
     [(pb.GenerateRequest, pb.StreamGenerateRequest), (pb.GenerateResponse, pb.StreamGenerateResponse)],
 )
-def test_a_stream_has_the_same_fields_as_a_single_answer(single, stream):
-    def described(message):
+def test_streaming_messages_have_the_same_fields_as_unary_ones(unary, stream):
+    def layout(message):
         fields = message.DESCRIPTOR.fields
         return [(f.name, f.number, f.type, f.is_repeated, getattr(f.containing_oneof, "name", "")) for f in fields]
 
-    assert described(single) == described(stream)
+    assert layout(unary) == layout(stream)
 
 
-def test_what_is_not_set_can_be_told_from_a_default():
+def test_an_unset_field_differs_from_a_default_value():
     sampling = pb.SamplingParams.DESCRIPTOR.fields
     assert all(field.has_presence for field in sampling if not field.is_repeated)
     assert pb.WeightedTask.DESCRIPTOR.fields_by_name["weight"].has_presence
 
 
-def test_buf_lint_standard():
-    buf = shutil.which("buf")
-    if buf is None:
-        pytest.skip("buf is not on the PATH (npm package @bufbuild/buf): proto/ is not linted")
-    result = subprocess.run([buf, "lint"], cwd=ROOT, capture_output=True, text=True)
+def buf(*arguments: str) -> None:
+    """Runs buf in the repository. It has to find nothing."""
+    executable = ROOT / ".tools" / "buf"
+    command = str(executable) if executable.exists() else shutil.which("buf")
+    if command is None:
+        pytest.skip(needs("buf"))
+    result = subprocess.run([command, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_buf_lint_standard():
+    buf("lint")
+
+
+def test_nothing_breaks_the_released_contract():
+    buf("breaking", "--against", "proto-released")
+
+
+def test_a_broken_contract_is_noticed(tmp_path):
+    """The check of the released contract compares with what is there, and does fail."""
+    shutil.copytree(ROOT / "proto-released", tmp_path / "released")
+    [file] = (tmp_path / "released").rglob("adapter.proto")
+    text = file.read_text(encoding="utf-8")
+    assert "string name = 1;" in text
+    file.write_text(text.replace("string name = 1;", "string name = 99;"), encoding="utf-8")
+    with pytest.raises(AssertionError, match='Previously present field "99"'):
+        buf("breaking", "--against", str(tmp_path / "released"))

@@ -1,6 +1,6 @@
-"""vLLM engines for tests, each started once for the whole session, on small random models, in float32.
+"""vLLM engines for tests, each started once per session, on small random models in float32.
 
-`from tests.loraf_serve.vllm_engines import …` helpers; the fixture `vllm_pool` stands in conftest.py.
+The fixture `vllm_pool` is in conftest.py.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SLOTS = 3
 BLOCK = 128  # tokens in a block of the prefix cache, vLLM's default on the CPU
 COMMON = (
     *("--dtype", "float32", "--kv-cache-memory-bytes", str(256 << 20)),
-    # «Log-probabilities» of the whole vocabulary that are the logits themselves.
+    # The "log-probabilities" are then the logits of the whole vocabulary.
     *("--max-logprobs", "-1", "--logprobs-mode", "raw_logits"),
 )
 OPTIONS = (*COMMON, "--enforce-eager", "--max-loras", str(SLOTS))
-# Each way in which an engine applies task sets: the backend, and its options.
+# The ways in which an engine applies task sets: backend and options.
 KINDS: dict[str, tuple[type[VllmBackend], tuple[str, ...]]] = {
     "slots": (SlotsBackend, OPTIONS),
     "resident": (ResidentBackend, (*COMMON, "--enforce-eager")),
@@ -51,13 +51,13 @@ _ALIVE = 4  # engines at once: each takes more than a GiB
 
 
 def shared(architecture: str) -> pytest.MarkDecorator:
-    """For tests that ask the pool for this architecture: one process runs them all (see tests/conftest.py)."""
+    """Marks tests that use the pool's engines of an architecture, so that one process runs them all."""
     return pytest.mark.xdist_group(f"vllm-{architecture}")
 
 
 @dataclass
 class Answer:
-    """One choice of an answer, put together from its pieces."""
+    """One choice of an answer, assembled from its deltas."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Answer:
     cached: int = 0
 
     def add(self, delta: ChoiceDelta) -> None:
-        assert self.finish_reason is None, "a piece after the end"
+        assert self.finish_reason is None, "a delta after the end"
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
@@ -75,7 +75,7 @@ class Answer:
 
 
 class Loop:
-    """An event loop in a thread of its own, so that plain tests can use an engine that lives as long as the session."""
+    """An event loop in a separate thread, so that synchronous tests can use an engine that lives for the session."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -98,10 +98,10 @@ class Engine:
     """A started backend with one checkpoint loaded.
 
     Attributes:
-        kind: of KINDS.
-        backend: made by what `backend` is called with: the model's folder, vLLM's options, the largest rank.
+        kind: a key of KINDS.
+        backend: created from the model's folder, vLLM's options and the largest rank.
         folder: the model.
-        adapter: tasks math, nlu, code; rank 16.
+        adapter: rank 16, tasks math, nlu and code.
     """
 
     def __init__(
@@ -123,37 +123,37 @@ class Engine:
         loop.run(self.backend.add_adapter(self.adapter))
 
     def request(self, text: str, prompt: Sequence[int], adapter: ServedAdapter | None = None, **sampling: Any):
-        """A greedy request for the task set that `text` names."""
+        """Returns a request, greedy by default, for the task set that `text` names."""
         adapter = adapter or self.adapter
         sampling = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | sampling
         task_set = TaskSet.parse(text, adapter.tasks)
         return GenerationRequest("r", tuple(prompt), Sampling(**sampling), adapter, task_set)
 
     async def answers(self, request: GenerationRequest) -> list[Answer]:
-        made = [Answer() for _ in range(request.sampling.n)]
+        answers = [Answer() for _ in range(request.sampling.n)]
         async with aclosing(self.backend.generate(request)) as outputs:
             async for output in outputs:
                 for delta in output.choices:
-                    made[delta.index].add(delta)
-                    made[delta.index].cached = output.cached_prompt_tokens
-        return made
+                    answers[delta.index].add(delta)
+                    answers[delta.index].cached = output.cached_prompt_tokens
+        return answers
 
     def ask(self, *requests: GenerationRequest) -> list[Answer]:
-        """The first answer of each request, all asked at once."""
+        """Sends all requests at once. Returns the first choice of each."""
 
-        async def all_of_them() -> list[list[Answer]]:
+        async def answer_all() -> list[list[Answer]]:
             return await asyncio.gather(*(self.answers(request) for request in requests))
 
-        return [made[0] for made in self.loop.run(all_of_them())]
+        return [choices[0] for choices in self.loop.run(answer_all())]
 
     async def busy(self) -> bool:
-        """Whether vLLM's engine core, or our end of it, has an unfinished request."""
+        """Whether vLLM's engine core or its client has an unfinished request."""
         engine = self.backend._engine
-        here = engine.get_num_unfinished_requests() > 0
-        return here or await engine.engine_core.call_utility_async("has_work")
+        client_busy = engine.get_num_unfinished_requests() > 0
+        return client_busy or await engine.engine_core.call_utility_async("has_work")
 
     def sets_in_use(self) -> list[Hashable]:
-        """Task sets that a request holds in our end of the engine."""
+        """Task sets that the backend counts as in use."""
         backend = self.backend
         return list(backend._admission.admitted if isinstance(backend, SlotsBackend) else backend._in_use)
 
@@ -166,7 +166,7 @@ class Engine:
 
 
 class Pool:
-    """Engines by architecture and kind, started when first asked for (and again if a test has killed one)."""
+    """Engines by architecture and kind, started on first use, and again after a test has stopped one."""
 
     def __init__(self, root: Path):
         self._root = root
@@ -197,13 +197,13 @@ class Pool:
 
 
 def open_adapter(name: str, folder: Path, tasks: Sequence[str] | None = None) -> ServedAdapter:
-    """As the service opens one: read and verified whole."""
+    """Reads and verifies a checkpoint completely, as the service does."""
     checkpoint = Checkpoint.open(folder, tasks)
     return ServedAdapter(name, folder, checkpoint.manifest, checkpoint)
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
-    """Token ids that no other seed gives."""
+    """Returns token ids that are different for every seed."""
     import torch
 
     return torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,4 +1,4 @@
-"""What the tests of the command `loraf-train` share."""
+"""Helpers shared by the tests of the command `loraf-train`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_data(folder: Path) -> None:
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of a command in this process."""
+    """Runs a command in this process; returns (exit status, stdout, stderr)."""
     capsys.readouterr()
     try:
         status = main(arguments)

@@ -1,4 +1,4 @@
-"""What the tests of `loraf-train compare` share: two small tasks on a small model, and a comparison of them."""
+"""Shared by the tests of `loraf-train compare`: two small tasks on a small model, and a comparison of them."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def comparison(
     methods: tuple[str, ...],
     seeds: tuple[int, ...] = (3,),
     overrides: tuple[str, ...] = (),
-    said: list[str] | None = None,
+    printed: list[str] | None = None,
     loaded=None,
 ) -> Comparison:
-    """Of `folder`/tasks.yaml, with its results in `folder`/out."""
+    """A comparison of `folder`/tasks.yaml, with its results in `folder`/out. Its messages are added to `printed`."""
     prepared, problems, _ = survey(folder / "tasks.yaml", overrides, into_checkpoint=False)
     assert not problems
     config = prepared.config
@@ -76,7 +76,7 @@ def comparison(
         general=general_text(config.compare.general, prepared.tokenizer, prepared.model.context),
         loaded=loaded or runner.load_model(config),
         base=base_model.fingerprint(prepared.model.folder),
-        out=folder / "out",
+        folder=folder / "out",
         part=lambda name: lambda done, total, note="": None,
-        say=(said if said is not None else []).append,
+        say=(printed if printed is not None else []).append,
     )

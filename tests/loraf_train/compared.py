@@ -1,4 +1,4 @@
-"""Comparisons as `loraf-train compare` would measure them, made up from a seed, on the modules of a small model."""
+"""Made-up results of comparisons, generated from a seed, on the modules of a small model."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def single(seeds: int = 3, methods: tuple[str, ...] = METHODS, tasks: tuple[Scor
 
 
 def sequence(seeds: int = 3, methods: tuple[str, ...] = METHODS, tasks: tuple[ScoredTask, ...] = TASKS) -> Results:
-    """Later tasks lower the scores of earlier ones; loraf's least."""
+    """Later tasks lower the scores of earlier ones, those of loraf the least."""
     runs = [_sequence_run(method, seed, tasks) for method in methods for seed in range(seeds)]
-    said = {"rank": 8, "targets": ["q_proj", "v_proj"], "init_std": None, "training": {"learning_rate": 1e-3}}
-    settings = {method: {task.name: said for task in tasks} for method in methods}
+    of_task = {"rank": 8, "targets": ["q_proj", "v_proj"], "init_std": None, "training": {"learning_rate": 1e-3}}
+    settings = {method: {task.name: of_task for task in tasks} for method in methods}
     return Results("sequence", "tiny", PARAMETERS, tasks, tuple(runs), settings, {"device": "cpu"})
 
 
 def _score(after: str, acting: str, task: ScoredTask, evaluation: str, share: float) -> RunScore:
-    """A share that a count of right answers can have; of a loss, any number."""
+    """A score of about `share`: a whole number of right answers; of a loss, any number."""
     count = task.evaluations[evaluation]
     value = round(share * count) / count if task.higher_is_better else 4 - 3 * share
     return RunScore(after, acting, task.name, evaluation, value, count)

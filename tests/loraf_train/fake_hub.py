@@ -1,7 +1,7 @@
-"""A Hugging Face hub of one process, over HTTP: what of its API an upload and a download of small files use.
+"""A Hugging Face hub in this process, over HTTP: the part of its API that transfers small files.
 
-The client is the real `huggingface_hub`; every commit is a whole snapshot. It finds a push that needs several commits
-(so that others could see half of a checkpoint), that uploads what it should not, or that leaves old files there.
+The client is the real `huggingface_hub`, and every commit is a whole snapshot. It finds a push that needs several
+commits (so that others could see half a checkpoint), that uploads files it should not, or that leaves old files behind.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Hub:
 
 @contextmanager
 def served(monkeypatch, folder, hub: Hub | None = None):
-    """The hub that `huggingface_hub` talks to within; its cache lies in `folder`."""
+    """A context in which `huggingface_hub` talks to this hub, with its cache in `folder`."""
     hub = hub or Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
-        """Silent."""
+        """Logs nothing."""
 
     def answer(self, status: int, content: bytes | dict | list, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -83,18 +83,18 @@ class _Handler(BaseHTTPRequestHandler):
         elif re.fullmatch(r"/api/models/[\w.-]+/[\w.-]+/preupload/main", self.path.partition("?")[0]):
             modes = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
             self.answer(200, {"files": [mode | {"shouldIgnore": False} for mode in modes]})
-        elif found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", self.path.partition("?")[0]):
-            self.commit(found[1], [json.loads(line) for line in body.splitlines()])
+        elif match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", self.path.partition("?")[0]):
+            self.commit(match[1], [json.loads(line) for line in body.splitlines()])
         else:
             self.missing("RevisionNotFound")
 
-    def create(self, wanted: dict) -> None:
-        name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+    def create(self, request: dict) -> None:
+        name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
         url = {"url": f"{self.hub.url}/{name}"}
         if name in self.hub.commits:
             self.answer(409, url)
             return
-        self.hub.created.append(wanted)
+        self.hub.created.append(request)
         self.hub.commits[name] = [{".gitattributes": b""}]
         self.answer(200, url)
 
@@ -117,9 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        found = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(tree|revision)/([^/]+)", path)
+        listing = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(tree|revision)/([^/]+)", path)
         file = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/[^/]+/(.+)", path)
-        name = (found or file or [None, None])[1]
+        name = (listing or file or [None, None])[1]
         if name not in self.hub.commits:
             self.missing("RepoNotFound")
         elif file:
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             etag = hashlib.sha1(content).hexdigest()
             self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": self.oid(name)})
-        elif found[2] == "tree":
+        elif listing[2] == "tree":
             self.answer(
                 200, [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in self.hub.files(name).items()]
             )

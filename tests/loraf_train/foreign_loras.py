@@ -1,4 +1,4 @@
-"""LoRAs that PEFT itself made, for the tests of import."""
+"""LoRAs written by PEFT, for the tests of import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 41, 42], [1, 200, 90, 33, 45, 210, 99, 12]])
-PATTERNS = {  # every way in which PEFT scales a module by a number of its own
+PATTERNS = {  # every way in which PEFT scales modules individually
     "r": 4,
     "lora_alpha": 12,
     "use_rslora": True,
@@ -25,7 +25,7 @@ def load(folder: Path) -> torch.nn.Module:
 
 
 def make(folder: Path, model: Path, seed: int = 0, std: float = 0.3, **config: Any) -> Path:
-    """Saves a LoRA with random A and B of the given model."""
+    """Saves a LoRA of the given model with random A and B."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **config}
     lora = get_peft_model(load(model), LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(seed)
@@ -43,12 +43,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def served_by_peft(folder: Path, model: Path) -> torch.Tensor:
-    """The logits of the adapter in PEFT."""
+    """Returns the logits that PEFT computes with the adapter."""
     return logits(PeftModel.from_pretrained(load(model), folder))
 
 
 def deltas(folder: Path, model: Path) -> dict[str, torch.Tensor]:
-    """ΔW by module, as PEFT computes it, float32."""
+    """Returns ΔW by module, float32, computed by PEFT."""
     lora = PeftModel.from_pretrained(load(model), folder)
     layers = {name: layer for name, layer in lora.base_model.model.named_modules() if hasattr(layer, "lora_A")}
     return {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}

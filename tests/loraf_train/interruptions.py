@@ -1,4 +1,4 @@
-"""What tests of interrupted runs share: a run with everything that may go wrong in it, an observer that stops it."""
+"""Shared by the tests of interrupted runs: a run that uses every kind of state, and an observer that stops it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ STEPS = 6
 
 
 class Stopped(Exception):
-    """The end of a process, as far as one test can have it without one."""
+    """Stands for the end of the process within a test."""
 
 
 class Stopper(runner.Observer):
-    """Notes what it hears, and stops the run at an event, for example `("two", "step 4")`.
+    """Records events, and stops the run at one of them, for example `("two", "step 4")`.
 
     Attributes:
-        heard: (task, event) in order.
-        remarks: what was said of states.
+        events: (task, event) in order.
+        remarks: on the saved states.
     """
 
     def __init__(self, *at: str):
         self.at = at
-        self.heard: list[tuple[str, str]] = []
+        self.events: list[tuple[str, str]] = []
         self.remarks: list[str] = []
         self._task = ""
 
-    def hear(self, event: str) -> None:
-        self.heard.append((self._task, event))
+    def record(self, event: str) -> None:
+        self.events.append((self._task, event))
         if (self._task, event) == self.at:
             raise Stopped
 
@@ -42,28 +42,28 @@ class Stopper(runner.Observer):
         self.remarks.append(remark)
 
     def resumed(self, task, after):
-        self.hear(f"goes on after {after}")
+        self.record(f"resumes after {after}")
 
     def calibration_step(self, loss, step, total):
-        self.hear(f"calibration {step}")
+        self.record(f"calibration {step}")
 
     def calibrated(self, task):
-        self.hear("calibrated")
+        self.record("calibrated")
 
     def step(self, loss, lr, step, total):
-        self.hear(f"step {step}")
+        self.record(f"step {step}")
 
-    def adapted(self, task, model):
-        self.hear("adapted")
+    def trained(self, task, model):
+        self.record("trained")
 
     def task_finished(self, checkpoint, task, model):
-        self.hear("finished")
+        self.record("finished")
 
 
 def run_config(
     model: Path, output: Path, seconds: float = 0.0, names: tuple[str, ...] = NAMES, **training
 ) -> RunConfig:
-    """Tasks with dropout, warm-up, a schedule, momentum, weight decay, and two epochs of 3 steps of 2 accumulations."""
+    """Tasks with dropout, warm-up, a schedule, momentum, weight decay, and 2 epochs of 3 steps of 2 accumulations."""
     settings = {
         "max_steps": None,
         "epochs": 2.0,
@@ -79,10 +79,10 @@ def run_config(
 
 
 def data() -> dict:
-    """18 examples: the last step of an epoch has only 2, and so no second accumulation."""
+    """18 examples: the last step of an epoch has only 2, so it does not accumulate."""
     return {"one": toys.data(3, 18), "two": toys.data(50, 18)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Relative path → bytes of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if not path.is_dir()}

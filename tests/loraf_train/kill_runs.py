@@ -2,11 +2,11 @@
 
     python -m tests.loraf_train.kill_runs --kills 50 --seed 0
 
-A third of the moments are drawn from the time that an undisturbed run takes, a third from the system calls with which
-it writes (before, in the middle of and after each of them), a third from those of its commits, of which each takes a
-few milliseconds. A run is started again until it ends; then its folder must be that of an undisturbed run, and the next
-one begins. The last line is a JSON object: kills of each kind, and what was on disk after them. Exit status 1: a folder
-differs, or a run failed.
+A third of the moments are drawn from the time that an uninterrupted run takes, a third from the system calls with
+which it writes (before, during and after each), a third from those of its commits, each of which takes a few
+milliseconds. A run is restarted until it finishes. Then its folder must equal that of an uninterrupted run, and the
+next run begins. The last line is a JSON object: kills of each kind, and what was on disk after them. Exit status 1: a
+folder differs, or a run failed.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ def kill_me() -> None:
 
 
 def run(folder: Path, kind: str = "", moment: float = 0) -> bool:
-    """One `loraf-train run` in a fork of this process.
+    """Runs `loraf-train run` in a fork of this process.
 
     Args:
-        kind: what `moment` counts: seconds of "time", steps of "write" in the whole run, or those of each "commit".
+        kind: unit of `moment`: seconds of "time", steps of "write" in the whole run, or steps of "commit". Empty: the
+            run is not killed, and writes its number of steps of each kind to `steps.json`.
 
     Returns:
-        whether it ended by itself. How many steps of each kind it had is in `steps.json` if nothing was to kill it.
+        Whether it finished.
     """
     child = os.fork()
     if child == 0:
@@ -110,30 +111,30 @@ def _killed_run(kind: str, moment: float) -> int:
     return status
 
 
-def place(output: Path) -> str:
-    """What a killed run left on disk."""
+def progress_on_disk(output: Path) -> str:
+    """Describes what a killed run left on disk."""
     from loraf import manifest
 
     if not (output / manifest.FILE_NAME).exists():
         return "no checkpoint yet"
-    found = manifest.read(output)
+    checkpoint = manifest.read(output)
     if list(output.rglob("*.tmp")):
         return "in the middle of a file"
-    if any(path.stem not in found.task_names for path in (output / "tasks").iterdir()):
+    if any(path.stem not in checkpoint.task_names for path in (output / "tasks").iterdir()):
         return "between a task's file and the manifest"
     records = sorted((output / ".resume").glob("*.json"), key=lambda path: int(path.stem.split("-")[1]))
     if not records:
-        return f"{len(found.tasks)} tasks, no state"
+        return f"{len(checkpoint.tasks)} tasks, no state"
     newest = json.loads(records[-1].read_text())
     tensors = (output / ".resume" / newest["tensors"]["path"]).read_bytes()
     phase = "training" if b'"mask.' in tensors else "calibration"
-    if newest["task"] in found.task_names:
+    if newest["task"] in checkpoint.task_names:
         return "committed, state not yet removed"
-    return phase if newest["step"] else "calibration is over"
+    return phase if newest["step"] else "calibration is finished"
 
 
 def kill_runs(folder: Path, kills: int, seed: int) -> dict:
-    """As the module says, in `folder`. Returns the counts of the last line."""
+    """Does what the module describes, in `folder`. Returns the counts of the last line."""
     chance = random.Random(seed)
     make_model("llama", folder / "base")
     write_data(folder)
@@ -143,7 +144,7 @@ def kill_runs(folder: Path, kills: int, seed: int) -> dict:
     duration = time.monotonic() - begin
     steps = json.loads((folder / "steps.json").read_text())
     expected = contents(folder / "ckpt")
-    print(f"an undisturbed run: {duration:.1f} s, {len(expected)} files, steps of writing {steps}", flush=True)
+    print(f"an uninterrupted run: {duration:.1f} s, {len(expected)} files, steps of writing {steps}", flush=True)
     kinds: collections.Counter[str] = collections.Counter()
     places: collections.Counter[str] = collections.Counter()
     runs = 0
@@ -151,7 +152,7 @@ def kill_runs(folder: Path, kills: int, seed: int) -> dict:
         shutil.rmtree(folder / "ckpt")  # the manifest names the model's folder, so each run is in the same one
         (folder / "log").unlink()
         runs += 1
-        told, ended = [], False
+        kill_log, ended = [], False
         while not ended:
             if kinds.total() == kills:
                 ended = run(folder)
@@ -161,14 +162,18 @@ def kill_runs(folder: Path, kills: int, seed: int) -> dict:
             ended = run(folder, kind, moment)
             if not ended:
                 kinds[kind] += 1
-                found = place(folder / "ckpt")
-                places[found] += 1
-                told.append(f"{kind} {moment:.4g} ({found})")
-        found = contents(folder / "ckpt")
-        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        print(f"run {runs}: killed at {', '.join(told) or 'no moment'}: {differing or 'the same bytes'}", flush=True)
+                progress = progress_on_disk(folder / "ckpt")
+                places[progress] += 1
+                kill_log.append(f"{kind} {moment:.4g} ({progress})")
+        actual = contents(folder / "ckpt")
+        differing = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+        print(
+            f"run {runs}: killed at {', '.join(kill_log) or 'no moment'}: {differing or 'the same bytes'}", flush=True
+        )
         if differing:
-            raise SystemExit(f"{folder / 'ckpt'} is not what an undisturbed run ends with: {', '.join(differing)}")
+            raise SystemExit(
+                f"{folder / 'ckpt'} differs from the result of an uninterrupted run: {', '.join(differing)}"
+            )
     return {"kills": dict(kinds), "runs": runs, "left": dict(sorted(places.items()))}
 
 
@@ -176,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="a new folder to work in, which stays; otherwise a temporary one")
+    parser.add_argument("--folder", type=Path, help="a new folder to work in, which is kept; default: a temporary one")
     options = parser.parse_args()
     import torch
     import transformers  # noqa: F401  (once, for all forks)

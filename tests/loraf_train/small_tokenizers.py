@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that models have, trained on a few lines, and chat templates of the kinds that they have."""
+"""Small tokenizers and chat templates of the kinds that real models have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINES = [
     "user: hi",
 ]
 
-# ChatML, as in Qwen2 but without a system turn of its own; no BOS. Once more with generation markers.
+# ChatML, as in Qwen2 but without its default system turn; no BOS. The second one has generation markers.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -23,12 +23,12 @@ MARKED_CHATML = (
     "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As in Llama 2: a BOS before each question, contents trimmed, blanks around each answer.
+# As in Llama 2: a BOS before each question, contents trimmed, spaces around each answer.
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] | trim }} [/INST]"
     "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# As in Qwen3 and DeepSeek-R1: thoughts are taken out of all answers but the last.
+# As in Qwen3 and DeepSeek-R1: thoughts are removed from all answers but the last.
 THOUGHTFUL = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{{ m['content'] if loop.last or '</think>' not in m['content'] else m['content'].split('</think>')[1] }}"
@@ -50,7 +50,7 @@ def _finished(tokenizer, specials=("<s>", "</s>", "<pad>"), eos="</s>", bos: str
 
 
 def sentencepiece_tokenizer():
-    """As Mistral's and Llama 2's: a blank before every text, blanks as ▁, bytes for what is unknown."""
+    """As Mistral's and Llama 2's: a space before every text, spaces as ▁, bytes for unknown characters."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
@@ -60,7 +60,7 @@ def sentencepiece_tokenizer():
     specials = ["<s>", "</s>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), "<pad>"]
     trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=specials, show_progress=False)
     tokenizer.train_from_iterator([line.replace("\n", " ") for line in LINES for _ in range(9)], trainer)
-    # What was special only to be in the vocabulary becomes ordinary.
+    # The byte tokens were special only to get into the vocabulary.
     import json
 
     content = json.loads(tokenizer.to_str())
@@ -69,7 +69,7 @@ def sentencepiece_tokenizer():
 
 
 def merging_tokenizer():
-    """Bytes merged without regard for words or lines, so that prompts and completions merge across their border."""
+    """Merges bytes across words and lines, so that prompts and completions merge across their border."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -86,7 +86,7 @@ def merging_tokenizer():
 
 
 def chatml_tokenizer(bos: str | None = None):
-    """One token a byte, as Qwen2's: the end of a turn is the end of sequence, and no BOS (unless one is asked for)."""
+    """One token per byte, as Qwen2's: the end of a turn is the end of sequence; no BOS unless `bos` is given."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     specials = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<pad>"]

@@ -1,7 +1,8 @@
-"""The command `loraf-train` as a user meets it: exit status, messages, tables, files."""
+"""The command `loraf-train` as users see it: exit status, messages, tables, files."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
@@ -16,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from loraf import manifest as manifests
 from loraf.checkpoint import Checkpoint
-from loraf_train.cli import main
+from loraf_train.cli import build_parser, main
 from loraf_train.commands import eval
+from loraf_train.settings.comparison import METHODS
 from loraf_train.terminal.progress import Progress
 from tests.loraf_train.command_line import TASKS, THIRD, digests, run, words
 from tests.standins import make_model
@@ -29,7 +31,8 @@ def test_help_of_every_command_is_quick_and_imports_nothing_heavy():
     code = """
 import sys
 from loraf_train.cli import main
-for command in ([], ["run"], ["check"], ["eval"], ["inspect"], ["export"], ["remove"], ["card"], ["push"]):
+names = ("run", "check", "eval", "compare", "inspect", "export", "import", "remove", "card", "push")
+for command in ([], *([name] for name in names)):
     try:
         main([*command, "--help"])
     except SystemExit as ended:
@@ -40,8 +43,29 @@ assert not heavy, heavy
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 3  # nine of them, on a machine that may be busy
+    assert time.monotonic() - start < 3  # eleven of them, on a machine that may be busy
     assert "Exit status" in done.stdout
+
+
+def test_every_command_and_option_has_a_sentence_of_help():
+    """The reference page is generated from these."""
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    assert [entry.dest for entry in commands._choices_actions] == list(commands.choices)
+    for entry in commands._choices_actions:
+        assert re.fullmatch(r"[A-Z].*[.]", entry.help), entry.dest
+        command = commands.choices[entry.dest]
+        assert command.description.startswith(entry.help)
+        for action in command._actions:
+            if not isinstance(action, argparse._HelpAction):
+                assert action.help and re.fullmatch(r"[A-Z].*[.]", action.help), (entry.dest, action.dest)
+
+
+def test_help_names_every_method_of_a_comparison():
+    """The command line imports no settings, so it lists the methods a second time."""
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (methods,) = (action for action in commands.choices["compare"]._actions if action.dest == "methods")
+    assert set(METHODS) <= set(re.findall(r"[\w-]+", methods.help))
+    assert set(methods.default.split(",")) <= set(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -51,26 +75,27 @@ assert not heavy, heavy
         ["fly"],
         ["run"],
         ["run", "tasks.yaml", "--eval-limit", "0"],
+        ["run", "tasks.yaml", "--eval-limit", "many"],
         ["remove", "ckpt"],
         ["export", "ckpt", "--format", "peft", "--out", "x"],
         ["export", "ckpt", "--tasks", "a", "--as-trained", "a", "--format", "peft", "--out", "x"],
         ["export", "ckpt", "--tasks", "a", "--format", "gguf", "--out", "x"],
     ],
 )
-def test_a_command_line_that_is_wrong_exits_2(capsys, arguments):
+def test_a_wrong_command_line_exits_2(capsys, arguments):
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (2, "")
     assert "usage" in err
 
 
 @pytest.mark.parametrize("command", ["run", "check", "eval"])
-def test_a_file_that_is_not_there_exits_2(capsys, tmp_path, command):
+def test_a_missing_file_exits_2(capsys, tmp_path, command):
     status, out, err = run(capsys, command, str(tmp_path / "none.yaml"))
     assert (status, out) == (2, "")
     assert "no such file" in err and "→" in err
 
 
-def test_interrupts_exit_130_and_faults_are_not_hidden(capsys, monkeypatch, tmp_path):
+def test_an_interrupt_exits_130_and_a_fault_raises(capsys, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -113,7 +138,7 @@ def test_run_shows_progress_scores_and_the_table(trained):
     assert "backward transfer" in out and "forgetting" in out
 
 
-def test_run_again_trains_nothing_and_changes_nothing(copied, capsys):
+def test_a_second_run_trains_nothing_and_changes_nothing(copied, capsys):
     before = digests(copied / "ckpt")
     status, out, _ = run(capsys, "run", "tasks.yaml")
     assert status == 0
@@ -122,7 +147,7 @@ def test_run_again_trains_nothing_and_changes_nothing(copied, capsys):
     assert digests(copied / "ckpt") == before
 
 
-def test_run_again_measures_what_was_lost_and_trains_only_what_is_new(copied, capsys):
+def test_a_second_run_measures_missing_scores_and_trains_only_new_tasks(copied, capsys):
     before = digests(copied / "ckpt")
     scores = manifests.read(copied / "ckpt").task("truth").scores
     checkpoint = Checkpoint.open(copied / "ckpt")
@@ -138,11 +163,11 @@ def test_run_again_measures_what_was_lost_and_trains_only_what_is_new(copied, ca
     assert status == 0
     assert "third has no evaluation records" in out
     manifest = manifests.read(copied / "ckpt")
-    assert manifest.task("truth").scores[:3] == scores  # what was lost, the same
+    assert manifest.task("truth").scores[:3] == scores  # measured again, with the same result
     assert [e["set"] for e in manifest.task("upper").scores] == ["upper", "upper+truth", "upper+truth+third"]
 
 
-def test_run_refuses_edited_settings_of_a_finished_task(copied, capsys):
+def test_run_refuses_changed_settings_of_a_finished_task(copied, capsys):
     before = digests(copied / "ckpt")
     status, _, err = run(capsys, "run", "tasks.yaml", "--set", "tasks.upper.alpha=3", "--set", "seed=1")
     assert status == 2
@@ -153,7 +178,7 @@ def test_run_refuses_edited_settings_of_a_finished_task(copied, capsys):
 # --- eval ------------------------------------------------------------------------------------------------------------
 
 
-def test_eval_says_which_set_each_number_belongs_to(copied, capsys):
+def test_eval_names_the_task_set_of_each_score(copied, capsys):
     before = digests(copied / "ckpt")
     arguments = [
         "--tasks",
@@ -168,19 +193,19 @@ def test_eval_says_which_set_each_number_belongs_to(copied, capsys):
     ]
     status, out, _ = run(capsys, "eval", "tasks.yaml", *arguments)
     assert status == 0
-    found = json.loads((copied / "s.json").read_text())
-    assert [(s["set"], s["task"], s["evaluation"]) for s in found["scores"]] == [
+    written = json.loads((copied / "s.json").read_text())
+    assert [(s["set"], s["task"], s["evaluation"]) for s in written["scores"]] == [
         (task_set, *place)
         for task_set in ("upper+truth", "upper:0.5", "upper", "base")
         for place in (("upper", "upper"), ("truth", "one"), ("truth", "two"), ("truth", "mean"))
     ]
     manifest = manifests.read(copied / "ckpt")
-    assert found["adapter_digest"] == manifest.adapter_digest
-    by_place = {(s["set"], s["task"], s["evaluation"]): s["score"] for s in found["scores"]}
+    assert written["adapter_digest"] == manifest.adapter_digest
+    by_place = {(s["set"], s["task"], s["evaluation"]): s["score"] for s in written["scores"]}
     for task in manifest.tasks:  # the same numbers as the run measured
         for entry in task.scores:
             assert by_place[entry["set"], task.name, entry["evaluation"]] == entry["score"]
-    for s in found["scores"]:
+    for s in written["scores"]:
         row = next(w for w in map(words, out.splitlines()) if w[:3] == [s["set"], s["task"], s["evaluation"]])
         assert row[4] == f"{s['score']:.3f}" and row[-1] == str(s["count"])
     assert digests(copied / "ckpt") == before
@@ -195,7 +220,7 @@ def test_eval_of_the_base_needs_no_checkpoint(copied, capsys):
     assert status == 2 and "no loraf.json" in err
 
 
-def test_eval_of_a_task_that_is_not_there(copied, capsys):
+def test_eval_refuses_an_unknown_task(copied, capsys):
     status, _, err = run(capsys, "eval", "tasks.yaml", "--tasks", "upper,maths", "--limit", "1")
     assert status == 2
     assert "no task 'maths'" in err and "upper, truth" in err
@@ -204,7 +229,7 @@ def test_eval_of_a_task_that_is_not_there(copied, capsys):
 # --- check -----------------------------------------------------------------------------------------------------------
 
 
-def test_check_shows_an_example_with_its_mask_and_what_a_run_takes(copied, capsys):
+def test_check_shows_an_example_with_its_loss_mask_and_what_a_run_takes(copied, capsys):
     shutil.rmtree(copied / "ckpt")
     status, out, err = run(capsys, "check", "tasks.yaml", "--set", "tasks.truth.training.max_length=9")
     assert (status, err) == (0, "")
@@ -224,7 +249,7 @@ def test_check_shows_an_example_with_its_mask_and_what_a_run_takes(copied, capsy
     assert not (copied / "ckpt").exists()
 
 
-def test_check_highlights_in_a_terminal(copied, capsys, monkeypatch):
+def test_check_highlights_the_loss_in_a_terminal(copied, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     status, out, _ = run(capsys, "check", "tasks.yaml")
@@ -232,7 +257,7 @@ def test_check_highlights_in_a_terminal(copied, capsys, monkeypatch):
     assert "\x1b[2m<s>ab=\x1b[0m\x1b[1;32mAB</s>\x1b[0m" in out
 
 
-def test_check_answers_mistakes_of_every_kind_at_once(copied, capsys):
+def test_check_reports_mistakes_of_every_kind_at_once(copied, capsys):
     shutil.rmtree(copied / "ckpt")
     tokenizer = copied / "base/tokenizer_config.json"
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"eos_token": None}))
@@ -244,11 +269,11 @@ def test_check_answers_mistakes_of_every_kind_at_once(copied, capsys):
     status, out, err = run(capsys, "check", "tasks.yaml", "--set", "training.epochs=0")
     assert (status, out) == (2, "")
     expected = [
-        r"tasks\[0\]\.max_new_token: is no known key → did you mean 'max_new_tokens'\?",
+        r"tasks\[0\]\.max_new_token: is not a known key → did you mean 'max_new_tokens'\?",
         r"--set: training\.epochs: 0 is out of range → use a number above 0",
         r"tasks\[2\]\.data\.eval: there is no file .*nothing\.jsonl → paths are relative to",
         r"eos_token: the tokenizer has no end-of-sequence token.* → set \"eos_token\"",
-        r"bad\.jsonl: record 1: has no form that is known \(it has: prompt\) → ",
+        r"bad\.jsonl: record 1: has none of the known forms \(it has: prompt\) → ",
         r"tasks\[1\]\.sparsity: task 'truth' needs \d+ positions in .* → a sparsity of 0\.6 would fit",
     ]
     for pattern in expected:
@@ -259,7 +284,7 @@ def test_check_answers_mistakes_of_every_kind_at_once(copied, capsys):
     assert "Traceback" not in err
 
 
-def test_check_names_a_model_that_lacks_a_module_and_data_too_long_for_it(copied, capsys):
+def test_check_names_a_missing_target_module_and_data_too_long_for_the_model(copied, capsys):
     shutil.rmtree(copied / "ckpt")
     status, _, err = run(capsys, "check", "tasks.yaml", "--set", "adapter.target_modules=[q_proj, w_proj]")
     assert status == 2

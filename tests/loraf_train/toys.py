@@ -1,4 +1,4 @@
-"""Toy tasks for the trainer's tests: copy a short sequence, each token moved on by the task's own number."""
+"""Toy tasks for the trainer's tests: repeat a short sequence with a number added to each token, one per task."""
 
 from __future__ import annotations
 
@@ -13,55 +13,52 @@ from transformers import AutoModelForCausalLM
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import Templates
 from loraf.sparse import SparseB
-from loraf_train.adapter.host import Host, find_targets, projections, shapes_of
-from loraf_train.data.examples import Example, TaskData
-from loraf_train.settings.config import (
-    AdapterConfig,
-    CalibrationConfig,
-    DataConfig,
-    RunConfig,
-    Source,
-    TaskConfig,
-    TrainingConfig,
-)
+from loraf_train.adapter.trainable_base import TrainableBase, find_targets, projections, shapes_of
+from loraf_train.data.examples import Example
+from loraf_train.data.task_data import TaskData
+from loraf_train.settings.config import RunConfig, TaskConfig
+from loraf_train.settings.data import DataConfig, RecordSource
+from loraf_train.settings.parts import AdapterConfig, CalibrationConfig, TrainingConfig
 from loraf_train.trainer import loop
 from tests import standins
 
 PAD = 0
 
-# accelerate collects garbage at the start of every training; what the imports above made need not be looked at again.
+# accelerate collects garbage at the start of every training; this spares it the objects of the imports above.
 gc.freeze()
 
 
 def examples(move: int, count: int = 24) -> list[Example]:
-    """Sequences of different lengths within the stand-ins' vocabulary of 320."""
+    """Sequences of various lengths within the toy models' vocabulary of 320."""
     chance = random.Random(move)
-    made = []
+    drawn = []
     for _ in range(count):
         question = [chance.randrange(10, 200) for _ in range(chance.randrange(2, 6))]
         prompt = [1, *question, 3]
-        made.append(Example([*prompt, *(token + move for token in question), 2], len(prompt)))
-    return made
+        drawn.append(Example([*prompt, *(token + move for token in question), 2], len(prompt)))
+    return drawn
 
 
 def data(move: int, count: int = 24) -> TaskData:
     templates = Templates(prompt=f"{{question}}+{move}\n", completion="{answer}")
-    return TaskData(train=examples(move, count), evaluation={}, templates=templates, records=count)
+    return TaskData(
+        train=examples(move, count), evaluation={}, templates=templates, records=count, metric="exact_match"
+    )
 
 
 def task(
     name: str, *, alpha: float = 16.0, sparsity: float = 0.75, start: str = "previous", **parts: Any
 ) -> TaskConfig:
-    """Few steps at a high rate. `parts`: calibration=…, training=…, data=… as mappings of what differs."""
-    calibration = {"steps": 2, "learning_rate": 1e-2, **parts.pop("calibration", {})}
+    """A task of few steps at a high rate. `parts`: mappings calibration=…, training=…, data=… of other settings."""
     training = {"learning_rate": 2e-2, "batch_size": 8, "max_steps": 4, "dropout": 0.0, **parts.pop("training", {})}
-    source = {"train": (Source(file=Path(f"/data/{name}.jsonl")),), **parts.pop("data", {})}
+    calibration = {"steps": 2, "learning_rate": 1e-2, **parts.pop("calibration", {})}
+    source = {"train": (RecordSource(file=Path(f"/data/{name}.jsonl")),), **parts.pop("data", {})}
     return TaskConfig(
         name=name,
         alpha=alpha,
         sparsity=sparsity,
         start=start,
-        calibration=CalibrationConfig(**calibration),
+        calibration=CalibrationConfig(**calibration).resolved(TrainingConfig(**training)),
         training=TrainingConfig(**training),
         data=DataConfig(**source),
         **parts,
@@ -81,10 +78,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
 
-def host(
+def trainable_base(
     model_folder: Path, checkpoint_folder: Path, rank: int = 8, dtype: torch.dtype = torch.float64, **values
-) -> tuple[Host, Checkpoint]:
-    """A model with its targets, and a checkpoint for it with the tasks that `values` gives (task=(alpha, sparsity))."""
+) -> tuple[TrainableBase, Checkpoint]:
+    """A model with its targets, and a checkpoint for it with random tasks: `values` are name=(alpha, sparsity)."""
     model = load(model_folder, dtype)
     targets = find_targets(model, ("q_proj", "v_proj", "down_proj"))
     shapes = shapes_of(targets)
@@ -95,11 +92,17 @@ def host(
     drawn = standins.random_values(shapes, rank, list(values), sparsities.pop(), seed=5)
     for name, (alpha, sparsity) in values.items():
         checkpoint.add_task(name, drawn[name], alpha=alpha, sparsity=sparsity)
-    return Host(model, targets, projections(checkpoint, targets), PAD), checkpoint
+    return TrainableBase(model, targets, projections(checkpoint, targets), PAD), checkpoint
 
 
 def taken(checkpoint: Checkpoint) -> dict[str, list[SparseB]]:
     return {module: [b[module] for b in checkpoint.tasks.values()] for module in checkpoint.manifest.modules}
+
+
+def phase(*, seed: int, optimizer: str = "adamw", **settings: Any) -> loop.Phase:
+    """A phase with these training settings; unlike a tasks.yaml it may switch clipping off (max_grad_norm=0)."""
+    unchecked = {key: settings.pop(key) for key in ("max_grad_norm",) if key in settings}
+    return loop.Phase("toy", seed, TrainingConfig(**settings).model_copy(update=unchecked), optimizer)
 
 
 def batch(chosen: list[Example]) -> dict[str, torch.Tensor]:
@@ -107,7 +110,7 @@ def batch(chosen: list[Example]) -> dict[str, torch.Tensor]:
 
 
 class DenseLoraf(torch.nn.Module):
-    """The slow, obvious layer: W·x + b + s·B·A·x with a dense B that autograd knows everything about."""
+    """Reference for LorafLinear: W·x + b + s·B·A·x with a dense B, differentiated by autograd."""
 
     def __init__(self, base: torch.nn.Linear, a: torch.Tensor, scale: float, earlier: torch.Tensor):
         super().__init__()

@@ -1,6 +1,6 @@
 // The fused delta of one layer. This file is compiled once for each instruction set.
 //
-//     for each chunk of `lanes` rows of the batch:                    # side by side in vectors
+//     for each chunk of `lanes` rows of the batch:                    # in the lanes of vectors
 //         shrink:  z[p][j][lane] = Σ_k A_p[j][k] · x[lane][k]         # once for all tasks            shrink.h
 //         expand:  for each window of outputs of each part p:                                         expand.h
 //                      sum[o][lane] = 0
@@ -8,9 +8,9 @@
 //                          sum[o][lane] += w[lane][t] · Σ_{nonzeros (o, j) of B_tp} value · z[p][j][lane]
 //                      y[lane][offset_p + o] = round(y[lane][offset_p + o] + sum[o][lane])
 //
-// A nonzero costs one broadcast of its value and one fused multiply-add with a row of z for all lanes. A task's weight is
-// applied to its sum over a row, so no table of z times weights is made and a task that no lane uses is passed over with
-// all its bytes. For up to four rows of a batch narrow.h has another expand, where the processor has the registers.
+// A nonzero costs one broadcast of its value and one fused multiply-add with a row of z for all lanes. A task's weight
+// is applied to its sum over a row. So no table of z times weights is needed, and a task that no lane uses is skipped
+// without reading it. For up to four rows of a batch narrow.h has another expand, on processors with enough registers.
 
 #include "expand.h"
 #include "narrow.h"
@@ -51,7 +51,7 @@ int64_t lanes_for(const Layer* layer, int64_t rows) {
 
 int64_t scratch_for(const Layer* layer) {
     int64_t shrink = 4 * (kLanesMost * kStride + layer->blocks * kLanesMost * kBlock);
-    int64_t expand = 4 * kWindow * kLanesMost + Wanted::bytes(kLanesMost, layer->tasks);
+    int64_t expand = 4 * kWindow * kLanesMost + LaneWeights::bytes(kLanesMost, layer->tasks);
     return shrink > expand ? shrink : expand;
 }
 

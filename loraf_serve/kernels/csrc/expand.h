@@ -3,24 +3,24 @@
 //     for each window of outputs of each part p, for each chunk of lanes:
 //         sums[o][lanes] = 0
 //         for each task t that a lane uses, for each slice of 16 outputs of its sheet:
-//             16 sums in registers, lanes side by side; for each step: 16 × sum += value · z[j][lanes]
+//             16 sums in registers, each with the lanes of a vector; for each step: 16 × sum += value · z[j][lanes]
 //             sums[o][lanes] += w[t][lanes] · sum
 //         transpose the sums and add them to the rows of y
 //
-// Measured on one core of an Ice Lake server (both cores busy), nanoseconds a nonzero and 16 lanes: 1.3 with 16 lanes,
-// 1.0 with 32, 0.9 with 64. Which rows are long is not guessed wrong to any effect: equal rows took 1.25, random ones
-// 1.29. Values broadcast from a register (two shuffles each, as GCC likes to) instead of memory: 1.9. Columns read one
-// by one instead of eight a word: 1.4 with 16 lanes, but 3 % less with 32 and 64.
+// Measured on one core of an Ice Lake server (both cores busy), nanoseconds per nonzero and 16 lanes: 1.3 with 16
+// lanes, 1.0 with 32, 0.9 with 64. Mispredicted slice lengths hardly matter: rows of equal length took 1.25, of random
+// length 1.29. Broadcasting values from a register (GCC's choice, two shuffles each) instead of memory took 1.9.
+// Reading columns one by one instead of eight per word took 1.4 with 16 lanes, but 3 % less with 32 and 64.
 #pragma once
 
 #include "shrink.h"
 
 namespace {
 
-// What lanes ask of the tasks, laid out for vectors. One thread's scratch.
-struct Wanted {
-    float* weights;   // [chunk][task][lanes], zeros beyond the rows
-    uint8_t* active;  // [chunk][task]: whether a lane has a weight
+// The lanes' task weights, laid out for vectors. One thread's scratch.
+struct LaneWeights {
+    float* weights;   // [chunk][task][lanes], zeros beyond the last row
+    uint8_t* active;  // [chunk][task]: whether any lane's weight is not zero
 
     static int64_t bytes(int64_t lanes, int64_t tasks) {
         int64_t padded = kRowsAtOnce + lanes;
@@ -56,18 +56,18 @@ struct Sheet {
     }
 };
 
-// Sixteen values of a step, as float32 in memory: from there a broadcast costs nothing but the load.
+// Returns sixteen values of a step as float32 in memory, where a broadcast is just a load.
 template <int32_t value_kind>
 LORAF_INLINE const float* widen(const char* step, float (&room)[kBlock]) {
     if constexpr (value_kind == kFloat32) return (const float*)step;
     typedef typename Format<value_kind>::Stored Stored;
 #pragma GCC unroll 4
     for (int c = 0; c < kBlock; c += kWidth) store(room + c, Format<value_kind>::get((const Stored*)step + c));
-    asm("" : "+m"(room));  // or the compiler keeps them in a register and shuffles
+    asm("" : "+m"(room));  // keeps the compiler from shuffling registers instead
     return room;
 }
 
-// Sixteen columns of a step. Few lanes: read as words, for the loads are what is scarce. More lanes: one by one.
+// Sixteen columns of a step. With few lanes they are read as words, because loads are the bottleneck; else one by one.
 template <class Index, bool words>
 struct Columns {
     static constexpr int kEach = 8 / int(sizeof(Index));
@@ -88,10 +88,10 @@ struct Columns {
     }
 };
 
-// Adds one task's part to a window's sums.
+// Adds one task's sheet to a window's sums.
 template <int kVectors, class Index, int32_t value_kind>
 void add_sheet(float* sums, const char* at, int64_t outputs, const float* z, int64_t, const float* weight) {
-    constexpr int kRows = kSums / kVectors;  // outputs whose sums stand in registers
+    constexpr int kRows = kSums / kVectors;  // outputs whose sums are kept in registers
     constexpr int64_t kLanes = kVectors * kWidth;
     constexpr int64_t kValues = kBlock * int64_t(sizeof(typename Format<value_kind>::Stored));
     constexpr int64_t kStep = kValues + kBlock * int64_t(sizeof(Index));
@@ -145,13 +145,13 @@ void add_to_rows(const Call& call, int64_t first, int64_t rows, int64_t column, 
 #pragma GCC unroll 16
             for (int i = 0; i < kWidth; i++) square[i] = load<Floats>(sums + (o + i) * lanes + lane0);
             transpose(square);
-            alignas(64) float turned[kWidth][kWidth];
+            alignas(64) float transposed[kWidth][kWidth];
 #pragma GCC unroll 16
-            for (int i = 0; i < kWidth; i++) store(turned[i], square[i]);
+            for (int i = 0; i < kWidth; i++) store(transposed[i], square[i]);
             int64_t count = least(kWidth, rows - lane0);
             for (int64_t i = 0; i < count; i++) {
                 Stored* to = y + indices[lane0 + i] * call.y_stride + o;
-                F::put(to, F::get(to) + load<Floats>(turned[i]));
+                F::put(to, F::get(to) + load<Floats>(transposed[i]));
             }
         }
     for (; o < outputs; o++)
@@ -161,7 +161,7 @@ void add_to_rows(const Call& call, int64_t first, int64_t rows, int64_t column, 
         }
 }
 
-// Asks for the beginning of the sheet that comes after number `current`: its rows and lengths break the stream.
+// Prefetches the beginning of the next sheet after `current`, where its rows and lengths interrupt the stream of steps.
 LORAF_INLINE void prefetch_next(const uint32_t* sheets, const char* b, int64_t current, int64_t t, int64_t count,
                                 int64_t tasks, const uint8_t* active) {
     for (int64_t next = current + 1; next < count; next++) {
@@ -173,9 +173,10 @@ LORAF_INLINE void prefetch_next(const uint32_t* sheets, const char* b, int64_t c
     }
 }
 
-// Windows of all parts count through, and for each the chunks: a window's part of B stays in the cache for all chunks.
-// `way` says how one chunk is done: its lanes, how a sheet is added, how the sums get to y.
-template <class Way>
+// Work items are windows of all parts, and within a window its chunks, so that a window of B stays cached for all
+// chunks. `Lanes` defines how a chunk is computed: what its lanes hold, how a sheet is added, and how the sums are
+// added to y.
+template <class Lanes>
 void expand_by(const Call& call, char* scratch, int thread, int threads) {
     const Layer& layer = *call.layer;
     int64_t windows = 0, tasks = layer.tasks, lanes = call.lanes;
@@ -183,24 +184,24 @@ void expand_by(const Call& call, char* scratch, int thread, int threads) {
     int64_t chunks = (call.rows + lanes - 1) / lanes;
     Range mine = share(windows * chunks, thread, threads);
     float* sums = (float*)scratch;
-    Wanted wanted;
-    wanted.weights = sums + kWindow * lanes;
-    wanted.active = (uint8_t*)(wanted.weights + chunks * tasks * lanes);
-    wanted.fill(call, chunks);
+    LaneWeights lane_weights;
+    lane_weights.weights = sums + kWindow * lanes;
+    lane_weights.active = (uint8_t*)(lane_weights.weights + chunks * tasks * lanes);
+    lane_weights.fill(call, chunks);
     int64_t item = 0;
     for (int64_t p = 0; p < layer.parts; p++) {
         const Part& part = layer.part[p];
         const uint32_t* sheets = (const uint32_t*)((const char*)&layer + part.sheets);
         const char* b = (const char*)&layer + part.b;
         int64_t count = windows_of(part.d_out);
-        auto add = Way::sheet_adder(part);
+        auto add = Lanes::sheet_adder(part);
         for (int64_t window = 0; window < count; window++) {
             int64_t outputs = least(kWindow, part.d_out - window * kWindow), padded = round_up(outputs, kBlock);
             for (int64_t chunk = 0; chunk < chunks; chunk++, item++) {
                 if (item < mine.begin || item >= mine.end) continue;
                 int64_t first = chunk * lanes, rows = least(lanes, call.rows - first);
-                const float* z = Way::z_of(call, part, chunk);
-                const uint8_t* active = wanted.active + chunk * tasks;
+                const float* z = Lanes::z_of(call, part, chunk);
+                const uint8_t* active = lane_weights.active + chunk * tasks;
                 bool touched = false;
                 for (int64_t t = 0; t < tasks; t++) {
                     int64_t sheet = window * tasks + t;
@@ -208,24 +209,24 @@ void expand_by(const Call& call, char* scratch, int thread, int threads) {
                     if (chunks == 1) prefetch_next(sheets, b, sheet, t, count * tasks, tasks, active);
                     if (!touched) memset(sums, 0, size_t(kWindow * lanes) * 4);
                     touched = true;
-                    const float* weight = wanted.weights + (chunk * tasks + t) * lanes;
+                    const float* weight = lane_weights.weights + (chunk * tasks + t) * lanes;
                     add(sums, b + int64_t(sheets[sheet]) * kUnit, padded, z, layer.blocks * kBlock, weight);
                 }
                 if (!touched) continue;
                 int64_t column = part.offset + window * kWindow;
-                if (layer.kind == kBfloat16) Way::template add<kBfloat16>(call, first, rows, column, outputs, sums);
-                else if (layer.kind == kFloat16) Way::template add<kFloat16>(call, first, rows, column, outputs, sums);
-                else Way::template add<kFloat32>(call, first, rows, column, outputs, sums);
+                if (layer.kind == kBfloat16) Lanes::template add<kBfloat16>(call, first, rows, column, outputs, sums);
+                else if (layer.kind == kFloat16) Lanes::template add<kFloat16>(call, first, rows, column, outputs, sums);
+                else Lanes::template add<kFloat32>(call, first, rows, column, outputs, sums);
             }
         }
     }
 }
 
-// z_stride: between lanes, where they do not stand side by side.
+// z_stride: between lanes, if they are not adjacent.
 typedef void (*AddSheet)(float* sums, const char* at, int64_t outputs, const float* z, int64_t z_stride,
                          const float* weight);
 
-// Rows of the batch in the lanes of vectors.
+// The lanes of a vector hold rows of the batch.
 template <int kVectors>
 struct Wide {
     static const float* z_of(const Call& call, const Part& part, int64_t chunk) {

@@ -1,6 +1,6 @@
-// The library's face: which variants there are, and a call that adds the delta of one layer with all threads.
+// The library's interface: the variants, and a call that adds the delta of one layer with all threads.
 //
-//     choose the chunk's lanes; for each block of rows that the scratch memory holds:
+//     choose the lanes of a chunk; for each block of rows that the scratch memory holds:
 //         every thread: shrink its share;  wait;  expand its share;  wait
 
 #include <cstdlib>
@@ -26,7 +26,7 @@ namespace {
 
 using namespace loraf;
 
-// From the least to the best; those that the compiler knew.
+// From the slowest to the fastest; only those that the compiler supports.
 const Variant* const kVariants[] = {
     &variant_plain,
 #if defined(LORAF_WITH_avx2)
@@ -41,28 +41,28 @@ const Variant* const kVariants[] = {
 };
 constexpr int kVariantCount = sizeof kVariants / sizeof kVariants[0];
 
-// Memory that a thread keeps between calls and that grows as needed.
-struct Kept {
+// Memory that a thread keeps between calls. It grows as needed.
+struct Buffer {
     char* bytes = nullptr;
     int64_t size = 0;
 
-    char* at_least(int64_t wanted) {
-        if (size < wanted) {
+    char* at_least(int64_t required) {
+        if (size < required) {
             free(bytes);
             bytes = nullptr;
             size = 0;
             void* fresh = nullptr;
-            if (posix_memalign(&fresh, 64, size_t(wanted)) != 0) return nullptr;
+            if (posix_memalign(&fresh, 64, size_t(required)) != 0) return nullptr;
             bytes = (char*)fresh;
-            size = wanted;
+            size = required;
         }
         return bytes;
     }
-    ~Kept() { free(bytes); }
+    ~Buffer() { free(bytes); }
 };
 
-thread_local Kept kept_z;        // of the thread that calls
-thread_local Kept kept_scratch;  // of every thread that works
+thread_local Buffer z_buffer;        // of the calling thread
+thread_local Buffer scratch_buffer;  // of every working thread
 
 }  // namespace
 
@@ -71,19 +71,19 @@ LORAF_API int loraf_kernels_variants() { return kVariantCount; }
 LORAF_API const char* loraf_kernels_name(int variant) { return kVariants[variant]->name; }
 LORAF_API int loraf_kernels_runs(int variant) { return kVariants[variant]->runs_here(); }
 
-// Returns 0, or 1 when there is not enough memory (then y is as it was, or some rows of it are done).
+// Returns 0, or 1 if there is not enough memory. Then none or some rows of y have been changed.
 LORAF_API int loraf_kernels_add_delta(int which, const Layer* layer, char* y, int64_t y_stride, const char* x,
                                       int64_t x_stride, const int32_t* indices, const float* weights, int64_t rows) {
     if (rows <= 0) return 0;
     const Variant& variant = *kVariants[which];
     int64_t lanes = variant.lanes(layer, rows);
     int64_t most = rows < kRowsAtOnce ? rows : kRowsAtOnce;
-    float* z = (float*)kept_z.at_least((round_up(most, lanes) * layer->blocks * kBlock + kSlack) * 4);
+    float* z = (float*)z_buffer.at_least((round_up(most, lanes) * layer->blocks * kBlock + kSlack) * 4);
     if (!z) return 1;
     int64_t scratch_size = variant.scratch(layer);
     int failed = 0;
     auto work = [&](int thread, int threads) {
-        Scratch scratch = {kept_scratch.at_least(scratch_size), scratch_size};
+        Scratch scratch = {scratch_buffer.at_least(scratch_size), scratch_size};
         if (!scratch.bytes) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
         for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
             int64_t count = rows - first < kRowsAtOnce ? rows - first : kRowsAtOnce;

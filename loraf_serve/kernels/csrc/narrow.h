@@ -1,15 +1,15 @@
-// expand for one to four rows of a batch, where lanes of a vector that hold rows would mostly be idle: the lanes are the
-// 16 outputs of a slice instead, and z, which has at most 128 numbers a part, stands in registers.
+// expand for one to four rows of a batch. Lanes that hold rows would mostly be idle, so the lanes of a vector are the
+// 16 outputs of a slice instead, and z, at most 128 numbers per part, is kept in registers.
 //
 //     for each slice: sum[16 outputs] = 0;  for each step: sum += value[16] · lookup(z[lane], j[16])
 //
-// A lookup among 64 numbers is two permutations of two registers each, and a choice. A gather instruction would do the
-// same from memory, but where processors are mended against reading other programs' data it has become slow.
+// A lookup among 64 numbers is two permutations of two registers each, and a blend. A gather instruction would do the
+// same from memory, but mitigations of processor vulnerabilities have made it slow.
 //
-// Sums are taken in the same order and rounded alike, so a row's result does not depend on how many rows there are.
+// Sums are added in the same order and rounded the same way, so a row's result does not depend on the number of rows.
 //
-// Measured as in shrink.h, expand alone, four tasks of 90 % sparsity at rank 64, milliseconds a step: one row 0.6 (with
-// rows in the lanes 2.3), two rows 1.0 (2.5), four rows 1.4 (2.5).
+// Measured as in shrink.h, expand alone, four tasks of 90 % sparsity at rank 64, milliseconds per step: one row 0.6
+// (2.3 with rows in the lanes), two rows 1.0 (2.5), four rows 1.4 (2.5).
 #pragma once
 
 #include "expand.h"
@@ -22,25 +22,25 @@ namespace {
 constexpr int64_t kNarrowRows = 4;
 constexpr int64_t kNarrowRank = kSlack;
 
-// z[j[i]] for 16 indices; `kTables` registers hold z.
+// Returns z[j[i]] for 16 indices. `kTables` registers hold z.
 template <int kTables>
 LORAF_INLINE Floats look_up(const Floats (&z)[kTables], __m512i j) {
-    Floats found = _mm512_permutex2var_ps(z[0], j, z[1]);
+    Floats result = _mm512_permutex2var_ps(z[0], j, z[1]);
     if constexpr (kTables == 4) {
         __mmask16 upper = _mm512_test_epi32_mask(j, _mm512_set1_epi32(32));
-        found = _mm512_mask_blend_ps(upper, found, _mm512_permutex2var_ps(z[2], j, z[3]));
+        result = _mm512_mask_blend_ps(upper, result, _mm512_permutex2var_ps(z[2], j, z[3]));
     } else if constexpr (kTables == 8) {
         __mmask16 odd = _mm512_test_epi32_mask(j, _mm512_set1_epi32(32));
         __mmask16 upper = _mm512_test_epi32_mask(j, _mm512_set1_epi32(64));
-        found = _mm512_mask_blend_ps(odd, found, _mm512_permutex2var_ps(z[2], j, z[3]));
-        Floats rest = _mm512_permutex2var_ps(z[4], j, z[5]);
-        rest = _mm512_mask_blend_ps(odd, rest, _mm512_permutex2var_ps(z[6], j, z[7]));
-        found = _mm512_mask_blend_ps(upper, found, rest);
+        result = _mm512_mask_blend_ps(odd, result, _mm512_permutex2var_ps(z[2], j, z[3]));
+        Floats high = _mm512_permutex2var_ps(z[4], j, z[5]);
+        high = _mm512_mask_blend_ps(odd, high, _mm512_permutex2var_ps(z[6], j, z[7]));
+        result = _mm512_mask_blend_ps(upper, result, high);
     }
-    return found;
+    return result;
 }
 
-// Adds one task's part to a window's sums [lane][kWindow].
+// Adds one task's sheet to a window's sums [lane][kWindow].
 template <int kRows, int kTables, int32_t value_kind>
 void add_narrow_sheet(float* sums, const char* at, int64_t outputs, const float* z, int64_t z_stride,
                       const float* weight) {
@@ -65,14 +65,14 @@ void add_narrow_sheet(float* sums, const char* at, int64_t outputs, const float*
         sheet.steps = stop;
         const uint8_t* row = sheet.row + s * kBlock;
         for (int r = 0; r < kRows; r++) {
-            alignas(64) float turned[kBlock];
-            store(turned, sum[r]);
-            asm("" : "+m"(turned));
+            alignas(64) float transposed[kBlock];
+            store(transposed, sum[r]);
+            asm("" : "+m"(transposed));
             float w = weight[r];
 #pragma GCC unroll 16
-            for (int i = 0; i < kBlock; i++) {  // the same fused operation as with rows in the lanes
+            for (int i = 0; i < kBlock; i++) {  // the same fused operation as in expand.h
                 float& to = sums[r * kWindow + row[i]];
-                to = __builtin_fmaf(w, turned[i], to);
+                to = __builtin_fmaf(w, transposed[i], to);
             }
         }
     }

@@ -1,9 +1,9 @@
-// Packing: A and the coordinates of B of each task, as they come, into the block of memory that layer.h describes.
+// Packs A and the coordinates of B of each task into the block of memory that layer.h describes.
 //
-//     measure:  for each part and task: where each row of B ends among the coordinates, so how long every sheet is
+//     measure:  for each part and task, find where each row of B ends among the coordinates: the size of every sheet
 //     pack:     write the head, A in blocks, every sheet
 //
-// Coordinates are sorted by row, then column, and lie inside the matrix; Python has checked that when it read them.
+// Coordinates are sorted by row, then column, and lie inside the matrix. Python has checked this when it read them.
 
 #include <cstring>
 
@@ -13,7 +13,7 @@
 
 using namespace loraf;
 
-// The same structures are written in loraf_serve/kernels/cpu_kernel.py.
+// The same structures are declared in loraf_serve/kernels/cpu_kernel.py.
 struct TaskSource {
     const void* rows;
     const void* cols;
@@ -28,7 +28,7 @@ struct PartSource {
     const void* a;
     int64_t rank, first_row, stop_row, offset;
     const TaskSource* tasks;
-    int64_t* ends;  // scratch (tasks, stop_row − first_row + 1): an entry o is where row o begins, o + 1 where it ends
+    int64_t* ends;  // scratch (tasks, stop_row − first_row + 1): row o begins at ends[o] and ends before ends[o + 1]
 };
 
 struct LayerSource {
@@ -56,7 +56,7 @@ int64_t first_not_below(const TaskSource& task, int64_t row) {
     return low;
 }
 
-// Only stores in the loop: a count would have to wait for its own last value.
+// The loop only stores. Counting instead would have to wait for the previous count.
 template <class Row>
 void mark_ends(const Row* rows, int64_t begin, int64_t end, int64_t first_row, int64_t* ends) {
     for (int64_t i = begin; i < end; i++) ends[int64_t(rows[i]) - first_row + 1] = i + 1;
@@ -74,14 +74,14 @@ void find_ends(const TaskSource& task, int64_t first_row, int64_t stop_row, int6
         if (ends[o] == 0) ends[o] = ends[o - 1];  // an empty row
 }
 
-// A window's rows by their number of nonzeros, most first; a counting sort. Returns the number of steps.
+// A window's rows, sorted by their number of nonzeros, most first.
 struct Order {
     uint8_t row[kWindow];
     uint16_t length[kWindow / kBlock];
     int64_t slices, steps, entries;
 };
 
-// `place`: scratch, rank + 2 zeros, and zeros again afterwards.
+// A counting sort. `place`: scratch of rank + 2 zeros, zero again afterwards.
 void sort_window(const int64_t* ends, int64_t outputs, uint32_t* place, Order& order) {
     int64_t padded = round_up(outputs, kBlock), most = 0;
     order.slices = padded / kBlock;
@@ -91,8 +91,8 @@ void sort_window(const int64_t* ends, int64_t outputs, uint32_t* place, Order& o
         place[count + 1]++;
         if (count > most) most = count;
     }
-    place[1] += uint32_t(padded - outputs);  // rows that are not there have no nonzeros
-    // place[c + 1]: rows with c nonzeros → place[c]: where such rows begin, the longest first
+    place[1] += uint32_t(padded - outputs);  // padding rows have no nonzeros
+    // Turns place[c + 1] from the number of rows with c nonzeros into where those rows begin, the longest rows first.
     uint32_t before = 0;
     for (int64_t c = most; c >= 0; c--) {
         uint32_t here = place[c + 1];
@@ -200,7 +200,7 @@ void write_sheet(char* to, const Order& order, const int64_t* ends, const TaskSo
     }
 }
 
-// A (rank, d_in) of one part into its blocks of every tile. An Element is a number, or a pair of bfloat16.
+// Writes A (rank, d_in) of one part into its blocks of every tile. An Element is a number, or a pair of bfloat16.
 template <class Element>
 void write_a(Element* to, const PartSource& part, int64_t first_block, int64_t blocks, int64_t d_in, int32_t kind) {
     const int64_t row_bytes = d_in * size_of(kind), pair = int64_t(sizeof(Element)) / size_of(kind);
@@ -215,7 +215,7 @@ void write_a(Element* to, const PartSource& part, int64_t first_block, int64_t b
             }
             const char* from = (const char*)part.a + row * row_bytes + k0 * size_of(kind);
             for (int64_t k = 0; k < whole; k++) memcpy(column + k * kBlock, from + k * sizeof(Element), sizeof(Element));
-            if (whole < columns) {  // an odd last bfloat16 with a zero beside it
+            if (whole < columns) {  // an odd last bfloat16, paired with a zero
                 Element last = 0;
                 memcpy(&last, from + whole * sizeof(Element), size_t(size_of(kind)));
                 column[whole * kBlock] = last;
@@ -224,7 +224,8 @@ void write_a(Element* to, const PartSource& part, int64_t first_block, int64_t b
     }
 }
 
-// Lays the arrays out; with `to`, writes them as well. Returns the bytes, or −1 where B is too large for its offsets.
+// Lays out the arrays and, if `to` is set, writes them. Returns the size in bytes, or −1 if B is too large for its
+// offsets.
 int64_t lay_out(const LayerSource& source, uint32_t* place, char* to) {
     int64_t head = int64_t(sizeof(Layer)) + (source.parts - 1) * int64_t(sizeof(Part));
     int64_t at = round_up(head, 64);
@@ -276,7 +277,7 @@ int64_t lay_out(const LayerSource& source, uint32_t* place, char* to) {
 
 }  // namespace
 
-// Fills every `ends` and returns the bytes that pack will write, or −1. `place`: the largest rank + 2 zeros.
+// Fills every `ends`. Returns the number of bytes that pack will write, or −1. `place`: the largest rank + 2 zeros.
 LORAF_API int64_t loraf_kernels_measure(const LayerSource* source, uint32_t* place) {
     for (int64_t p = 0; p < source->parts; p++) {
         const PartSource& part = source->part[p];
@@ -287,7 +288,7 @@ LORAF_API int64_t loraf_kernels_measure(const LayerSource* source, uint32_t* pla
     return lay_out(*source, place, nullptr);
 }
 
-// After measure, with the same source; `to`: as many bytes as it said, 64-byte aligned.
+// Call it after measure with the same source. `to`: as many bytes as measure returned, 64-byte aligned.
 LORAF_API void loraf_kernels_pack(const LayerSource* source, uint32_t* place, char* to) {
     lay_out(*source, place, to);
 }

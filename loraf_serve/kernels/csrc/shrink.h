@@ -1,13 +1,13 @@
 // z[row][j] = Σ_k A[j][k] · x[row][k], for all parts of the layer at once.
 //
 //     for each tile of kDepth columns:
-//         tile of x in float32 (or as pairs of bfloat16), rows apart
-//         for 8 rows and 2 blocks of 16 j, or 4 and 4, or as the registers allow:
+//         copy a tile of x in float32 (or as pairs of bfloat16)
+//         for 8 rows and 2 blocks of 16 j, or 4 and 4, as the registers allow:
 //             sums[rows][j] += A[j][k] · x[row][k]     # a vector is 16 j at one k, x is broadcast
 //
-// Measured on one core of an Ice Lake server (AVX-512, both cores busy), 8 layers, 4.5 M numbers in A: 16 rows at once
-// against one block took 2.1 ms, 8 rows against two blocks 1.5 ms, for fewer loads a product; one row against four
-// blocks 0.38 ms, against one block with four sums along k 0.44 ms. A in tiles and asked for 1 KiB ahead: 3.5 → 2.2 ms.
+// Measured on one core of an Ice Lake server (AVX-512, both cores busy), 8 layers, 4.5 M numbers in A. 16 rows with one
+// block took 2.1 ms; 8 rows with two blocks took 1.5 ms, because of fewer loads per product. One row with four blocks
+// took 0.38 ms; with one block and four sums along k it took 0.44 ms. A in tiles, prefetched 1 KiB ahead: 3.5 → 2.2 ms.
 #pragma once
 
 #include "vectors.h"
@@ -18,10 +18,10 @@
 
 namespace {
 
-constexpr int64_t kStride = kDepth + kWidth;  // of a row of the tile, so that rows do not fall on the same cache sets
+constexpr int64_t kStride = kDepth + kWidth;  // of a row of the tile, so that rows use different cache sets
 constexpr int kParts = kBlock / kWidth;       // vectors in a block of A
 constexpr int kRowsMost = kWidth == 16 ? 8 : kSums / kParts;  // rows of x that share a load of A
-constexpr int64_t kAhead = 1024;              // bytes that A and B are asked for before they are used
+constexpr int64_t kAhead = 1024;              // prefetch distance for A and B, in bytes
 
 struct Range {
     int64_t begin, end;
@@ -34,7 +34,8 @@ LORAF_INLINE Range share(int64_t items, int thread, int threads) {
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #if defined(LORAF_PAIRS)
-// sum[i] + a[2i]·b[2i] + a[2i+1]·b[2i+1] of bfloat16 pairs: AVX-512-BF16's VDPBF16PS, or the same for a test.
+// Returns sum[i] + a[2i]·b[2i] + a[2i+1]·b[2i+1] of bfloat16 pairs: AVX-512-BF16's VDPBF16PS, or its emulation in
+// tests.
 LORAF_INLINE Floats multiply_pairs(Floats sum, Words a, Words b) {
 #if defined(LORAF_EMULATE_BF16)
     sum += (Floats)(a & 0xFFFF0000u) * (Floats)(b & 0xFFFF0000u);
@@ -45,7 +46,7 @@ LORAF_INLINE Floats multiply_pairs(Floats sum, Words a, Words b) {
 }
 #endif
 
-// x as shrink reads it: float32, or pairs of bfloat16 in the same 32-bit words.
+// The format of x in a tile: float32, or pairs of bfloat16 in 32-bit words.
 template <int32_t kind>
 struct Tile {
 #if defined(LORAF_PAIRS)
@@ -55,7 +56,7 @@ struct Tile {
 #endif
 };
 
-// Copies columns k0 … k0 + depth of rows of x; missing rows and an odd last column become zeros.
+// Copies columns k0 … k0 + depth − 1 of rows of x. Pads rows, and an odd number of columns, with zeros.
 template <int32_t kind>
 void fill_tile(float* tile, const Call& call, int64_t first, int64_t rows, int64_t padded, int64_t k0, int64_t depth) {
     typedef Format<kind> F;
@@ -80,8 +81,9 @@ void fill_tile(float* tile, const Call& call, int64_t first, int64_t rows, int64
     }
 }
 
-// sums[block][row][16 j] += Σ_k a[block][k][16 j] · tile[row][k] for kRows rows and kBlocks blocks. A vector of A serves
-// all rows, a broadcast of x all blocks; few rows take several blocks, so that enough sums are under way at once.
+// sums[block][row][16 j] += Σ_k a[block][k][16 j] · tile[row][k] for kRows rows and kBlocks blocks. A vector of A
+// serves all rows and a broadcast of x all blocks. Few rows are combined with several blocks, for enough independent
+// sums.
 template <int32_t kind, int kRows, int kBlocks>
 LORAF_INLINE void multiply(float* sums, int64_t sums_stride, const typename Format<kind>::Stored* a, int64_t a_stride,
                            const float* tile, int64_t depth) {
@@ -130,7 +132,7 @@ LORAF_INLINE void multiply(float* sums, int64_t sums_stride, const typename Form
             store(sums + v / kParts * sums_stride + r * kBlock + v % kParts * kWidth, sum[r][v]);
 }
 
-// `kernel` rows at a time, a power of two up to kRowsMost; `count` blocks.
+// Multiplies `count` blocks, `kernel` rows at a time, a power of two up to kRowsMost.
 template <int32_t kind, int kRows = kRowsMost>
 void multiply_blocks(int kernel, float* sums, int64_t sums_stride, const typename Format<kind>::Stored* a,
                      int64_t a_stride, int64_t count, const float* tile, int64_t rows, int64_t depth) {
@@ -149,7 +151,7 @@ void multiply_blocks(int kernel, float* sums, int64_t sums_stride, const typenam
                                      tile + r * kStride, depth);
 }
 
-// The blocks of A of all parts count through; a thread takes some blocks of some chunks.
+// Work items are the blocks of A of all parts, for each chunk. A thread takes a contiguous share of them.
 template <int32_t kind>
 void shrink_kind(const Call& call, float* tile, int thread, int threads) {
     typedef typename Format<kind>::Stored Stored;

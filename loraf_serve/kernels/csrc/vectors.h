@@ -1,5 +1,5 @@
 // Vectors of the width that the file is compiled for, and the three number formats. Everything is local to its variant:
-// an inline function that two variants shared would be merged by the linker, with one's instructions for both.
+// the linker would merge an inline function shared by two variants, and use one variant's instructions for both.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ using namespace loraf;
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;  // floats in a vector
-constexpr int kSums = 16;   // vectors of sums that fit the registers beside what feeds them
+constexpr int kSums = 16;   // vectors of sums that fit the registers, next to their operands
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 constexpr int kSums = 8;
@@ -55,7 +55,7 @@ LORAF_INLINE float bf16_to_float(uint16_t bits) {
     return value;
 }
 
-// To nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even. A NaN stays a NaN.
 LORAF_INLINE uint16_t float_to_bf16(float value) {
     uint32_t word;
     memcpy(&word, &value, 4);
@@ -64,7 +64,7 @@ LORAF_INLINE uint16_t float_to_bf16(float value) {
 }
 
 LORAF_INLINE Floats load_bf16(const uint16_t* from) {
-#if defined(__AVX512F__)  // GCC makes four instructions of the plain form
+#if defined(__AVX512F__)  // GCC compiles the plain form to four instructions
     return (Floats)((Words)_mm512_maskz_cvtepu16_epi32(0xFFFF, load<__m256i>(from)) << 16);
 #elif defined(__AVX2__)
     return (Floats)((Words)_mm256_cvtepu16_epi32(load<__m128i>(from)) << 16);
@@ -88,7 +88,7 @@ LORAF_INLINE uint16_t float_to_f16(float value) {
     return uint16_t(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT)));
 }
 #else
-// By integers: moves the significand to its place and lets one float multiplication mend the exponent, denormals too.
+// With integers: moves the significand into place and corrects the exponent, also of denormals, by a multiplication.
 LORAF_INLINE float f16_to_float(uint16_t bits) {
     uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7FFF) << 13;
     if (rest >= 0x7C00u << 13) rest += uint32_t(255 - 31 - 112) << 23;  // infinity, NaN: the exponent of all ones
@@ -109,7 +109,7 @@ LORAF_INLINE uint16_t float_to_f16(float value) {
     uint32_t magnitude = word & 0x7FFFFFFF;
     if (magnitude > 0x7F800000) return uint16_t(sign | 0x7E00 | (magnitude >> 13 & 0x1FF));
     if (magnitude >= 0x477FF000) return uint16_t(sign | 0x7C00);  // 65,520 and more round to infinity
-    if (magnitude < 0x38800000) {  // denormal: adding one half puts its last bit at 2^-24, rounded by the processor
+    if (magnitude < 0x38800000) {  // denormal: adding one half makes the processor round at 2^-24
         float absolute;
         memcpy(&absolute, &magnitude, 4);
         absolute += 0.5f;
@@ -176,7 +176,7 @@ struct Format<kFloat32> {
 
 // --- transposition ----------------------------------------------------------------------------------------------
 
-// Two vectors a, b of a square: b's lanes without bit `step` go to a's lanes with it, and the other way round.
+// Swaps the lanes of b whose index lacks bit `step` with the lanes of a whose index has it.
 template <int step>
 LORAF_INLINE void exchange(Floats& a, Floats& b) {
 #if defined(__clang__)

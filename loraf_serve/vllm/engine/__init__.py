@@ -1,5 +1,12 @@
 """Runs in the service's process: vLLM engines as backends.
 
-`backends` holds the slots and the resident backend, `vllm_backend` what they share; options, environment and types are
-turned into vLLM's here. May use `slots`, `resident` and `worker`, never the other way round.
+    backends       the slots and the resident backend
+    vllm_backend   their common base
+    slot_queue     decides which task sets get a slot
+    support        whether vLLM can serve a model on this machine
+    arguments      the user's vLLM options as an engine's arguments
+    environment    environment variables of vLLM's processes
+    convert        requests and outputs between the service's types and vLLM's
+
+May import `slots`, `resident` and `worker`; they never import this room.
 """

@@ -1,11 +1,11 @@
-"""Two ways to serve task sets on vLLM: `slots`, a LoRA slot for each set, and `resident`, one adapter for all sets."""
+"""The two vLLM backends: `slots`, a LoRA slot for each task set, and `resident`, one adapter for all sets."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from loraf.errors import ConfigError, Problem
 from loraf_serve.backends.backend import BackendUnavailable
@@ -21,28 +21,29 @@ if TYPE_CHECKING:
 
 __all__ = ["ResidentBackend", "SlotsBackend", "can_serve"]
 
-_REMEMBERED = 1024  # sets that no request uses; each is a name and a number
+_IDLE_SETS = 1024  # unused sets to remember; each is a name and a number
 
 
 class SlotsBackend(VllmBackend):
-    """A set is a slot, built in vLLM's worker from the checkpoint. Sets beyond the number of slots (`--max-loras`) wait
-    their turn. Base requests need no slot and never wait."""
+    """Serves each task set from a LoRA slot, built in vLLM's worker from the checkpoint. If there are more sets than
+    slots (`--max-loras`), they take turns. Base requests need no slot and never wait."""
 
     name = "slots"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._admission = SlotAdmission(0)  # the engine says how many slots there are
+        self._admission = SlotAdmission(0)  # replaced when the number of slots is known
 
     def _engine_args(self) -> AsyncEngineArgs:
-        from loraf_serve.vllm.engine.options import slots_args
+        from loraf_serve.vllm.engine.arguments import slots_args
 
         return slots_args(self._model_folder, self._engine_options, self._max_rank, self._reserve)
 
     def _configured(self, config: VllmConfig) -> None:
         lora = config.lora_config
+        assert lora is not None and lora.max_cpu_loras is not None  # arguments.py sets both
         self._admission = SlotAdmission(lora.max_loras)
-        # A set without a slot is remembered as long as the workers keep it built.
+        # An unused set is remembered as long as the workers keep it built.
         self._lora_requests = LoraRequests(first_id=lora.max_loras + 1, idle=lora.max_cpu_loras)
 
     @asynccontextmanager
@@ -55,11 +56,11 @@ class SlotsBackend(VllmBackend):
 
 
 class ResidentBackend(VllmBackend):
-    """A checkpoint stands once in each worker, and a set is a row of weights: any number of sets mix in a batch."""
+    """Keeps each checkpoint once per worker. A task set is a row of weights, so any number of sets mix in a batch."""
 
     name = "resident"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._in_use: Counter[str] = Counter()
 
@@ -67,20 +68,22 @@ class ResidentBackend(VllmBackend):
         return {KEEP: "1"}
 
     def _engine_args(self) -> AsyncEngineArgs:
-        from loraf_serve.vllm.engine.options import resident_args
+        from loraf_serve.vllm.engine.arguments import resident_args
 
         keep_compile()
         return resident_args(self._model_folder, self._engine_options, self._reserve)
 
     def _configured(self, config: VllmConfig) -> None:
         lora = config.lora_config
+        assert lora is not None  # arguments.py enables LoRA
         if lora.lora_dtype is not config.model_config.dtype:
-            message = f"{lora.lora_dtype} is not the model's, {config.model_config.dtype}, in which the kernels work"
+            message = f"{lora.lora_dtype} differs from the model's {config.model_config.dtype}, which the kernels need"
             raise ConfigError(Problem(message, "--lora-dtype", remedy="leave it out, or serve with --backend slots"))
-        # A row for every sequence of a batch, so that the scheduler never makes a set wait for another.
+        # One set for every sequence of a batch, so that the scheduler never makes a set wait for another.
         lora.max_loras = lora.max_cpu_loras = config.scheduler_config.max_num_seqs
-        lora.max_lora_rank = max(self._max_rank, 64)  # a GPU's kernels are made for it before a checkpoint is loaded
-        self._lora_requests = LoraRequests(first_id=lora.max_loras + 1, idle=_REMEMBERED)
+        # Fixes the size of the GPU kernel's memory. Need not be one of vLLM's ranks.
+        lora.max_lora_rank = cast(Any, max(self._max_rank, 64))
+        self._lora_requests = LoraRequests(first_id=lora.max_loras + 1, idle=_IDLE_SETS)
 
     @asynccontextmanager
     async def _lora_request(self, key: str) -> AsyncIterator[LoRARequest]:

@@ -1,4 +1,4 @@
-"""Between the service's requests and answers and vLLM's."""
+"""Converts requests and outputs between the service's types and vLLM's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraf_serve.backends.backend import ChoiceDelta, Output, PositionLogprobs, 
 
 
 def sampling_params(sampling: Sampling) -> SamplingParams:
-    """vLLM's parameters; every field of `Sampling` has its counterpart."""
+    """Returns vLLM's parameters. Every field of `Sampling` has a counterpart."""
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
@@ -37,26 +37,30 @@ def sampling_params(sampling: Sampling) -> SamplingParams:
     )
 
 
-def refused(error: Exception) -> LorafError:
-    """What vLLM has against a request, with its field where that is one of `Sampling`."""
+def request_error(error: Exception) -> LorafError:
+    """Converts vLLM's error about a request, with the field's name if it is one of `Sampling`'s."""
     parameter = getattr(error, "parameter", None)
     known = parameter in {field.name for field in dataclasses.fields(Sampling)}
     message = str(error.args[0]) if error.args else str(error)
     return LorafError(Problem(message, f"sampling.{parameter}" if known else ""))
 
 
-def output(made: RequestOutput, wanted_logprobs: int | None) -> Output:
-    """Args: what vLLM made since its last output; `Sampling.logprobs`."""
-    choices = tuple(_choice(completion, wanted_logprobs) for completion in made.outputs)
-    return Output(choices, made.num_cached_tokens or 0)
+def output(request_output: RequestOutput, logprobs: int | None) -> Output:
+    """Converts the increment since vLLM's last output.
+
+    Args:
+        logprobs: `Sampling.logprobs`.
+    """
+    choices = tuple(_choice(completion, logprobs) for completion in request_output.outputs)
+    return Output(choices, request_output.num_cached_tokens or 0)
 
 
-def _choice(completion: CompletionOutput, wanted_logprobs: int | None) -> ChoiceDelta:
+def _choice(completion: CompletionOutput, count: int | None) -> ChoiceDelta:
     token_ids = tuple(completion.token_ids)
     logprobs: tuple[PositionLogprobs, ...] = ()
-    if wanted_logprobs is not None and completion.logprobs:
+    if count is not None and completion.logprobs:
         positions = zip(token_ids, completion.logprobs, strict=True)
-        logprobs = tuple(_position(token_id, found, wanted_logprobs) for token_id, found in positions)
+        logprobs = tuple(_position(token_id, entries, count) for token_id, entries in positions if entries is not None)
     return ChoiceDelta(
         index=completion.index,
         text=completion.text,
@@ -67,11 +71,16 @@ def _choice(completion: CompletionOutput, wanted_logprobs: int | None) -> Choice
     )
 
 
-def _position(chosen: int, found: Mapping[int, Logprob], wanted: int) -> PositionLogprobs:
-    """vLLM gives the `wanted` most likely tokens (-1: all), and the chosen one as well where it is not among them."""
+def _position(chosen: int, entries: Mapping[int, Logprob], count: int) -> PositionLogprobs:
+    """Converts the log-probabilities at one position of the output.
+
+    Args:
+        chosen: the sampled token.
+        entries: of the `count` most likely tokens (-1 for all), and of the sampled token even if it is not among them.
+    """
     converted = {
         token_id: TokenLogprob(token_id, entry.logprob, entry.rank or 0, entry.decoded_token or "")
-        for token_id, entry in found.items()
+        for token_id, entry in entries.items()
     }
     ranked = sorted(converted.values(), key=lambda entry: entry.rank)
-    return PositionLogprobs(converted[chosen], tuple(ranked if wanted < 0 else ranked[:wanted]))
+    return PositionLogprobs(converted[chosen], tuple(ranked if count < 0 else ranked[:count]))

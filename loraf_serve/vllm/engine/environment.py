@@ -12,35 +12,39 @@ from loraf_serve.vllm.naming import ENGINE_OWNER
 
 
 def quiet() -> None:
-    """Lets vLLM log errors only, unless the user chose a level (VLLM_LOGGING_LEVEL)."""
+    """Limits vLLM's log to errors, unless the user has set VLLM_LOGGING_LEVEL."""
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
 @contextmanager
 def engine_environment(more: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
-    """vLLM's processes inherit this environment, `more` included; this process gets its own back at the end."""
+    """Sets the environment that vLLM's processes inherit, and restores this process's own at the end.
+
+    Args:
+        more: additional variables.
+    """
     quiet()
-    needed = {
+    required = {
         ENGINE_OWNER: str(os.getpid()),
         # A fork of a process with threads (gRPC's) may hang.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
-        # The model is a folder by now: nothing may be looked up on a hub.
+        # The model is a local folder by now, so nothing may be looked up on a hub.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         **more,
     }
-    unless_chosen = {
+    defaults = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }
     if "VLLM_PLUGINS" in os.environ:  # the only plugins that vLLM loads
-        needed["VLLM_PLUGINS"] = os.environ["VLLM_PLUGINS"] + ",loraf"
-    before = {name: os.environ.get(name) for name in needed | unless_chosen}
-    os.environ.update({name: value for name, value in unless_chosen.items() if name not in os.environ} | needed)
+        required["VLLM_PLUGINS"] = os.environ["VLLM_PLUGINS"] + ",loraf"
+    before = {name: os.environ.get(name) for name in required | defaults}
+    os.environ.update({name: value for name, value in defaults.items() if name not in os.environ} | required)
     try:
         yield
     finally:

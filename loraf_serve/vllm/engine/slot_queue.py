@@ -1,9 +1,9 @@
-"""Which task sets are in the engine: at most as many as it has slots, and each gets its turn.
+"""Admits task sets to the engine: at most as many as it has slots, each in turn.
 
-vLLM's scheduler starts no waiting request whose LoRA is not among the running ones while all slots are taken, but goes
-on starting requests behind it whose LoRA is: a steady stream for a few sets would keep every other set waiting for
-ever. So sets are admitted here, in the order in which they began to wait. As soon as a set waits, one admitted set is
-closed: its running requests end, its new ones queue, and the slot goes to the set that has waited longest.
+While all slots are taken, vLLM's scheduler skips a waiting request whose LoRA is not running and starts later requests
+whose LoRA is. So a steady stream for a few sets would keep every other set waiting forever. Therefore sets are admitted
+here, in the order in which they began to wait. As soon as a set waits, one admitted set is closed: its running requests
+finish, its new ones queue, and its slot goes to the set that has waited longest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 
 class SlotAdmission:
-    """Admits requests to `slots` slots; every request of an admitted set shares its set's slot."""
+    """Admits requests to `slots` slots. All requests of a set share its slot."""
 
     def __init__(self, slots: int):
         self._slots = slots
@@ -28,7 +28,7 @@ class SlotAdmission:
         return frozenset(self._running)
 
     def end(self, error: Exception) -> None:
-        """Admits nobody any more: whoever waits, or comes later, gets `error`."""
+        """Stops admitting: waiting and later requests raise `error`."""
         self._ended = error
         waiting, self._waiting = self._waiting, {}
         for turns in waiting.values():
@@ -73,7 +73,7 @@ class SlotAdmission:
             self._settle()
 
     def _settle(self) -> None:
-        """Brings admitted, closed and waiting sets in line after any change."""
+        """Updates admitted, closed and waiting sets after any change."""
         for key in [key for key, requests in self._running.items() if requests == 0]:
             del self._running[key]
             if key in self._closed:
@@ -91,10 +91,10 @@ class SlotAdmission:
                 self._admit(key)
         while len(self._closed) < min(without_slot, len(self._running)):
             open_sets = [key for key in self._running if key not in self._closed]
-            self._closed.append(min(open_sets, key=lambda key: self._running[key]))  # the soonest to be empty
+            self._closed.append(min(open_sets, key=lambda key: self._running[key]))  # likely the first to become empty
 
     def _admit(self, key: Hashable) -> None:
         for turn in self._waiting.pop(key):
-            if not turn.done():  # a cancelled one has not left the queue yet
+            if not turn.done():  # a cancelled request has not left the queue yet
                 self._running[key] = self._running.get(key, 0) + 1
                 turn.set_result(None)

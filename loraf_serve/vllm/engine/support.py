@@ -1,4 +1,4 @@
-"""Can vLLM serve a model with LoRA on this machine, and how? Answered without starting an engine."""
+"""Whether vLLM can serve a model with LoRA on this machine, checked without starting an engine."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from loraf_serve.vllm.engine.environment import quiet
 
 
 def can_serve(model_folder: Path) -> str | None:
-    """Why vLLM cannot serve a model with LoRA; None if it can.
+    """Returns why vLLM cannot serve a model with LoRA, or None if it can.
 
-    Imports vLLM (seconds), reads the model's config, starts nothing.
+    Imports vLLM, which takes seconds, and reads the model's config.
     """
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
     quiet()
     try:
         from vllm.model_executor.models import ModelRegistry, supports_lora
-    except ImportError as error:  # an installation for another processor, or one that misses a library
-        return f"vLLM cannot be imported ({error})"
+    except ImportError as error:  # built for another processor, or without one of its libraries
+        return f"vLLM could not be imported ({error})"
     from loraf_serve.vllm import relied_on
 
     broken = relied_on.broken()
     if broken:
-        return "this release of vLLM is not the one that loraf was made for: " + "; ".join(broken)
-    architectures = json.loads((Path(model_folder) / "config.json").read_text()).get("architectures") or []
+        return "loraf does not support this release of vLLM. No longer true: " + "; ".join(broken)
+    architectures = _architectures(model_folder)
     known = [name for name in architectures if name in ModelRegistry.models]
     if not known:
         return f"vLLM has no model {' or '.join(architectures) or 'without a named architecture'}"
@@ -36,30 +36,33 @@ def can_serve(model_folder: Path) -> str | None:
 
 
 def can_serve_resident(model_folder: Path) -> str | None:
-    """Why the resident backend cannot serve a model that `can_serve`; None if it can."""
+    """Returns why the resident backend cannot serve a model for which `can_serve` returned None, or None if it can."""
     from vllm.model_executor.models import ModelRegistry, supports_multimodal
     from vllm.platforms import current_platform
 
     from loraf_serve.vllm import relied_on
 
-    broken = relied_on.broken(relied_on.resident_facts)
+    broken = relied_on.broken(relied_on.RESIDENT_FACTS)
     if broken:
-        return "this release of vLLM is not the one that it was made for: " + "; ".join(broken)
+        return "it does not support this release of vLLM. No longer true: " + "; ".join(broken)
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
-        return f"its kernels are for CPUs and NVIDIA GPUs, this is {current_platform.device_name}"
+        return f"its kernels run on CPUs and NVIDIA GPUs, not on {current_platform.device_name}"
     if current_platform.is_cuda() and importlib.util.find_spec("triton") is None:
-        return "its kernel for GPUs needs Triton, which is not installed"
-    architectures = json.loads((Path(model_folder) / "config.json").read_text()).get("architectures") or []
-    (known, *_) = [name for name in architectures if name in ModelRegistry.models]
-    if supports_multimodal(ModelRegistry.models[known].load_model_cls()):
-        return f"{known} takes more than text"
+        return "its GPU kernel needs Triton, which is not installed"
+    architecture = next(name for name in _architectures(model_folder) if name in ModelRegistry.models)
+    if supports_multimodal(ModelRegistry.models[architecture].load_model_cls()):
+        return f"{architecture} is a multimodal model, and it serves text models only"
     return None
 
 
+def _architectures(model_folder: Path) -> list[str]:
+    return json.loads((Path(model_folder) / "config.json").read_text()).get("architectures") or []
+
+
 def not_by_default() -> str | None:
-    """Why `auto` leaves out the resident backend where it could serve; None if it does not."""
+    """Returns why `auto` skips the resident backend although it could serve, or None if it does not skip it."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         return None
-    return "on a GPU it has been run too little to be taken unasked (--backend resident takes it)"
+    return "on a GPU it is still too little tested to be the default (select it with --backend resident)"

@@ -1,4 +1,4 @@
-"""A vLLM engine as a backend: its life, its streams, its workers. How a task set reaches it is a subclass's matter."""
+"""A vLLM engine as a backend: start and stop, streams, workers. Subclasses define how a task set reaches the engine."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import itertools
 import uuid
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection, Hashable, Sequence
+from collections.abc import AsyncGenerator, Collection, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from loraf.errors import ConfigError, Problem, UnknownTask
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
 from loraf_serve.vllm.engine.environment import engine_environment
 from loraf_serve.vllm.engine.support import can_serve
-from loraf_serve.vllm.naming import lora_path, parse_lora_path
+from loraf_serve.vllm.naming import lora_path
 from loraf_serve.vllm.worker import remote
-from loraf_serve.vllm.worker.store import raise_error
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.lora.request import LoRARequest
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.02
 _HEALTH_SECONDS = 1.0
-_STOP_SECONDS = 1.0  # for running requests to end when the backend stops
-_EXIT_SECONDS = 30.0  # for vLLM's processes to exit before they are killed
+_STOP_SECONDS = 1.0  # grace for running requests when the backend stops
+_EXIT_SECONDS = 30.0  # grace for vLLM's processes before they are killed
 
 
 class VllmBackend(Backend):
-    """Task sets as vLLM's LoRA requests, of checkpoints that vLLM's workers keep in memory.
+    """Serves task sets as LoRA requests of vLLM. Its workers keep the checkpoints in memory.
 
     Args:
         model_folder: a transformers model.
@@ -60,23 +60,26 @@ class VllmBackend(Backend):
 
     @abstractmethod
     def _engine_args(self) -> AsyncEngineArgs:
-        """Raises ConfigError."""
+        """
+        Raises:
+            ConfigError: the user's vLLM options cannot be used.
+        """
 
     def _configured(self, config: VllmConfig) -> None:
-        """Called with the engine's configuration before the engine starts, and after it is known what vLLM chose."""
+        """Adjusts the engine's configuration, as vLLM has completed it, before the engine starts."""
 
     @abstractmethod
     def _lora_request(self, key: str) -> AbstractAsyncContextManager[LoRARequest]:
-        """vLLM's request object of a set, held while a request of the set runs."""
+        """Returns vLLM's request object of a task set, held while a request of the set runs."""
 
     async def start(self) -> None:
         try:
             await asyncio.to_thread(self._start_engine)
             engine = self._running()
-            self.tokenizer = engine.get_tokenizer()
+            self.tokenizer = cast("PreTrainedTokenizerBase", engine.get_tokenizer())
             self.max_model_len = engine.model_config.max_model_len
             if not all(await self._call_workers("loraf_layers")):
-                message = "vLLM's workers did not take LoRAF's LoRA manager"
+                message = "vLLM's workers did not install LoRAF's LoRA manager"
                 raise ConfigError(Problem(message, self._option, remedy="serve with --backend merged"))
             await self._warm_up()
         except BaseException:
@@ -96,29 +99,29 @@ class VllmBackend(Backend):
             from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            from loraf_serve.vllm.engine.options import refused
+            from loraf_serve.vllm.engine.arguments import option_error
 
             args = self._engine_args()
             try:
                 config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-            # With these vLLM refuses a user's options or model in words; all else is a fault and goes on up.
+            # vLLM raises these for a user's options or model, with an explanation. Others are bugs and propagate.
             except (ValueError, TypeError, NotImplementedError) as error:
-                raise refused(error) from None
+                raise option_error(error) from None
             self._configured(config)
             try:
                 self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-            except Exception as error:  # what stopped the engine's processes stands in their own log
-                remedy = "read the reason above, in vLLM's own log"
+            except Exception as error:  # vLLM's processes log the reason themselves
+                remedy = "see vLLM's own log above for the reason"
                 raise ConfigError(Problem(f"vLLM did not start ({error})", self._option, remedy=remedy)) from error
-        if self._stopping:  # `start` was cancelled meanwhile
+        if self._stopping:  # `start` was cancelled in the meantime
             self._engine.shutdown(_EXIT_SECONDS)
 
     def _environment(self) -> dict[str, str]:
-        """Variables for vLLM's processes."""
+        """Returns additional environment variables for vLLM's processes."""
         return {}
 
     async def _warm_up(self) -> None:
-        """One token of the base model: an engine's first step is slow."""
+        """Generates one token of the base model, because an engine's first step is slow."""
         from vllm.inputs import tokens_input
         from vllm.sampling_params import SamplingParams
 
@@ -128,20 +131,18 @@ class VllmBackend(Backend):
             pass
 
     async def add_adapter(self, adapter: ServedAdapter) -> None:
-        """Has every worker read the checkpoint, compare it with the adapter's digest, and prepare it."""
+        """Has every worker read the checkpoint, verify it against the adapter's digest, and prepare it."""
         await self.check_health()
         if adapter.digest in self._bytes:
             return
         folder = str(adapter.path.resolve())
         try:
-            states = await remote.load(self._call_workers, folder, adapter.tasks, adapter.digest)
-            for state in states:
-                raise_error(state)
+            nbytes = await remote.load(self._call_workers, folder, adapter.tasks, adapter.digest)
         except BaseException:
             if self._engine is not None and not self._engine.errored:
                 await asyncio.shield(self._call_workers("loraf_drop", adapter.digest, []))
             raise
-        self._bytes[adapter.digest] = sum(state["bytes"] for state in states)
+        self._bytes[adapter.digest] = nbytes
 
     async def remove_adapter(self, adapter: ServedAdapter) -> None:
         if self._bytes.pop(adapter.digest, None) is not None:
@@ -150,8 +151,11 @@ class VllmBackend(Backend):
     def adapter_bytes(self, adapter: ServedAdapter) -> int:
         return self._bytes.get(adapter.digest, 0)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:
-        """Sampling fields that vLLM refuses, a prompt that does not fit: LorafError with vLLM's words."""
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Output]:
+        """
+        Raises:
+            LorafError: vLLM refuses a sampling field or the prompt; with vLLM's explanation.
+        """
         self._running()
         if request.task_set.is_base:
             async with aclosing(self._stream(request, None)) as outputs:
@@ -166,7 +170,11 @@ class VllmBackend(Backend):
                 yield output
 
     def _set_key(self, request: GenerationRequest) -> str:
-        """The set's name in the engine. Refuses here what would otherwise fail inside a step and end the engine."""
+        """Returns the set's name in the engine.
+
+        Raises:
+            UnknownTask: the adapter is not loaded. Within a step this would end the engine.
+        """
         adapter = request.adapter
         if adapter is None or adapter.digest not in self._bytes:
             name = "none" if adapter is None else adapter.name
@@ -174,7 +182,9 @@ class VllmBackend(Backend):
         task_set = TaskSet.of(request.task_set.weights, adapter.tasks)
         return lora_path(adapter.digest, str(task_set))
 
-    async def _stream(self, request: GenerationRequest, lora_request: LoRARequest | None) -> AsyncIterator[Output]:
+    async def _stream(
+        self, request: GenerationRequest, lora_request: LoRARequest | None
+    ) -> AsyncGenerator[Output, None]:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -182,19 +192,18 @@ class VllmBackend(Backend):
         from loraf_serve.vllm.engine import convert
 
         engine = self._running()
-        request_id = _new_request_id()  # the caller's may come twice
+        request_id = _new_request_id()  # the caller's ids may repeat
         finished = False
         self._request_ids.add(request_id)
         try:
             params = convert.sampling_params(request.sampling)
             prompt = tokens_input(list(request.prompt_token_ids))
-            made = engine.generate(prompt, params, request_id, lora_request=lora_request)
-            async with aclosing(made):
-                async for part in made:
-                    finished = part.finished
-                    if self._stopping and any(choice.finish_reason == "abort" for choice in part.outputs):
+            async with aclosing(engine.generate(prompt, params, request_id, lora_request=lora_request)) as outputs:
+                async for output in outputs:
+                    finished = output.finished
+                    if self._stopping and any(choice.finish_reason == "abort" for choice in output.outputs):
                         raise _stopped()
-                    yield convert.output(part, request.sampling.logprobs)
+                    yield convert.output(output, request.sampling.logprobs)
         except EngineDeadError as error:
             raise _dead() from error
         except EngineGenerateError as error:
@@ -202,11 +211,11 @@ class VllmBackend(Backend):
                 raise _dead() from error
             raise
         except (VLLMClientError, ValueError) as error:
-            raise convert.refused(error) from None
+            raise convert.request_error(error) from None
         finally:
             self._request_ids.discard(request_id)
             if not finished:
-                # vLLM aborts by itself, but not while a request is still on its way into the engine.
+                # vLLM aborts by itself, except while a request is still on its way into the engine.
                 await asyncio.shield(engine.abort(request_id))
 
     async def check_health(self) -> None:
@@ -224,7 +233,7 @@ class VllmBackend(Backend):
             await engine.abort(list(self._request_ids))
             await asyncio.sleep(_POLL_SECONDS)
         if engine.output_handler is not None:
-            engine.output_handler.cancel()  # it would report the processes' end as a failure
+            engine.output_handler.cancel()  # it would report the processes' exit as a failure
         await asyncio.to_thread(engine.shutdown, _EXIT_SECONDS)
 
     def _end_waiting(self, error: BackendUnavailable) -> None:
@@ -235,17 +244,17 @@ class VllmBackend(Backend):
             raise _stopped()
         return self._engine
 
-    async def _call_workers(self, method: str, *args: object) -> list:
-        """Calls a method of `RemoteCalls` in every worker; one result each."""
+    async def _call_workers(self, method: str, *args: object) -> list[Any]:
+        """Calls a method of `RemoteCalls` in every worker. Returns each worker's result."""
         engine = self._running()
-        call = asyncio.ensure_future(engine.collective_rpc(method, args=args))
+        call: asyncio.Future[list[Any]] = asyncio.ensure_future(engine.collective_rpc(method, args=args))
         try:
-            # A call is left unanswered when the engine dies in the middle of it.
+            # A call never returns if the engine dies during it.
             while not call.done() and not engine.errored:
                 await asyncio.wait([call], timeout=_HEALTH_SECONDS)
             if call.done() and call.exception() is None:
                 return call.result()
-            if not engine.errored:  # a dying engine answers with plain exceptions before it is known to be dead
+            if not engine.errored:  # a dying engine raises plain exceptions before it reports its death
                 await asyncio.sleep(_HEALTH_SECONDS)
             if engine.errored:
                 raise _dead() from (call.exception() if call.done() else None)
@@ -255,11 +264,11 @@ class VllmBackend(Backend):
 
 
 class LoraRequests:
-    """vLLM's request object of each set. An id is never used for a second set: vLLM would go on with the first.
+    """vLLM's request object of each task set. An id is never reused, because vLLM would keep applying its first set.
 
     Args:
-        first_id: ids below belong to vLLM's warm-up.
-        idle: sets that no request uses to remember: as many as the workers keep.
+        first_id: lower ids belong to vLLM's warm-up.
+        idle: the number of unused sets to remember, as many as the workers keep.
     """
 
     def __init__(self, first_id: int, idle: int):
@@ -268,7 +277,12 @@ class LoraRequests:
         self._requests: OrderedDict[str, LoRARequest] = OrderedDict()
 
     def get(self, key: str, in_use: Collection[Hashable]) -> LoRARequest:
-        """Args: the set's name; the names of sets that are in use, which must keep their ids."""
+        """Returns a set's request object.
+
+        Args:
+            key: the set's name.
+            in_use: names of the sets in use, which must keep their ids.
+        """
         from vllm.lora.request import LoRARequest
 
         if key not in self._requests:
@@ -282,9 +296,9 @@ class LoraRequests:
         return self._requests[key]
 
     def forget(self, digest: str) -> list[int]:
-        """Takes out every set of a checkpoint; returns their ids."""
-        gone = [key for key in self._requests if parse_lora_path(key)[0] == digest]
-        return [self._requests.pop(key).lora_int_id for key in gone]
+        """Removes every set of a checkpoint. Returns their ids."""
+        keys = [key for key in self._requests if key.startswith(lora_path(digest, ""))]
+        return [self._requests.pop(key).lora_int_id for key in keys]
 
 
 def _stopped() -> BackendUnavailable:

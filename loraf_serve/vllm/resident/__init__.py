@@ -1,16 +1,16 @@
-"""The resident backend inside vLLM's processes: one adapter for every task set.
+"""The resident backend inside vLLM's workers: one adapter serves every task set.
 
-A checkpoint's A and B stand once in each worker, as one operand of `loraf_serve.kernels` for each of vLLM's layers.
-What vLLM takes for a LoRA adapter is a row: a checkpoint's digest and one weight for each of its tasks.
+Each worker holds a checkpoint's A and B once, as one operand of `loraf_serve.kernels` for each of vLLM's layers. What
+vLLM takes for a LoRA adapter is a `TaskWeights`: a checkpoint's digest and one weight for each of its tasks.
 
-    LoRARequest("loraf:<digest>:<set>") ─▶ manager: a row ─▶ rows: the rows of each step ─▶ layers: y += delta(x, rows)
+    LoRARequest("loraf:<digest>:<set>") ─▶ manager: TaskWeights ─▶ weights: StepWeights ─▶ layers: y += delta
 
-    extension    what is put in the place of vLLM's parts, and the backend's remote calls
-    manager      requests become rows; checkpoints become operands
-    rows         which rows of a step's batch an adapter acts on
-    layers       vLLM's LoRA layers, with a delta in the place of slots
-    parts        which part of a module's A and B a worker's layer holds
-    gpu          what CUDA graphs may see of all this
-    selfcheck    operands against ΔW
+    extension    the worker extension
+    manager      vLLM's LoRA managers: a task set becomes weights, a checkpoint becomes operands
+    weights      the task weights of each row of a step's batch
+    layers       vLLM's LoRA layers, with a delta in place of slots
+    parts        the parts of the modules' A and B that a worker's layer holds
+    gpu          the memory that CUDA graphs read
+    selfcheck    compares operands with ΔW
     compiling    keeps torch.compile on
 """

@@ -1,7 +1,7 @@
-"""The resident backend on a GPU: what vLLM's CUDA graphs may see stands at one address from the engine's start.
+"""The resident backend on a GPU: everything that vLLM's CUDA graphs read keeps its address from the engine's start on.
 
-A graph is captured with vLLM's warm-up adapters, before any checkpoint is loaded. So in a step that names any adapter
-at all every layer launches the same kernels, and these read from the device's memory who acts.
+A graph is captured with vLLM's warm-up adapters, before any checkpoint is loaded. So in every step with adapters each
+layer launches the same kernels, and these read from device memory which adapters act.
 """
 
 from __future__ import annotations
@@ -15,85 +15,95 @@ import torch
 from loraf.errors import BaseMismatch, Problem
 from loraf_serve import kernels
 from loraf_serve.kernels import triton_kernel
-from loraf_serve.kernels.device_rows import DeviceRows
+from loraf_serve.kernels.device_weights import DeviceWeights
 
 if TYPE_CHECKING:
     from loraf.manifest import Manifest
 
-_SLOTS = 256  # checkpoints; memory ends long before
-_TASKS = 16  # of a checkpoint: more would cost every step, see triton_ops
+_ADAPTERS = 256  # the most at once; memory runs out long before
+_TASKS = 16  # the most of a checkpoint; more would slow down every step, see triton_ops
 
 
 class Gpu:
-    """The kernel's memory of one worker.
+    """The GPU kernel's memory in one worker.
 
     Args:
-        bands: of each layer, the columns of its output that modules add to: (first, how many).
+        bands: for each layer (first column, number of columns) of its output for every part that an adapter may have.
         rank: the largest of a checkpoint.
-        rows: at most in a step.
+        rows: the most in a step.
 
     Attributes:
-        acting: the step names an adapter.
+        acting: whether the step names an adapter, possibly only one of vLLM's warm-up.
     """
 
     def __init__(self, bands: Mapping[str, Sequence[tuple[int, int]]], rank: int, rows: int, device: torch.device):
         self._device, self._rank = device, rank
         self._layers = {name: triton_kernel.Layer(of, rank, _TASKS, device) for name, of in bands.items()}
-        self._slots = triton_kernel.Slots(list(bands), _SLOTS, device)
-        self._views = {name: self._slots.of(name) for name in bands}
+        self._adapters = triton_kernel.AdapterTable(list(bands), _ADAPTERS, device)
+        self._records = {name: self._adapters.of(name) for name in bands}
         width = max((layer.width for layer in self._layers.values()), default=1)
-        self._rows = DeviceRows(device, rows, _TASKS, width, _SLOTS)
+        self._step = DeviceWeights(device, rows, _TASKS, width, _ADAPTERS)
         self.acting = False
-        # One for all threads that load: what a checkpoint leaves free on a stream serves the next one there only.
-        self._loading = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # One stream for all loading threads, because torch reuses freed memory only on the stream that it was used on.
+        self._loading: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._loading = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     def require(self, manifest: Manifest, where: str) -> None:
-        """Raises BaseMismatch: a checkpoint beyond what the engine was started for."""
+        """
+        Raises:
+            BaseMismatch: the checkpoint exceeds the limits that the engine was started with.
+        """
         problems = []
         if manifest.rank > self._rank:
             message = f"rank {manifest.rank} is beyond this engine's largest, {self._rank}"
-            remedy = "start the server with this checkpoint as an --adapter, which makes room for its rank"
+            remedy = "pass this checkpoint as an --adapter at start, which raises the limit to its rank"
             problems.append(Problem(message, "rank", where, remedy))
         if len(manifest.tasks) > _TASKS:
-            message = f"{len(manifest.tasks)} tasks are more than the {_TASKS} that resident can serve on a GPU"
-            problems.append(Problem(message, "tasks", where, "name fewer after @, or serve with --backend slots"))
+            message = f"{len(manifest.tasks)} tasks exceed the {_TASKS} that the resident backend can serve on a GPU"
+            problems.append(Problem(message, "tasks", where, "select fewer after @, or serve with --backend slots"))
         if problems:
             raise BaseMismatch(problems)
 
-    def operand(self, layer: str, parts: Sequence[kernels.Part]) -> kernels.Operand:
+    def operand(self, layer: str, parts: Sequence[kernels.Part]) -> triton_kernel.TritonOperand:
         """Packs the parts of a layer."""
         return triton_kernel.TritonOperand(parts, self._layers[layer])
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Copies and checks of the calling thread run beside the engine's work, on a stream of their own."""
+        """Moves the calling thread's copies and checks to a separate stream, so that they overlap the engine's work."""
         if self._loading is None:
             yield
             return
         with torch.cuda.device(self._device), torch.cuda.stream(self._loading):
             yield
 
-    def put(self, digest: str, operands: Mapping[str, kernels.Operand]) -> None:
-        """A digest that is there already is nothing."""
-        if not self._slots.holds(digest):
-            self._slots.put(digest, operands)
+    def put(self, digest: str, operands: Mapping[str, triton_kernel.TritonOperand]) -> None:
+        """Makes a checkpoint available to steps. Idempotent."""
+        if not self._adapters.holds(digest):
+            self._adapters.put(digest, operands)
 
     def remove(self, digest: str) -> None:
-        """A digest that is not there is nothing."""
-        if not self._slots.holds(digest):
+        """Removes a checkpoint. Idempotent."""
+        if not self._adapters.holds(digest):
             return
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # a step that reads the operands may still be under way
-        self._slots.remove(digest)
-        self._rows.set([])  # the slot may go to another before the next step's rows are written
+            torch.cuda.synchronize(self._device)  # a step that reads the operands may still be running
+        self._adapters.remove(digest)
+        self._step.set([])  # another adapter may take the index before the next step's weights are written
 
-    def step(self, acting: bool, active: Sequence[tuple[str, kernels.Rows]]) -> None:
-        """Args: whether the step names an adapter, if only one of vLLM's warm-up; the rows of each that acts."""
+    def set_step(self, acting: bool, active: Sequence[tuple[str, kernels.BatchWeights]]) -> None:
+        """Writes the weights of the next step.
+
+        Args:
+            acting: see the attribute.
+            active: digest and batch weights of each adapter that acts.
+        """
         self.acting = acting
-        # In any case: vLLM may replay a graph that holds the kernels for a step in which nobody acts.
-        self._rows.set([(self._slots.slot(digest), rows) for digest, rows in active])
+        # Always written: vLLM may replay a graph that contains the kernels for a step without adapters.
+        self._step.set([(self._adapters.index(digest), batch) for digest, batch in active])
 
     def add_deltas(self, layer: str, y: torch.Tensor, x: torch.Tensor) -> None:
-        """y (n, d_out) += the delta of every adapter that acts in the step."""
+        """Adds to y (n, d_out) the delta of every adapter that acts in the step."""
         if self.acting and self._layers[layer].bands:
-            triton_kernel.add_deltas(y, x, self._rows, self._views[layer], self._layers[layer])
+            triton_kernel.add_deltas(y, x, self._step, self._records[layer], self._layers[layer])

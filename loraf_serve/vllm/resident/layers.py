@@ -1,15 +1,15 @@
-"""vLLM's LoRA layers with a delta in the place of slots.
+"""vLLM's LoRA layers with a delta in place of slots.
 
-    y = quantisation method's product, as in vLLM          y += delta(x, rows of the step), in place
+    y = the quantization method's product, as in vLLM          y += delta(x, weights of the step), in place
 
-A layer under torch.compile calls the delta through one opaque operator, `loraf::resident_delta`, so that the graph
-neither looks into it nor depends on what the rows hold.
+Under torch.compile a layer calls the delta through one opaque operator, `loraf::resident_delta`, so the graph does not
+depend on the weights of the step.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -22,26 +22,32 @@ if TYPE_CHECKING:
 
     from loraf_serve import kernels
     from loraf_serve.vllm.resident.gpu import Gpu
+    from loraf_serve.vllm.resident.weights import StepWeights
 
-_NAMED: dict[str, ResidentLayer] = {}  # of this process's engine, for the operator
+    _Mixin = BaseLinearLayerWithLoRA
+else:
+    _Mixin = object
+
+_LAYERS: dict[str, ResidentLayer] = {}  # the layers of this process's engine by name, for the operator
 
 
-class ResidentLayer:
-    """Mixed into one of vLLM's linear LoRA layers.
+class ResidentLayer(_Mixin):
+    """Mixin for vLLM's linear LoRA layers.
 
     Attributes:
-        operands: adapter digest → what the adapter does in this layer; missing where it does nothing.
+        operands: adapter digest → operand of the adapter in this layer, if it has one.
         name: vLLM's name of the layer.
-        gpu: what stands in the place of `operands` on a GPU.
+        gpu: used instead of `operands` on a GPU.
     """
 
     operands: dict[str, kernels.Operand]
+    name: str
     gpu: Gpu | None = None
 
     def create_lora_weights(
         self, max_loras: int, lora_config: LoRAConfig, model_config: PreTrainedConfig | None = None
     ) -> None:
-        """Allocates nothing: no slot holds weights."""
+        """Allocates nothing, because slots hold no weights."""
         self.lora_config = lora_config
         self.lora_a_stacked = self.lora_b_stacked = ()
         if not hasattr(self, "output_slices"):
@@ -49,17 +55,17 @@ class ResidentLayer:
         self.operands = {}
 
     def reset_lora(self, index: int) -> None:
-        """There is nothing in a slot."""
+        """Does nothing, because slots hold no weights."""
 
-    def set_lora(self, index: int, lora_a, lora_b) -> None:
-        raise RuntimeError("a dense adapter cannot be put into a resident layer")
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        raise RuntimeError("a resident layer cannot hold a dense adapter")
 
-    def name_it(self, name: str) -> None:
+    def register(self, name: str) -> None:
         self.name = name
-        _NAMED[name] = self
+        _LAYERS[name] = self
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Args: x (n, d_in), output (n, d_out); vLLM's transformers backend adds a dimension of 1 in front."""
+        """Args: x (n, d_in), output (n, d_out), with a leading dimension of 1 in vLLM's transformers backend."""
         flat_x, flat = (x.flatten(0, -2), output.flatten(0, -2)) if output.ndim > 2 else (x, output)
         if torch.compiler.is_compiling():
             torch.ops.loraf.resident_delta(flat, flat_x, self.name)
@@ -68,23 +74,24 @@ class ResidentLayer:
         return flat.view(output.shape)
 
     def add_deltas(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """y (n, d_out) += the delta of every adapter that acts in this step."""
-        step = self.punica_wrapper
+        """Adds to y (n, d_out) the delta of every adapter that acts in this step."""
+        step = cast("StepWeights", self.punica_wrapper)
         if self.gpu is None and not step.active:
             return
-        if x.shape[0] < step.tokens:  # rows would be written beyond the end of y
+        if x.shape[0] < step.tokens:  # otherwise rows beyond the end of y would be written
             raise RuntimeError(f"{self.name}: {x.shape[0]} rows in a step of {step.tokens} tokens")
         if self.gpu is not None:
             self.gpu.add_deltas(self.name, y, x)
             return
-        for digest, rows in step.active:
+        for digest, batch in step.active:
             operand = self.operands.get(digest)
             if operand is not None:
-                operand.add_delta(y, x, rows)
+                operand.add_delta(y, x, batch)
 
 
 @cache
-def _resident(stock: type) -> type:
+def _resident(stock: Any) -> Any:
+    """Returns the resident class for one of vLLM's LoRA layer classes."""
     return type(f"Resident{stock.__name__}", (ResidentLayer, stock), {})
 
 
@@ -92,10 +99,10 @@ def from_layer(
     layer: nn.Module,
     max_loras: int,
     lora_config: LoRAConfig,
-    packed_modules_list: list,
+    packed_modules_list: list[str],
     model_config: PreTrainedConfig | None = None,
 ) -> nn.Module:
-    """In the place of `vllm.lora.utils.from_layer`: linear layers become resident ones, others stay as they are."""
+    """Replaces `vllm.lora.utils.from_layer`: turns linear layers into resident ones and leaves others unchanged."""
     for stock in _all_lora_classes:
         if issubclass(stock, BaseLinearLayerWithLoRA) and stock.can_replace_layer(
             source_layer=layer,
@@ -103,17 +110,18 @@ def from_layer(
             packed_modules_list=packed_modules_list,
             model_config=model_config,
         ):
-            made = _resident(stock)(layer)
-            made.create_lora_weights(max_loras, lora_config, model_config)
-            return made
+            resident_class = _resident(stock)  # type: ignore[arg-type]  # a class is hashable
+            resident: ResidentLayer = resident_class(layer)
+            resident.create_lora_weights(max_loras, lora_config, model_config)
+            return resident
     return layer
 
 
 def _operator(y: torch.Tensor, x: torch.Tensor, layer: str) -> None:
-    _NAMED[layer].add_deltas(y, x)
+    _LAYERS[layer].add_deltas(y, x)
 
 
-_LIBRARY = torch.library.Library("loraf", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("loraf", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch leaves it so
 _LIBRARY.define("resident_delta(Tensor(a!) y, Tensor x, str layer) -> ()")
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("resident_delta", _operator, _device)

@@ -1,4 +1,4 @@
-"""Requests become rows, checkpoints become operands: what stands in the place of vLLM's LoRA managers."""
+"""The resident backend's LoRA managers: a task set becomes weights, a checkpoint becomes operands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from vllm.config import VllmConfig
@@ -16,67 +16,90 @@ from vllm.lora import model_manager
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
+from loraf.checkpoint_stream import CheckpointStream
 from loraf.errors import Problem
 from loraf.manifest import Manifest
 from loraf.sparse import SparseB
-from loraf.stream import Stream
 from loraf.tasksets import TaskSet
 from loraf_serve import kernels
 from loraf_serve.backends.backend import SelfCheckFailed
+from loraf_serve.kernels import Operand
 from loraf_serve.vllm.naming import parse_lora_path
 from loraf_serve.vllm.resident import parts, selfcheck
 from loraf_serve.vllm.resident.layers import ResidentLayer, from_layer
-from loraf_serve.vllm.resident.rows import Row, StepRows
+from loraf_serve.vllm.resident.weights import StepWeights, TaskWeights
 from loraf_serve.vllm.worker import targets
 from loraf_serve.vllm.worker.manager import CheckpointLoRAManager, LinearOnlyModelManager
 
 if TYPE_CHECKING:
+    from vllm.lora.punica_wrapper import PunicaWrapperBase
+
+    from loraf_serve.kernels.triton_kernel import TritonOperand
     from loraf_serve.vllm.resident.gpu import Gpu
 
 
-class RowModel(LoRAModel):
-    """What vLLM takes for an adapter: a row, and no weights. vLLM's warm-up makes copies of one without a row."""
+class TaskWeightsAdapter(LoRAModel):
+    """A task set in the form of vLLM's adapters, without A and B.
 
-    row: Row | None = None
+    Attributes:
+        task_weights: None for the adapters of vLLM's warm-up.
+    """
+
+    task_weights: TaskWeights | None = None
 
 
 class ResidentModelManager(LinearOnlyModelManager):
-    """Slots hold nothing: a row is looked up by the adapter's id."""
+    """Keeps nothing in slots: task weights are looked up by the adapter's id.
+
+    Attributes:
+        step: the weights of the current step.
+        gpu: memory of the GPU kernel; None on a CPU.
+    """
+
+    step: StepWeights
+    gpu: Gpu | None
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         self.supports_mm = False
-        self.rows = StepRows(self._row_of)
-        self.punica_wrapper_mapping = {model_manager.DEFAULT_LANGUAGE_WRAPPER_KEY: self.rows}
+        self.step = StepWeights(self._weights_of)
+        wrapper = cast("PunicaWrapperBase", self.step)
+        self.punica_wrapper_mapping = {model_manager.DEFAULT_LANGUAGE_WRAPPER_KEY: wrapper}
 
     def _create_lora_modules(self) -> None:
-        with _layers_from(from_layer):
+        with _resident_layers():
             super()._create_lora_modules()
-        layers = targets.linear_layers(self)
+        layers = self.layers()
+        self.gpu = self._new_gpu(layers) if torch.device(self.device).type == "cuda" else None
+        self.step.gpu = self.gpu
         for name, layer in layers.items():
-            layer.name_it(name)
-        self.gpu = self._gpu(layers) if torch.device(self.device).type == "cuda" else None
-        self.rows.gpu = self.gpu
-        for layer in layers.values():
+            layer.register(name)
             layer.gpu = self.gpu
 
-    def _gpu(self, layers: Mapping[str, ResidentLayer]) -> Gpu:
+    def layers(self) -> dict[str, ResidentLayer]:
+        """Returns the linear layers, by vLLM's names."""
+        return {name: layer for name, layer in targets.linear_layers(self).items() if isinstance(layer, ResidentLayer)}
+
+    def _new_gpu(self, layers: Mapping[str, ResidentLayer]) -> Gpu:
         from loraf_serve.vllm.resident.gpu import Gpu  # needs Triton
 
         bands = {name: parts.bands(self, name, layer) for name, layer in layers.items()}
         rank = self.lora_config.max_lora_rank
         return Gpu(bands, rank, self.max_num_batched_tokens, torch.device(self.device))
 
-    def _row_of(self, lora_id: int) -> Row | None:
-        return self._registered_adapters[lora_id].row
+    def _weights_of(self, lora_id: int) -> TaskWeights | None:
+        adapter = self._registered_adapters[lora_id]
+        return adapter.task_weights if isinstance(adapter, TaskWeightsAdapter) else None
 
-    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules=None) -> RowModel:
-        return RowModel(lora_id, 1, {})
+    def create_dummy_lora(
+        self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None
+    ) -> TaskWeightsAdapter:
+        return TaskWeightsAdapter(lora_id, 1, {})
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
-        """A row has no weights to merge."""
+        """Does nothing, because there are no A and B to merge."""
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """Gives the row a slot, which vLLM counts; nothing is copied."""
+        """Assigns a slot, because vLLM counts them. Copies nothing."""
         if lora_id in self._active_adapters:
             self._active_adapters.touch(lora_id)
             return False
@@ -88,110 +111,116 @@ class ResidentModelManager(LinearOnlyModelManager):
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A checkpoint ready to act: the operand of each of vLLM's layers that it acts on."""
+class PreparedCheckpoint:
+    """A loaded checkpoint: the operand of each of vLLM's layers that it acts on."""
 
     manifest: Manifest
-    operands: Mapping[str, kernels.Operand]
+    operands: Mapping[str, Operand]
 
     @property
     def nbytes(self) -> int:
         return sum(operand.nbytes for operand in self.operands.values())
 
 
-class ResidentLoRAManager(CheckpointLoRAManager):
-    """Answers vLLM's requests for adapters with rows."""
+class ResidentLoRAManager(CheckpointLoRAManager[CheckpointStream, PreparedCheckpoint]):
+    """Turns the task set of vLLM's LoRA request into task weights."""
 
     _manager_cls = ResidentModelManager
 
-    def _load_adapter(self, lora_request: LoRARequest) -> RowModel:
-        """Runs in the middle of an engine step, where an exception ends the engine: so nothing here can be at fault
-        that was not checked when the checkpoint was loaded."""
-        named = parse_lora_path(lora_request.lora_path)
-        if named is None:
-            raise RuntimeError(f"{lora_request.lora_path} is no task set of a loaded checkpoint")
-        digest, text = named
-        manifest = self.store.get(digest).manifest
-        model = RowModel(lora_request.lora_int_id, 1, {})
-        model.row = Row.of(digest, manifest, TaskSet.parse(text, manifest.task_names))
-        return model
+    @property
+    def _resident_models(self) -> ResidentModelManager:
+        manager = self._adapter_manager
+        assert isinstance(manager, ResidentModelManager)
+        return manager
 
-    def loaded(self, digest: str) -> int:
+    def _load_adapter(self, lora_request: LoRARequest) -> TaskWeightsAdapter:
+        """Runs within an engine step, where an exception ends the engine. So everything that can be wrong with a
+        checkpoint is checked when it is loaded."""
+        digest_and_set = parse_lora_path(lora_request.lora_path)
+        if digest_and_set is None:
+            raise RuntimeError(f"{lora_request.lora_path} is not a task set of a loaded checkpoint")
+        digest, text = digest_and_set
+        manifest = self.store.get(digest).manifest
+        adapter = TaskWeightsAdapter(lora_request.lora_int_id, 1, {})
+        adapter.task_weights = TaskWeights.of(digest, manifest, TaskSet.parse(text, manifest.task_names))
+        return adapter
+
+    def activate(self, digest: str) -> int:
         """Puts the operands into the layers, where the next step finds them."""
-        operands = self.store.get(digest).operands
-        if self._adapter_manager.gpu is not None:
-            self._adapter_manager.gpu.put(digest, operands)
+        operands, models = self.store.get(digest).operands, self._resident_models
+        if models.gpu is not None:
+            models.gpu.put(digest, cast("Mapping[str, TritonOperand]", operands))
         else:
-            layers = self._layers()
+            layers = models.layers()
             for name, operand in operands.items():
                 layers[name].operands[digest] = operand
-        return super().loaded(digest)
+        return super().activate(digest)
 
     def drop(self, digest: str, lora_ids: list[int]) -> None:
-        for layer in self._layers().values():
+        models = self._resident_models
+        for layer in models.layers().values():
             layer.operands.pop(digest, None)
-        self._adapter_manager.rows.active = []
-        self._adapter_manager._last_mapping = None  # so that the next step's rows are made anew
-        if self._adapter_manager.gpu is not None:
-            self._adapter_manager.gpu.remove(digest)
+        models.step.active = []
+        models._last_mapping = None  # makes vLLM update the weights before the next step
+        if models.gpu is not None:
+            models.gpu.remove(digest)
         super().drop(digest, lora_ids)
 
-    def _layers(self) -> dict[str, ResidentLayer]:
-        return targets.linear_layers(self._adapter_manager)
+    def _open(self, folder: str, tasks: Sequence[str]) -> AbstractContextManager[CheckpointStream]:
+        return CheckpointStream.open(folder, tasks)
 
-    def _opened(self, folder: str, tasks: Sequence[str]) -> AbstractContextManager[Stream]:
-        return Stream.open(folder, tasks)
-
-    def _prepare(self, checkpoint: Stream, pool: ThreadPoolExecutor) -> Prepared:
-        """In the loading thread.
+    def _prepare(self, checkpoint: CheckpointStream, pool: ThreadPoolExecutor) -> PreparedCheckpoint:
+        """Runs in the loading thread.
 
         Raises:
-            CorruptCheckpoint: all that is wrong with the checkpoint.
-            BaseMismatch: all reasons why the engine cannot apply it.
-            SelfCheckFailed: a layer's delta is not that of ΔW.
+            CorruptCheckpoint: lists everything that is wrong with the checkpoint.
+            BaseMismatch: lists every reason why the engine cannot apply it.
+            SelfCheckFailed: lists every layer whose delta differs from that of ΔW.
         """
         manifest, where = checkpoint.manifest, str(checkpoint.path)
-        manager, layers = self._adapter_manager, self._layers()
-        gpu = manager.gpu
+        manager = self._resident_models
+        layers, gpu, dtype = manager.layers(), manager.gpu, self.dtype
         if gpu is not None:
             gpu.require(manifest, where)
         targets.require_layers(manifest, self.layer_shapes(), manager.model, where)
         modules = {targets.vllm_name(manager.model, module): module for module in manifest.modules}
-        dtype = self.lora_config.lora_dtype
 
-        def make(name: str) -> tuple[kernels.Operand, str | None] | None:
+        def prepare_layer(name: str) -> tuple[Operand, str | None] | None:
+            """Returns the layer's operand and the self-check's finding, or None if the checkpoint has no part in it."""
             layer = layers[name]
-            pieces = parts.pieces(manager, name, layer, modules)
-            if not pieces:
+            layer_parts = parts.layer_parts(manager, name, layer, modules)
+            if not layer_parts:
                 return None
-            projections = {piece.module: checkpoint.projection_of(piece.module, dtype) for piece in pieces}
-            beside = gpu.loading() if gpu is not None else contextlib.nullcontext()
-            with checkpoint.masks(list(projections)) as masks, beside:
-                several = [_part(piece, projections[piece.module], masks) for piece in pieces]
-                operand = kernels.prepare(several) if gpu is None else gpu.operand(name, several)
+            projections = {part.module: checkpoint.projection_of(part.module, dtype) for part in layer_parts}
+            stream = gpu.loading() if gpu is not None else contextlib.nullcontext()
+            with checkpoint.read_modules(list(projections)) as tasks, stream:
+                kernel_parts = [_kernel_part(part, projections[part.module], tasks) for part in layer_parts]
+                operand: Operand = kernels.prepare(kernel_parts) if gpu is None else gpu.operand(name, kernel_parts)
                 size, seed = sum(layer.output_slices), zlib.crc32(name.encode())
-                return operand, selfcheck.difference(operand, pieces, projections, masks, size, seed)
+                return operand, selfcheck.difference(operand, layer_parts, projections, tasks, size, seed)
 
-        # In the model's order, which is the manifest's: see `Stream`.
-        each = zip(layers, pool.map(make, layers), strict=True)
-        made = {name: found for name, found in each if found is not None}
+        # In the model's order, which is the manifest's, as `CheckpointStream` requires.
+        results = zip(layers, pool.map(prepare_layer, layers), strict=True)
+        prepared = {name: result for name, result in results if result is not None}
         checkpoint.finish()
-        wrong = [Problem(fault, name, where) for name, (_, fault) in made.items() if fault]
-        if wrong:
-            raise SelfCheckFailed(wrong)
-        return Prepared(manifest, {name: operand for name, (operand, _) in made.items()})
+        problems = [Problem(difference, name, where) for name, (_, difference) in prepared.items() if difference]
+        if problems:
+            raise SelfCheckFailed(problems)
+        return PreparedCheckpoint(manifest, {name: operand for name, (operand, _) in prepared.items()})
 
 
-def _part(piece: parts.Piece, a: torch.Tensor, masks: Mapping[str, Mapping[str, SparseB]]) -> kernels.Part:
-    tasks = [modules[piece.module] for modules in masks.values()]
-    return kernels.Part(a[:, slice(*piece.columns)].contiguous(), tasks, *piece.rows, piece.offset)
+def _kernel_part(part: parts.LayerPart, a: torch.Tensor, tasks: Mapping[str, Mapping[str, SparseB]]) -> kernels.Part:
+    """Args: the whole A of the part's module; task → module → B."""
+    b_of_tasks = [modules[part.module] for modules in tasks.values()]
+    return kernels.Part(a[:, slice(*part.columns)].contiguous(), b_of_tasks, *part.rows, part.offset)
 
 
 @contextlib.contextmanager
-def _layers_from(make) -> Iterator[None]:
-    """vLLM's manager makes its layers with `make` meanwhile."""
-    stock, model_manager.from_layer = model_manager.from_layer, make
+def _resident_layers() -> Iterator[None]:
+    """Within the context vLLM's manager creates resident layers."""
+    names = vars(model_manager)  # it imports `from_layer` and looks it up here
+    stock, names["from_layer"] = names["from_layer"], from_layer
     try:
         yield
     finally:
-        model_manager.from_layer = stock
+        names["from_layer"] = stock

@@ -1,7 +1,7 @@
-"""Which part of a module's A and B a worker's layer holds: fused layers, tensor parallelism.
+"""Finds the parts of the modules' A and B that a worker's layer holds, for fused layers and tensor parallelism.
 
-vLLM's own slicing is asked: it is given the numbers of rows and columns in the place of weights, and what comes back
-are the numbers of those that this worker keeps.
+Uses vLLM's own slicing: applied to row and column numbers instead of weights, it returns the numbers that this worker
+keeps.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from loraf_serve.vllm.worker import targets
 
 
 @dataclass(frozen=True)
-class Piece:
+class LayerPart:
     """A run of rows of one module's B in a layer.
 
     Attributes:
-        module: the adapter's name of it.
-        rows: of B, first and one past the last.
-        columns: of A, likewise.
-        offset: of the rows in the layer's output.
+        module: the adapter's name.
+        rows: of B, (first, one past the last).
+        columns: of A, (first, one past the last).
+        offset: column of the layer's output that the first row adds to.
     """
 
     module: str
@@ -33,53 +33,60 @@ class Piece:
     offset: int
 
 
-def pieces(
+def layer_parts(
     manager: LoRAModelManager, name: str, layer: BaseLinearLayerWithLoRA, modules: Mapping[str, str]
-) -> list[Piece]:
-    """The pieces of a layer that an adapter acts on, by ascending offset.
+) -> list[LayerPart]:
+    """Returns the parts of a layer that an adapter acts on, by ascending offset.
 
     Args:
         name: vLLM's name of the layer.
-        modules: vLLM's name of each module of the adapter → the adapter's.
+        modules: vLLM's name of each of the adapter's modules → the adapter's name.
     """
     names = targets.members(manager, name)
     sizes = targets.output_sizes(layer.base_layer, len(names))
     d_in = layer.base_layer.input_size
-    found, offset = [], 0
+    parts, offset = [], 0
     for member, rows, columns in zip(names, _kept_rows(layer, sizes), _kept_columns(layer, d_in, sizes), strict=True):
         for first, stop in _runs(rows):
             if member in modules:
-                found.append(Piece(modules[member], (first, stop), columns, offset))
+                parts.append(LayerPart(modules[member], (first, stop), columns, offset))
             offset += stop - first
-    return found
+    return parts
 
 
 def bands(manager: LoRAModelManager, name: str, layer: BaseLinearLayerWithLoRA) -> list[tuple[int, int]]:
-    """(first column, how many) of a layer's output for each piece that an adapter may have in it."""
+    """Returns (first column, number of columns) of a layer's output for each part that an adapter may have in it."""
     members = targets.members(manager, name)
     if not targets.output_sizes(layer.base_layer, len(members)):
         return []
-    found = pieces(manager, name, layer, {member: member for member in members})
-    return [(piece.offset, piece.rows[1] - piece.rows[0]) for piece in found]
+    parts = layer_parts(manager, name, layer, {member: member for member in members})
+    return [(part.offset, part.rows[1] - part.rows[0]) for part in parts]
 
 
 def _kept_rows(layer: BaseLinearLayerWithLoRA, sizes: list[int]) -> list[torch.Tensor]:
-    """The numbers of the rows of each member's B that this worker holds, in the order of its output."""
-    numbers = [torch.arange(size).unsqueeze(1) for size in sizes]
+    """Returns the row numbers of each member's B that this worker holds, in the order of its output."""
+    numbers: list[torch.Tensor | None] = [torch.arange(size).unsqueeze(1) for size in sizes]
     if layer.tp_size > 1:
-        numbers = layer.slice_lora_b(numbers) if layer.n_slices > 1 else [layer.slice_lora_b(numbers[0])]
-    return [part.squeeze(1) for part in numbers]
+        numbers = layer.slice_lora_b(numbers) if layer.n_slices > 1 else [layer.slice_lora_b(_only(numbers))]
+    return [part.squeeze(1) for part in numbers if part is not None]
 
 
 def _kept_columns(layer: BaseLinearLayerWithLoRA, d_in: int, sizes: list[int]) -> list[tuple[int, int]]:
-    numbers = [torch.arange(d_in).unsqueeze(0) for _ in sizes]
+    """Returns (first, one past the last) of the columns of each member's A that this worker holds."""
+    numbers: list[torch.Tensor | None] = [torch.arange(d_in).unsqueeze(0) for _ in sizes]
     if layer.tp_size > 1:
-        numbers = layer.slice_lora_a(numbers) if layer.n_slices > 1 else [layer.slice_lora_a(numbers[0])]
-    runs = [_runs(part.squeeze(0)) for part in numbers]
+        numbers = layer.slice_lora_a(numbers) if layer.n_slices > 1 else [layer.slice_lora_a(_only(numbers))]
+    runs = [_runs(part.squeeze(0)) for part in numbers if part is not None]
     return [run for (run,) in runs]  # vLLM keeps one run of columns
 
 
+def _only(numbers: list[torch.Tensor | None]) -> torch.Tensor:
+    (tensor,) = numbers
+    assert tensor is not None
+    return tensor
+
+
 def _runs(numbers: torch.Tensor) -> list[tuple[int, int]]:
-    """Runs of consecutive numbers, as (first, one past the last)."""
+    """Returns the runs of consecutive numbers, as (first, one past the last)."""
     breaks = torch.nonzero(numbers.diff() != 1).flatten() + 1
     return [(int(run[0]), int(run[-1]) + 1) for run in numbers.tensor_split(breaks) if len(run)]

@@ -1,4 +1,6 @@
 """The slots backend inside vLLM's workers: a task set becomes a dense LoRA in a slot.
 
-`extension` puts `manager` and, on the CPU, `punica_cpu` in the place of vLLM's own.
+extension    the worker extension
+manager      builds the LoRA of a task set from a checkpoint in memory
+punica_cpu   LoRA products on the CPU
 """

@@ -1,4 +1,4 @@
-"""The slots backend inside vLLM's worker: the adapter of a task set is built from a checkpoint in memory.
+"""The slots backend's LoRA manager, which builds the LoRA of a task set from a checkpoint in memory.
 
 LoRARequest(path "loraf:<digest>:<set>") ─▶ SlotsLoRAManager._load_adapter ─▶ LoRAModel (A, B of the set) ─▶ a slot
 """
@@ -30,13 +30,14 @@ class LoadedCheckpoint:
 
     Attributes:
         projections: module → A, (rank, d_in) in the engine's LoRA dtype.
+        nbytes: of A and B.
     """
 
     checkpoint: Checkpoint
     projections: Mapping[str, torch.Tensor]
 
     def tensors(self, task_set: TaskSet) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """(module, A, B) with ΔW = B·A: A (rank, d_in) is shared by all sets, B (d_out, rank) holds their scales."""
+        """Yields (module, A, B) with ΔW = B·A: A (rank, d_in), the same for all sets, and B (d_out, rank), scaled."""
         for module, a in self.projections.items():
             yield module, a, combined_b(self.checkpoint, module, task_set).to(a.dtype)
 
@@ -45,16 +46,16 @@ class LoadedCheckpoint:
         return sum(a.nbytes for a in self.projections.values()) + self.checkpoint.nbytes
 
 
-class SlotsLoRAManager(CheckpointLoRAManager):
-    """Also knows the adapters of checkpoints in memory: a set becomes a dense one."""
+class SlotsLoRAManager(CheckpointLoRAManager[Checkpoint, LoadedCheckpoint]):
+    """Also loads task sets of the checkpoints in memory, as dense adapters."""
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
-        """Runs in the middle of an engine step, where an exception ends the engine: so nothing here can be at fault
-        that was not checked when the checkpoint was loaded."""
-        named = parse_lora_path(lora_request.lora_path)
-        if named is None:
+        """Runs within an engine step, where an exception ends the engine. So everything that can be wrong with a
+        checkpoint is checked when it is loaded."""
+        digest_and_set = parse_lora_path(lora_request.lora_path)
+        if digest_and_set is None:
             return super()._load_adapter(lora_request)
-        digest, text = named
+        digest, text = digest_and_set
         loaded = self.store.get(digest)
         manifest = loaded.checkpoint.manifest
         rank = manifest.rank
@@ -64,18 +65,21 @@ class SlotsLoRAManager(CheckpointLoRAManager):
             layers[name] = LoRALayerWeights(name, rank, lora_alpha=rank, lora_a=a, lora_b=b, scaling=1.0)
         return LoRAModel(lora_request.lora_int_id, rank, layers)
 
-    def _opened(self, folder: str, tasks: Sequence[str]) -> AbstractContextManager[Checkpoint]:
+    def _open(self, folder: str, tasks: Sequence[str]) -> AbstractContextManager[Checkpoint]:
         return nullcontext(Checkpoint.open(folder, tasks))
 
     def _prepare(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> LoadedCheckpoint:
-        """Raises CheckpointError or BaseMismatch: all reasons why the engine cannot apply a checkpoint."""
+        """
+        Raises:
+            CheckpointError: the rank exceeds the engine's.
+            BaseMismatch: lists every module that vLLM has no matching layer for.
+        """
         manifest = checkpoint.manifest
         where = str(checkpoint.path)
         if manifest.rank > self.lora_config.max_lora_rank:
             message = f"rank {manifest.rank} is beyond the engine's largest, {self.lora_config.max_lora_rank}"
             raise CheckpointError(Problem(message, "rank", where, "start the server with a larger --max-lora-rank"))
         targets.require_layers(manifest, self.layer_shapes(), self._adapter_manager.model, where)
-        modules = list(manifest.modules)
-        dtype = self.lora_config.lora_dtype
-        made = pool.map(lambda module: checkpoint.projection_of(module, dtype), modules)
-        return LoadedCheckpoint(checkpoint, dict(zip(modules, made, strict=True)))
+        modules, dtype = list(manifest.modules), self.dtype
+        projections = pool.map(lambda module: checkpoint.projection_of(module, dtype), modules)
+        return LoadedCheckpoint(checkpoint, dict(zip(modules, projections, strict=True)))

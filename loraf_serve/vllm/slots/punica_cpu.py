@@ -1,12 +1,13 @@
-"""vLLM's LoRA products on the CPU: one pair of matrix products per adapter in the batch; other rows are not touched.
+"""LoRA products on the CPU: one pair of matrix products per adapter in the batch. Other rows are not touched.
 
-vLLM's own PunicaWrapperCPU gathers A and B once for every token, and indexes slot -1 (the last one) for rows without
-an adapter, so that those get another adapter's delta as soon as one row of the batch has an adapter.
+vLLM's own PunicaWrapperCPU gathers A and B for every token, and indexes slot -1, the last one, for rows without an
+adapter. These then get another adapter's delta as soon as any row of the batch has an adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,13 @@ Rows = slice | torch.Tensor
 
 
 def group_rows(slots: torch.Tensor) -> list[tuple[int, Rows]]:
-    """The rows of each adapter in a batch.
+    """Groups the rows of a batch by adapter.
 
     Args:
-        slots: (n,) int64, the slot of each row's adapter; negative: none.
+        slots: (n,) int64, the slot of each row's adapter; negative for none.
 
     Returns:
-        (slot, rows) for every slot that occurs; rows are a slice where they are contiguous, else indices (m,).
+        (slot, rows) for every slot that occurs. `rows` is a slice if they are contiguous, else indices (m,).
     """
     groups: list[tuple[int, Rows]] = []
     for slot in torch.unique(slots).tolist():
@@ -37,14 +38,14 @@ def group_rows(slots: torch.Tensor) -> list[tuple[int, Rows]]:
 class GroupedPunicaWrapperCPU(PunicaWrapperCPU):
     """Grouped products for linear layers.
 
-    Embeddings and output heads keep vLLM's own operators: LoRAF's engines put no LoRA layer there.
+    Embeddings and output heads keep vLLM's own operators, because LoRAF's engines put no LoRA layer there.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._groups: list[tuple[int, Rows]] = []
 
-    def update_metadata(self, *args, **kwargs) -> None:
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(*args, **kwargs)
         self._groups = group_rows(self.token_lora_indices)
 
@@ -54,21 +55,21 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):
         x: torch.Tensor,
         lora_a_stacked: Sequence[torch.Tensor],
         scale: float,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
-        """y[i][rows] = scale · x[rows] Aᵢᵀ for each adapter's rows.
+        """Sets y[i][rows] = scale · x[rows] Aᵢᵀ for each adapter's rows.
 
         Args:
-            y: per slice (n, r), zeros.
+            y: (n, r) per slice, zeros.
             x: (n, d_in).
-            lora_a_stacked: per slice (slots, 1, r, d_in).
+            lora_a_stacked: (slots, 1, r, d_in) per slice.
         """
         x = x.view(-1, x.shape[-1])
         for slot, rows in self._groups:
-            part = x[rows]
+            x_rows = x[rows]
             for out, stacked in zip(y, lora_a_stacked, strict=True):
                 a = stacked[slot, 0]
-                out[rows] = F.linear(part.to(a.dtype), a).mul_(scale).to(out.dtype)
+                out[rows] = F.linear(x_rows.to(a.dtype), a).mul_(scale).to(out.dtype)
 
     def add_expand(
         self,
@@ -78,20 +79,20 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):
         output_slices: Sequence[int],
         offset_start: int = 0,
         add_inputs: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
-        """y[rows, slice i] += x[i][rows] Bᵢᵀ for each adapter's rows.
+        """Adds x[i][rows] Bᵢᵀ to y[rows, slice i] for each adapter's rows.
 
         Args:
             y: (n, Σ slices).
-            x: per slice (n, r).
-            lora_b_stacked: per slice (slots, 1, d_out, r).
+            x: (n, r) per slice.
+            lora_b_stacked: (slots, 1, d_out, r) per slice.
         """
         y = y.view(-1, y.shape[-1])
         if not add_inputs:
             y[:, offset_start : offset_start + sum(output_slices)] = 0
         for slot, rows in self._groups:
-            self._expand(y, [part[rows] for part in x], rows, slot, lora_b_stacked, output_slices, offset_start)
+            self._expand(y, [z[rows] for z in x], rows, slot, lora_b_stacked, output_slices, offset_start)
 
     def add_lora_linear(
         self,
@@ -101,18 +102,19 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):
         lora_b_stacked: Sequence[torch.Tensor],
         scale: float,
         output_slices: Sequence[int],
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
-        """y[rows, slice i] += scale · x[rows] Aᵢᵀ Bᵢᵀ for each adapter's rows.
+        """Adds scale · x[rows] Aᵢᵀ Bᵢᵀ to y[rows, slice i] for each adapter's rows.
 
         Args:
             y: (n, Σ slices), changed in place.
             x: (n, d_in).
-            lora_a_stacked, lora_b_stacked: per slice (slots, 1, r, d_in) and (slots, 1, d_out, r).
+            lora_a_stacked: (slots, 1, r, d_in) per slice.
+            lora_b_stacked: (slots, 1, d_out, r) per slice.
         """
         for slot, rows in self._groups:
-            part = x[rows].to(lora_a_stacked[0].dtype)
-            shrunk = [F.linear(part, a[slot, 0]) for a in lora_a_stacked]
+            x_rows = x[rows].to(lora_a_stacked[0].dtype)
+            shrunk = [F.linear(x_rows, a[slot, 0]) for a in lora_a_stacked]
             if scale != 1.0:
                 shrunk = [z.mul_(scale) for z in shrunk]
             self._expand(y, shrunk, rows, slot, lora_b_stacked, output_slices, 0)

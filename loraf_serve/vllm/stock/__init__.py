@@ -1,7 +1,7 @@
-"""LoRAF checkpoints in a stock `vllm serve`.
+"""Serves LoRAF checkpoints from a stock `vllm serve`.
 
 install       what the plugin changes in that server, and when
-checkpoints   which checkpoint and set a path or a name means; verified, or refused
-models        task sets as model names
-worker        task sets beside PEFT adapters, in vLLM's workers
+checkpoints   which checkpoint and task set a path or a model name stands for
+models        task sets as models
+worker        the worker extension: task sets in addition to PEFT adapters
 """

@@ -1,13 +1,13 @@
-"""Which checkpoint and which task set a path or a model name of a stock `vllm serve` means. Knows no vLLM.
+"""Which checkpoint and task set a path or a model name of a stock `vllm serve` stands for. Does not import vLLM.
 
-    --lora-modules math=./ckpt@math           one set under a name of its own
-    --lora-modules ckpt=./ckpt                all tasks; and any other set by the model name `ckpt@SET`
+    --lora-modules math=./ckpt@math           one task set as a model
+    --lora-modules ckpt=./ckpt                all tasks; any other set as the model `ckpt@SET`
     SET: math · math+nlu · math:0.5+nlu · as_trained=nlu · all · base
 
-No task's name can hold `=`, `:`, `+` or `@`, so that every SET has one reading.
+A task's name cannot contain `=`, `:`, `+` or `@`, so every SET has one reading.
 
-A checkpoint is read whole and once: what a name means stays what the folder held when the server first read it. A new
-name on a folder that holds something else by now is refused.
+A checkpoint is read completely and once: a name keeps standing for what the folder contained when the server first read
+it. A new name for a folder with other contents is refused.
 """
 
 from __future__ import annotations
@@ -21,45 +21,46 @@ from loraf import base_model, manifest
 from loraf.errors import CheckpointError, ConfigError, LorafError, Problem
 from loraf.manifest import FILE_NAME, Manifest
 from loraf.tasksets import TaskSet
-from loraf_serve.adapters.registry import AdapterSpec, open_adapter
+from loraf_serve.adapters.adapter_spec import AdapterSpec, open_adapter
 from loraf_serve.vllm.naming import SCHEME
 
-ALLOW_OTHER_BASE = "LORAF_ALLOW_OTHER_BASE"  # the variable that stands for loraf-serve's --allow-other-base
+ALLOW_OTHER_BASE = "LORAF_ALLOW_OTHER_BASE"  # environment variable, in place of loraf-serve's --allow-other-base
 EVERY_TASK = "all"
 _AS_TRAINED = "as_trained="
 _REMEDY = "write CKPT or CKPT@SET, for example ./ckpt@math+nlu"
-# What loraf-serve's messages advise → what to do here.
+# Advice in loraf-serve's messages → advice for this server.
 _ADVICE = {
-    "say --allow-other-base": f"set {ALLOW_OTHER_BASE}=1",
+    "pass --allow-other-base": f"set {ALLOW_OTHER_BASE}=1",
     "serve it with --backend merged": "serve it with loraf-serve --backend merged",
 }
 
 
 def split_path(path: str) -> tuple[str, str] | None:
-    """(checkpoint, set) that a LoRA path names; None if it is no LoRAF checkpoint's.
+    """Splits a LoRA path into checkpoint and task set. Returns None if it is not a LoRAF checkpoint's path.
 
-    A folder that holds a checkpoint is one, and so is whatever is followed by `@` and a set: a checkpoint on the hub
-    is named `org/name@all`. A path that exists is never taken apart.
+    A folder with a checkpoint is one, and so is any text followed by `@` and a set. A checkpoint on the hub is named
+    `org/name@all`. A path that exists is never split.
 
     Raises:
-        ConfigError: nothing before or after the `@`, or a name that only this server may give.
+        ConfigError: there is no text before or after the `@`, or the path begins with the reserved `loraf:`.
     """
     if path.startswith(f"{SCHEME}:"):
-        raise ConfigError(Problem("is what the server itself calls a task set", _field(path), remedy=_REMEDY))
+        message = f"begins with '{SCHEME}:', which is reserved for the server itself"
+        raise ConfigError(Problem(message, _field(path), remedy=_REMEDY))
     whole = Path(path).expanduser()
     if whole.is_dir():
         return (path, EVERY_TASK) if (whole / FILE_NAME).is_file() else None
-    source, at, text = path.rpartition("@")
+    checkpoint, at, text = path.rpartition("@")
     if not at or "/" in text:
         return None
-    if not source or not text:
-        message = "names no checkpoint" if not source else "names no task set after the '@'"
+    if not checkpoint or not text:
+        message = "names no checkpoint" if not checkpoint else "names no task set after the '@'"
         raise ConfigError(Problem(message, _field(path), remedy=_REMEDY))
-    return source, text
+    return checkpoint, text
 
 
 def read_set(text: str, manifest: Manifest) -> TaskSet:
-    """The canonical set that `text` names: as `TaskSet.parse`, or `as_trained=TASK`.
+    """Parses a task set as `TaskSet.parse` does, or `as_trained=TASK`.
 
     Raises:
         SelectionError, UnknownTask: as `TaskSet.parse` and `Manifest.as_trained`.
@@ -70,13 +71,13 @@ def read_set(text: str, manifest: Manifest) -> TaskSet:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint that was read and verified.
+class NamedCheckpoint:
+    """A checkpoint that names of this server stand for. It has been read and verified.
 
     Attributes:
-        folder: absolute, links resolved.
+        folder: absolute, with links resolved.
         digest: the adapter digest of all its tasks.
-        manifest: as it was read.
+        manifest: as first read.
     """
 
     folder: Path
@@ -88,16 +89,16 @@ class Source:
         return self.manifest.task_names
 
     def require_unchanged(self) -> None:
-        """Reads the folder's manifest again. Tasks that were added since do no harm; they are not served.
+        """Reads the folder's manifest again. Tasks added since are accepted, but not served.
 
         Raises:
-            CheckpointError: the folder holds other contents under these tasks' names, or no checkpoint any more.
+            CheckpointError: these tasks have changed, or the folder is no longer a checkpoint.
         """
-        now = manifest.read(self.folder)
-        same = set(self.tasks) <= set(now.task_names) and now.only(self.tasks).adapter_digest == self.digest
+        current = manifest.read(self.folder)
+        same = set(self.tasks) <= set(current.task_names) and current.only(self.tasks).adapter_digest == self.digest
         if not same:
-            message = "was changed since this server read it, so that a new name would mean something else than the old"
-            remedy = "put the new checkpoint into another folder, or start the server again"
+            message = "was changed since this server read it, so old and new names would stand for different contents"
+            remedy = "put the new checkpoint into another folder, or restart the server"
             raise CheckpointError(Problem(message, file=str(self.folder), remedy=remedy))
 
 
@@ -105,23 +106,24 @@ class StockCheckpoints:
     """The checkpoints of one server, by folder.
 
     Args:
-        model, revision: the served model, as the server knows it: a folder or a hub id.
-        max_rank: the engine's largest.
+        model: the served model, a folder or a hub id.
+        revision: of the model on the hub.
+        max_rank: the engine's largest rank.
     """
 
     def __init__(self, model: str, revision: str | None, max_rank: int):
         self._model, self._revision = model, revision
         self._max_rank = max_rank
-        self._sources: dict[Path, Source] = {}
+        self._checkpoints: dict[Path, NamedCheckpoint] = {}
 
-    def read(self, name: str) -> Source:
-        """Reads a checkpoint (a folder or a hub id) and checks everything about it that can be checked outside of the
-        engine: every byte, A, the base model, the rank. Takes seconds; may run in any thread.
+    def read(self, name: str) -> NamedCheckpoint:
+        """Reads a checkpoint (a folder or a hub id) and checks everything that can be checked outside of the engine:
+        every byte, A, the base model, the rank. Takes seconds. Thread-safe.
 
         Raises:
-            LorafError: it cannot be served, or it was changed since it was first read.
+            LorafError: it cannot be served, or was changed since it was first read.
         """
-        known = self._sources.get(Path(name).expanduser().resolve())
+        known = self._checkpoints.get(Path(name).expanduser().resolve())
         if known is not None:
             known.require_unchanged()
             return known
@@ -129,30 +131,30 @@ class StockCheckpoints:
             folder = base_model.resolve(self._model, self._revision, field="the served model")
             opened = open_adapter(AdapterSpec(name, "", name), folder, os.environ.get(ALLOW_OTHER_BASE) == "1")
         except LorafError as error:
-            raise in_these_words(error, name) from None
-        found = opened.checkpoint.manifest
-        if found.rank > self._max_rank:
-            message = f"rank {found.rank} is beyond the engine's largest, {self._max_rank}"
+            raise for_vllm_serve(error, name) from None
+        rank = opened.manifest.rank
+        if rank > self._max_rank:
+            message = f"rank {rank} is beyond the engine's largest, {self._max_rank}"
             remedy = "start the server with a larger --max-lora-rank"
             raise CheckpointError(Problem(message, "rank", str(opened.path), remedy))
-        known = self._sources.get(opened.path)
+        known = self._checkpoints.get(opened.path)
         if known is not None:
             known.require_unchanged()
             return known
-        return Source(opened.path, opened.digest, found)
+        return NamedCheckpoint(opened.path, opened.digest, opened.manifest)
 
-    def keep(self, source: Source) -> None:
-        """From now on the folder means this content. Called once the engine has it."""
-        self._sources.setdefault(source.folder, source)
+    def keep(self, checkpoint: NamedCheckpoint) -> None:
+        """From now on the folder stands for this content. Call it once the engine has loaded it."""
+        self._checkpoints.setdefault(checkpoint.folder, checkpoint)
 
 
-def in_these_words(error: LorafError, path: str) -> LorafError:
-    """The same error for a user of `vllm serve`, who has none of loraf-serve's options."""
+def for_vllm_serve(error: LorafError, path: str) -> LorafError:
+    """Rewords an error for a user of `vllm serve`, who has none of loraf-serve's options."""
     problems = []
     for problem in error.problems:
         remedy = problem.remedy
-        for theirs, ours in _ADVICE.items():
-            remedy = remedy.replace(theirs, ours)
+        for loraf_serve_advice, advice in _ADVICE.items():
+            remedy = remedy.replace(loraf_serve_advice, advice)
         field = _field(path) if problem.field.startswith("--adapter") else problem.field
         problems.append(dataclasses.replace(problem, field=field, remedy=remedy))
     return type(error)(problems)

@@ -2,10 +2,8 @@
 
     vllm serve M --enable-lora --lora-modules math=./ckpt@math ckpt=./ckpt
 
-vLLM calls the plugin (`install`) before it makes a server's configuration. There the server is given two things, and
-only if LoRA is switched on: a worker extension (`stock_worker`), and models that know task sets (`stock_models`).
-
-    stock_checkpoints    which checkpoint and set a path or a name means; what is refused
+vLLM calls the plugin (`install`) before it creates a server's configuration. If LoRA is enabled, the configuration gets
+a worker extension (`worker`), and the server gets models that include task sets (`models`).
 """
 
 from __future__ import annotations
@@ -13,11 +11,12 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loraf_serve.vllm.naming import STOCK_EXTENSION
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
@@ -25,25 +24,28 @@ _logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def install() -> None:
-    """Looks at each server's configuration that this process makes. Called twice, it acts once."""
+    """Makes vLLM call `prepare` for each configuration that this process creates. Idempotent."""
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
-    if arg_utils is None:  # a process that makes no configuration
+    if arg_utils is None:  # this process creates no configuration
         return
     stock = arg_utils.EngineArgs.create_engine_config
     if hasattr(stock, "loraf"):
         return
 
     @functools.wraps(stock)
-    def create_engine_config(self, usage_context=None, *args, **kwargs):
+    def create_engine_config(
+        self: EngineArgs, usage_context: UsageContext | None = None, *args: Any, **kwargs: Any
+    ) -> VllmConfig:
         prepare(self, usage_context)
-        return stock(self, usage_context, *args, **kwargs)
+        config: VllmConfig = stock(self, usage_context, *args, **kwargs)
+        return config
 
-    create_engine_config.loraf = True
+    create_engine_config.loraf = True  # type: ignore[attr-defined]  # marks the function as ours
     arg_utils.EngineArgs.create_engine_config = create_engine_config
 
 
 def prepare(engine_args: EngineArgs, usage_context: UsageContext | None) -> None:
-    """Lets a server that is about to be configured serve task sets; other engines are left alone."""
+    """Lets the server that is about to be configured serve task sets. Other engines are not changed."""
     import vllm
     from vllm.usage.usage_lib import UsageContext
 
@@ -53,13 +55,13 @@ def prepare(engine_args: EngineArgs, usage_context: UsageContext | None) -> None
 
     if not vllm.__version__.startswith(RELEASE):
         _logger.warning(
-            "loraf was made for vLLM %sx and stays out of this vLLM %s: no LoRAF checkpoints", RELEASE, vllm.__version__
+            "loraf supports vLLM %sx only, so this vLLM %s serves no LoRAF checkpoints", RELEASE, vllm.__version__
         )
         return
     from vllm.entrypoints.launchers.api_server import app_state
 
     from loraf_serve.vllm.stock.models import TaskSetModels
 
-    app_state.OpenAIServingModels = TaskSetModels
+    vars(app_state)["OpenAIServingModels"] = TaskSetModels  # it imports the name and looks it up there
     if not engine_args.worker_extension_cls:
         engine_args.worker_extension_cls = STOCK_EXTENSION

@@ -1,14 +1,13 @@
-"""What the workers of a stock `vllm serve --enable-lora` get: LoRAF checkpoints in memory, beside vLLM's own adapters.
+"""The worker extension of a stock `vllm serve --enable-lora`: LoRAF checkpoints in addition to vLLM's own adapters.
 
-vLLM imports this module in every worker of such a server (see `loraf_serve.vllm.stock.install`). As long as no LoRAF
-checkpoint is named, a worker does what it would do without it.
+vLLM imports this module in every worker of such a server, see `loraf_serve.vllm.stock.install`. Until a LoRAF
+checkpoint is named, a worker behaves as it would without the extension.
 """
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
-import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -18,36 +17,36 @@ from vllm.platforms import current_platform
 from loraf_serve.vllm.naming import parse_lora_path
 from loraf_serve.vllm.slots.manager import SlotsLoRAManager
 from loraf_serve.vllm.slots.punica_cpu import GroupedPunicaWrapperCPU
-from loraf_serve.vllm.worker import waiting
-from loraf_serve.vllm.worker.remote import CORES, RemoteCalls
+from loraf_serve.vllm.worker.extension import install
+from loraf_serve.vllm.worker.remote import RemoteCalls
 
 
 class StockPunicaWrapperCPU(GroupedPunicaWrapperCPU):
     """vLLM's own LoRA products on the CPU until a LoRAF checkpoint is named, then the grouped ones, for every adapter.
 
-    vLLM's own ones give rows without an adapter another adapter's delta.
+    vLLM's own products give rows without an adapter another adapter's delta.
 
     Attributes:
-        grouped: of this process, for good once set.
+        grouped: of this process; once set, it stays set.
     """
 
     grouped = False
 
-    def _products(self) -> object:
+    def _products(self) -> Any:
         return super() if StockPunicaWrapperCPU.grouped else super(GroupedPunicaWrapperCPU, self)
 
-    def add_shrink(self, *args, **kwargs) -> None:
+    def add_shrink(self, *args: Any, **kwargs: Any) -> None:
         self._products().add_shrink(*args, **kwargs)
 
-    def add_expand(self, *args, **kwargs) -> None:
+    def add_expand(self, *args: Any, **kwargs: Any) -> None:
         self._products().add_expand(*args, **kwargs)
 
-    def add_lora_linear(self, *args, **kwargs) -> None:
+    def add_lora_linear(self, *args: Any, **kwargs: Any) -> None:
         self._products().add_lora_linear(*args, **kwargs)
 
 
 class StockLoRAManager(SlotsLoRAManager):
-    """Knows LoRAF's task sets, and puts LoRA layers where vLLM does: its own adapters may need all of them."""
+    """Adds LoRAF's task sets, and puts LoRA layers where vLLM does, because its own adapters may need all of them."""
 
     _manager_cls = LRUCacheLoRAModelManager
 
@@ -61,14 +60,9 @@ class WorkerExtension(RemoteCalls):
     manager_class = StockLoRAManager
 
 
-def install() -> None:
-    """Replaces names where vLLM looks them up when it loads a model with LoRA."""
-    waiting.install()
-    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = functools.partial(StockLoRAManager, cores=CORES)
-    # Another platform's plugin may name products of its own.
-    if current_platform.is_cpu() and current_platform.get_punica_wrapper().endswith(f".{PunicaWrapperCPU.__name__}"):
-        name = f"{StockPunicaWrapperCPU.__module__}.{StockPunicaWrapperCPU.__qualname__}"
-        type(current_platform).get_punica_wrapper = classmethod(lambda cls: name)
+def _has_stock_products() -> bool:
+    """Whether the platform uses vLLM's own products. Another platform's plugin may name different ones."""
+    return current_platform.is_cpu() and current_platform.get_punica_wrapper().endswith(f".{PunicaWrapperCPU.__name__}")
 
 
-install()
+install(StockLoRAManager, StockPunicaWrapperCPU if _has_stock_products() else None)

@@ -1,55 +1,73 @@
-"""What the LoRA managers of all backends share inside vLLM's worker: a store of checkpoints, and LoRA layers where an
-adapter has any."""
+"""Base classes of the LoRA managers in vLLM's workers: they store checkpoints and put LoRA on linear layers only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from vllm.config import VllmConfig
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from loraf.described import Described
+from loraf.manifest_view import CheckpointManifestView
 from loraf_serve.vllm.worker import targets
 from loraf_serve.vllm.worker.store import CheckpointStore
+
+
+class Sized(Protocol):
+    """A prepared checkpoint."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+C = TypeVar("C", bound=CheckpointManifestView)
+P = TypeVar("P", bound=Sized)
 
 
 class LinearOnlyModelManager(LRUCacheLoRAModelManager):
     """Puts LoRA layers on linear layers only.
 
-    vLLM would put them on embeddings and the output head as well, where they cost memory (vocabulary × rank for each
-    slot) and time in every step, for base rows too.
+    vLLM would also put them on embeddings and the output head, where they cost memory (vocabulary × rank per slot) and
+    time in every step, for base rows too.
     """
 
     def _create_lora_modules(self) -> None:
         embeddings = self.model.embedding_modules
         self.supported_lora_modules = [name for name in self.supported_lora_modules if name not in embeddings]
-        super()._create_lora_modules()
+        super()._create_lora_modules()  # type: ignore[no-untyped-call]  # vLLM leaves it unannotated
 
 
-class CheckpointLoRAManager(LRUCacheWorkerLoRAManager):
-    """vLLM's own manager with a store of checkpoints; a subclass says what is made of them.
+class CheckpointLoRAManager(LRUCacheWorkerLoRAManager, Generic[C, P]):
+    """vLLM's own manager with a store of checkpoints. A subclass defines how a checkpoint is opened and prepared.
 
     Args:
         cores: processors that loading may use.
     """
 
-    _manager_cls = LinearOnlyModelManager
+    _manager_cls: type[LRUCacheLoRAModelManager] = LinearOnlyModelManager
 
-    def __init__(self, vllm_config: VllmConfig, *args, cores=(), **kwargs):
+    def __init__(self, vllm_config: VllmConfig, *args: Any, cores: Sequence[int] = (), **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
-        self.store = CheckpointStore(self._opened, self._prepare, cores)
+        self.store: CheckpointStore[C, P] = CheckpointStore(self._open, self._prepare, cores)
 
-    def _opened(self, folder: str, tasks: Sequence[str]) -> AbstractContextManager[Described]:
+    def _open(self, folder: str, tasks: Sequence[str]) -> AbstractContextManager[C]:
         """See `CheckpointStore`."""
         raise NotImplementedError
 
-    def _prepare(self, checkpoint: Described, pool: ThreadPoolExecutor) -> Any:
-        """See `CheckpointStore`; what it makes has `nbytes`."""
+    def _prepare(self, checkpoint: C, pool: ThreadPoolExecutor) -> P:
+        """See `CheckpointStore`."""
         raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The engine's LoRA dtype."""
+        dtype = self.lora_config.lora_dtype
+        assert isinstance(dtype, torch.dtype)  # vLLM has resolved names by now
+        return dtype
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
         """vLLM calls it at the beginning of every step."""
@@ -59,12 +77,12 @@ class CheckpointLoRAManager(LRUCacheWorkerLoRAManager):
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         return targets.layer_shapes(self._adapter_manager)
 
-    def loaded(self, digest: str) -> int:
-        """From now on the checkpoint may be named. Returns its bytes in this worker, slots not counted."""
+    def activate(self, digest: str) -> int:
+        """Makes a loaded checkpoint available to requests. Returns its bytes in this worker, without slots."""
         return self.store.get(digest).nbytes
 
     def drop(self, digest: str, lora_ids: list[int]) -> None:
-        """Frees a checkpoint and what was made of its sets; no request of it may be running."""
+        """Frees a checkpoint and its task sets. None of its requests may be running."""
         for lora_id in lora_ids:
             self.remove_adapter(lora_id)
         self.store.drop(digest)

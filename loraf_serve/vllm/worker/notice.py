@@ -1,7 +1,7 @@
-"""A word from a worker that something is over, by a named pipe.
+"""Notifies the service, through a named pipe, that something in a worker is over.
 
-Asking a worker through vLLM costs it a second of a processor each time: after an answer it looks for the next call in a
-loop. Waiting for the pipe costs nobody anything.
+Polling a worker through vLLM costs it a second of a processor each time, because after a call it busy-waits for the
+next one. Waiting on the pipe costs nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 
 class Notice:
-    """The waiting end, on an asyncio loop. Used as a context.
+    """The waiting end, on an asyncio loop. Used as a context manager.
 
     Attributes:
-        path: for `give`, in any process of this machine.
+        path: to pass to `give`, in any process on this machine.
     """
 
     def __enter__(self) -> Notice:
@@ -27,7 +27,7 @@ class Notice:
             folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="loraf-"))
             self.path = str(Path(folder) / "notice")
             os.mkfifo(self.path, 0o600)
-            # Open for writing as well: otherwise it reads as ended whenever no worker has it open.
+            # Also open for writing: otherwise the pipe reads as ended whenever no worker has it open.
             self._pipe = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)
             undo.callback(os.close, self._pipe)
             self._loop.add_reader(self._pipe, self._read)
@@ -39,7 +39,7 @@ class Notice:
         self._undo.close()
 
     async def wait(self, seconds: float) -> None:
-        """Until `give` is called, or was since the last wait; at most so long."""
+        """Waits until `give` is called, but no longer than `seconds`. Returns at once if it was since the last wait."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._given.wait(), seconds)
         self._given.clear()
@@ -50,7 +50,7 @@ class Notice:
 
 
 def give(path: str) -> None:
-    """Wakes who waits at `path`. Nothing if nobody does any more: whoever waits looks for itself now and then."""
+    """Wakes the waiter at `path`. No-op if there is none: a waiter also polls from time to time."""
     with contextlib.suppress(OSError):
         pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
         try:

@@ -1,7 +1,7 @@
 """Checkpoints that a vLLM worker keeps in memory, prepared for use, by adapter digest.
 
-A checkpoint is read once, in threads beside the engine's loop, verified against the digest that the service knows, and
-prepared for the backend that serves it. Afterwards no file of it is opened again.
+A checkpoint is read once, in threads next to the engine's loop, verified against the digest that the service knows, and
+prepared for the backend that serves it. Its files are not opened again afterwards.
 """
 
 from __future__ import annotations
@@ -15,80 +15,82 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
-from loraf.described import Described
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, Problem, UnknownTask
-from loraf_serve.adapters.memory import give_back
+from loraf.manifest_view import CheckpointManifestView
+from loraf.system import trim_heap
 from loraf_serve.adapters.priority import step_back
 from loraf_serve.backends.backend import SelfCheckFailed
 from loraf_serve.vllm.worker.notice import give
 
-C = TypeVar("C", bound=Described)
-T = TypeVar("T")
+C = TypeVar("C", bound=CheckpointManifestView)
+P = TypeVar("P")
 _ERRORS = (LorafError, ConfigError, UnknownTask, CheckpointError, CorruptCheckpoint, BaseMismatch, SelfCheckFailed)
-_KINDS = {kind.__name__: kind for kind in _ERRORS}
+_KINDS: dict[str, type[LorafError]] = {kind.__name__: kind for kind in _ERRORS}
 _SWITCH_SECONDS = 2e-4
-_THREADS = "loraf"  # how the names of threads that load begin; loraf.threads names its own so as well
+_THREADS = "loraf"  # prefix of the names of loading threads, including those of loraf.system
 
 
-class CheckpointStore(Generic[C, T]):
+class CheckpointStore(Generic[C, P]):
     """The prepared checkpoints of one worker.
 
     Args:
-        opened: the chosen tasks of the checkpoint in a folder, for the time of the context.
-        prepare: makes of such a checkpoint what the worker needs, in the loading thread. The pool is for its own use:
-            threads like the loading one. Both raise LorafError, if it is not sound or the engine cannot apply it.
-        cores: processors that loading may use. vLLM binds its worker to some; a thread would inherit that.
+        open_: opens tasks of the checkpoint in a folder.
+        prepare: turns an open checkpoint into the form that the backend serves. Runs in the loading thread, with a pool
+            of similar threads. Both raise LorafError if the checkpoint is damaged or the engine cannot apply it.
+        cores: processors that loading may use. Otherwise a thread would inherit vLLM's binding of the worker.
     """
 
     def __init__(
         self,
-        opened: Callable[[str, Sequence[str]], AbstractContextManager[C]],
-        prepare: Callable[[C, ThreadPoolExecutor], T],
+        open_: Callable[[str, Sequence[str]], AbstractContextManager[C]],
+        prepare: Callable[[C, ThreadPoolExecutor], P],
         cores: Sequence[int] = (),
     ):
-        self._opened = opened
+        self._open = open_
         self._prepare = prepare
-        self._loads: dict[str, Future[T]] = {}
+        self._loads: dict[str, Future[P]] = {}
         self._cores = cores
         self._one_at_a_time = threading.Lock()
-        self._in_front = False  # threads load with the priority of the engine's own
-        self._freeing = self._threads(1, step_back)
+        self._full_priority = False  # loading threads have the priority of the engine's own
+        self._trimmer = self._threads(1, step_back)
 
-    def begin(self, folder: str, tasks: Sequence[str], digest: str, notice: str) -> Future[T]:
-        """Starts to read a checkpoint, unless it is there or being read. `state` tells the outcome.
+    def begin(self, folder: str, tasks: Sequence[str], digest: str, notice: str) -> Future[P]:
+        """Starts reading a checkpoint, unless it is loaded or being read. `state` reports the outcome.
 
         Args:
-            notice: see `loraf_serve.vllm.worker.notice`; given when there is an outcome.
+            notice: path of a `loraf_serve.vllm.worker.notice.Notice`, given when the load is over.
 
         Returns:
-            The load, done when there is an outcome.
+            The load.
         """
         load = self._loads.get(digest)
         if load is None or (load.done() and load.exception() is not None):
-            thread = self._threads(1)  # a new one: one that has stepped back may not come forward again
+            thread = self._threads(1)  # a new thread, because one cannot raise its priority again
             load = self._loads[digest] = thread.submit(self._load, folder, tuple(tasks), digest)
             thread.shutdown(wait=False)
-            self._in_front = True
+            self._full_priority = True
         load.add_done_callback(lambda _: give(notice))
         return load
 
     def step_back(self) -> None:
-        """To be called at the beginning of a step: threads that load leave the processor to it from now on.
+        """Lowers the priority of loading threads. Call it at the beginning of a step.
 
-        Until then they share it as equals, for a vLLM that waits is busy too, and would take nine tenths of a core.
+        Before the first step they need equal priority, because an idle vLLM busy-waits and would take nine tenths of a
+        core.
         """
-        if not self._in_front:
+        if not self._full_priority:
             return
-        self._in_front = False
+        self._full_priority = False
         for thread in threading.enumerate():
             if thread.name.startswith(_THREADS) and thread.native_id:
                 step_back(thread.native_id)
 
     def state(self, digest: str) -> dict[str, Any] | None:
-        """None while it is being read, `{}` once it is there, else the error in plain values (`raise_error`).
+        """Returns None while a checkpoint is loading, `{}` once it is loaded, or an error as plain values for
+        `raise_error`.
 
-        Errors travel as values because an exception in a worker's remote call leaves the other workers' answers
-        unread in vLLM, and the next call then receives them.
+        After an exception in one worker's remote call vLLM leaves the other workers' results unread, and the next call
+        receives them. So errors are returned as values.
         """
         load = self._loads[digest]
         if not load.done():
@@ -102,73 +104,77 @@ class CheckpointStore(Generic[C, T]):
             return {"kind": kind, "problems": problems}
         return {"kind": "", "problems": [[f"{type(error).__name__}: {error}", "", "", ""]]}
 
-    def get(self, digest: str) -> T:
-        """Raises KeyError unless the checkpoint is there."""
+    def get(self, digest: str) -> P:
+        """
+        Raises:
+            KeyError: the checkpoint is not loaded.
+        """
         load = self._loads[digest]
         if not load.done() or load.exception() is not None:
             raise KeyError(digest)
         return load.result()
 
     def drop(self, digest: str) -> None:
-        """Forgets a checkpoint; one that is unknown is nothing. A thread gives its memory back."""
+        """Forgets a checkpoint. No-op if it is unknown. A thread returns its memory to the system."""
         load = self._loads.pop(digest, None)
         if load is None:
             return
         load.cancel()
-        del load  # holds the checkpoint: what is freed only after memory was given back would stay
-        self._freeing.submit(give_back)
+        del load  # frees the checkpoint before the thread trims memory
+        self._trimmer.submit(trim_heap)
 
-    def _threads(self, count: int, settled: Callable[[], None] = lambda: None) -> ThreadPoolExecutor:
-        """Threads with the priority of the one that gives them work, unless `settled` changes it."""
+    def _threads(self, count: int, prepare_thread: Callable[[], None] = lambda: None) -> ThreadPoolExecutor:
+        """Returns threads with the priority of the submitting thread, unless `prepare_thread` changes it."""
 
-        def settle() -> None:
+        def initialize() -> None:
             if self._cores:
                 os.sched_setaffinity(threading.get_native_id(), self._cores)
             _one_openmp_thread()
-            settled()
+            prepare_thread()
 
-        return ThreadPoolExecutor(count, thread_name_prefix=f"{_THREADS}-load", initializer=settle)
+        return ThreadPoolExecutor(count, thread_name_prefix=f"{_THREADS}-load", initializer=initialize)
 
-    def _load(self, folder: str, tasks: tuple[str, ...], digest: str) -> T:
+    def _load(self, folder: str, tasks: tuple[str, ...], digest: str) -> P:
         with self._one_at_a_time:
             return self._load_now(folder, tasks, digest)
 
-    def _load_now(self, folder: str, tasks: tuple[str, ...], digest: str) -> T:
-        # The engine's thread would keep Python's lock for 5 ms each time that loading asks for it, thousands of times.
+    def _load_now(self, folder: str, tasks: tuple[str, ...], digest: str) -> P:
+        # Otherwise the engine's thread keeps Python's lock for 5 ms each time loading requests it, thousands of times.
         interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
         try:
-            with self._opened(folder, tasks) as checkpoint:
-                found = checkpoint.manifest.adapter_digest
-                if found != digest:
-                    message = f"was changed while it was being loaded (adapter digest {found})"
+            with self._open(folder, tasks) as checkpoint:
+                current = checkpoint.manifest.adapter_digest
+                if current != digest:
+                    message = f"was changed while it was being loaded (adapter digest is now {current})"
                     remedy = "load it again once nothing writes to it"
                     raise CorruptCheckpoint(Problem(message, file=folder, remedy=remedy))
-                with self._threads(len(self._cores) or os.cpu_count()) as pool:
+                with self._threads(len(self._cores) or os.cpu_count() or 1) as pool:
                     return self._prepare(checkpoint, pool)
         finally:
             sys.setswitchinterval(interval)
 
 
 def _one_openmp_thread() -> None:
-    """For the calling thread alone: otherwise each loading thread gets a team, which spins beside the engine's own.
+    """Limits OpenMP to one thread for the calling thread. Otherwise each loading thread gets a team of threads, which
+    busy-wait and compete with the engine's own.
 
-    vLLM has switched torch.set_num_threads off in its workers, so torch's OpenMP is asked itself.
+    vLLM disables torch.set_num_threads in its workers, so this calls torch's OpenMP runtime directly.
     """
     symbol = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
     if symbol is None:
         try:
             symbol = ctypes.CDLL("libgomp.so.1").omp_set_num_threads  # the one that torch has loaded
         except (OSError, AttributeError):
-            return  # another OpenMP, or none: loading is only less considerate
+            return  # another OpenMP runtime, or none: loading then competes with the engine
     symbol(1)
 
 
 def raise_error(state: Mapping[str, Any]) -> None:
-    """Raises the error that a state describes; nothing if it describes none.
+    """Raises the error that a state from `CheckpointStore.state` describes. No-op if it describes none.
 
     Raises:
-        LorafError: of the kind that the worker raised.
+        LorafError: of the class that the worker raised.
         RuntimeError: the worker failed for a reason that is not the user's.
     """
     if "problems" not in state:

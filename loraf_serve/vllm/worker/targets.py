@@ -1,4 +1,4 @@
-"""Which of vLLM's layers an adapter's modules are, and whether an engine can apply a checkpoint to them."""
+"""Maps an adapter's modules to vLLM's layers, and checks whether an engine can apply a checkpoint to them."""
 
 from __future__ import annotations
 
@@ -19,55 +19,58 @@ if TYPE_CHECKING:
 
 
 def vllm_name(model: nn.Module, module: str) -> str:
-    """vLLM's name of a module of transformers', as its loader of PEFT adapters finds it."""
+    """Returns vLLM's name of a transformers module, as vLLM's loader of PEFT adapters derives it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     mapper = mapper.get_rename_mapper() if mapper is not None else None
     return parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)[0]
 
 
 def members(manager: LoRAModelManager, name: str) -> list[str]:
-    """The adapter's names, as vLLM writes them, of the layers that one of vLLM's (maybe fused) layers holds."""
+    """Returns the names, as vLLM writes them, of the adapter's modules in one of vLLM's (possibly fused) layers."""
     return manager.packed_modules.get(name, [name])
 
 
 def linear_layers(manager: LoRAModelManager) -> dict[str, BaseLinearLayerWithLoRA]:
-    """vLLM's layers that LoRA is applied to, by vLLM's names."""
+    """Returns the linear layers that LoRA applies to, by vLLM's names."""
     return {name: layer for name, layer in manager.modules.items() if isinstance(layer, BaseLinearLayerWithLoRA)}
 
 
 def layer_shapes(manager: LoRAModelManager) -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of every linear layer that LoRA is applied to, by the adapter's name of it (vLLM's fused layers
-    count as the layers they hold), over all tensor-parallel workers."""
+    """Returns (d_out, d_in), over all tensor-parallel workers, of every module in a linear layer that LoRA applies to.
+    A fused layer counts as the modules that it holds."""
     shapes = {}
     for name, layer in linear_layers(manager).items():
-        parts = members(manager, name)
-        for part, d_out in zip(parts, output_sizes(layer.base_layer, len(parts)), strict=False):
-            shapes[part] = (d_out, layer.base_layer.input_size)
+        modules = members(manager, name)
+        for module, d_out in zip(modules, output_sizes(layer.base_layer, len(modules)), strict=False):
+            shapes[module] = (d_out, layer.base_layer.input_size)
     return shapes
 
 
-def output_sizes(layer: LinearBase, parts: int) -> list[int]:
-    """d_out of each of the `parts` layers that a linear layer holds, over all tensor-parallel workers.
+def output_sizes(layer: LinearBase, count: int) -> list[int]:
+    """Returns d_out, over all tensor-parallel workers, of each of the `count` modules that a linear layer holds.
 
-    Empty if vLLM splits the layer in another way than the adapter's names do.
+    Empty if vLLM splits the layer differently from the adapter's modules.
     """
     if isinstance(layer, QKVParallelLinear):
-        # `output_sizes` counts a key/value head once for each worker that holds a copy of it.
+        # vLLM's `output_sizes` counts a key/value head once for each worker that holds a copy of it.
         heads, kv_heads = layer.total_num_heads, layer.total_num_kv_heads
         sizes = [heads * layer.head_size, kv_heads * layer.head_size, kv_heads * layer.v_head_size]
     else:
         sizes = list(getattr(layer, "output_sizes", [layer.output_size]))
-    if parts == 1:
+    if count == 1:
         return [sum(sizes)]
-    return sizes if len(sizes) == parts else []
+    return sizes if len(sizes) == count else []
 
 
 def require_layers(manifest: Manifest, shapes: Mapping[str, tuple[int, int]], model: nn.Module, where: str) -> None:
-    """Raises BaseMismatch: every module of the checkpoint that vLLM has no such layer for.
+    """Checks that vLLM has a matching layer for every module of a checkpoint.
 
     Args:
-        shapes: what `layer_shapes` found.
-        where: the checkpoint, for messages.
+        shapes: from `layer_shapes`.
+        where: the checkpoint's folder, for messages.
+
+    Raises:
+        BaseMismatch: lists every module without a matching layer.
     """
     problems = []
     for module, spec in manifest.modules.items():

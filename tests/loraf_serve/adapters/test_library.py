@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from loraf import manifest
 from loraf.errors import BaseMismatch, Problem, UnknownTask
 from loraf.manifest import Templates
-from loraf_serve.adapters.library import Library
-from loraf_serve.adapters.registry import Registry, open_folder
+from loraf_serve.adapters.library import AdapterLibrary
+from loraf_serve.adapters.registry import Registry
 from loraf_serve.adapters.root import AdapterRoot
 from loraf_serve.backends.backend import BackendUnavailable
 from loraf_serve.errors import LoadingOff, NameTaken
 from tests.loraf_serve.fake_backend import FakeBackend
-from tests.loraf_serve.harness import checkpoint_folder, model_folder, on_a_loop
+from tests.loraf_serve.harness import checkpoint_folder, on_a_loop, open_adapter
 from tests.loraf_serve.library_stand import CONTENTS, FIRST, SECOND, digest, library, quiet, until
 
 # --- versions
@@ -58,7 +58,7 @@ async def test_the_last_of_several_requests_frees_the_content():
 
 
 @on_a_loop
-async def test_the_same_content_again_disturbs_nothing():
+async def test_loading_the_same_content_again_changes_nothing():
     async with library() as (made, backend):
         first = await made.load("a", *FIRST)
         again = await made.load("a", *FIRST, replace=True)
@@ -68,7 +68,7 @@ async def test_the_same_content_again_disturbs_nothing():
 
 
 @on_a_loop
-async def test_what_the_digest_does_not_cover_comes_from_the_new_load(tmp_path):
+async def test_templates_which_the_digest_does_not_cover_come_from_the_new_load(tmp_path):
     """Templates are no part of the content, but of what a request with apply_task_template gets."""
     shutil.copytree(checkpoint_folder(), tmp_path / "other")
     found = manifest.read(tmp_path / "other")
@@ -83,7 +83,7 @@ async def test_what_the_digest_does_not_cover_comes_from_the_new_load(tmp_path):
 
 
 @on_a_loop
-async def test_one_content_under_two_names_is_there_once():
+async def test_content_under_two_names_is_held_once():
     async with library() as (made, backend):
         await made.load("a", *FIRST)
         await made.load("b", *FIRST)
@@ -109,7 +109,7 @@ async def test_content_that_is_loaded_again_while_it_drains_stays():
 
 
 @on_a_loop
-async def test_content_that_is_loaded_again_while_it_is_being_freed_comes_again():
+async def test_content_that_is_loaded_again_while_it_is_being_freed_is_added_again():
     async with library() as (made, backend):
         await made.load("a", *FIRST)
         backend.remove_gate = asyncio.Event()
@@ -124,7 +124,7 @@ async def test_content_that_is_loaded_again_while_it_is_being_freed_comes_again(
 
 
 @on_a_loop
-async def test_unload_takes_the_name_at_once_and_waits_for_the_memory_alone():
+async def test_unload_removes_the_name_at_once_and_waits_only_for_the_memory():
     async with library() as (made, backend):
         await made.load("a", *FIRST)
         await made.load("b", *SECOND)
@@ -144,8 +144,8 @@ async def test_unload_takes_the_name_at_once_and_waits_for_the_memory_alone():
 
 
 @on_a_loop
-async def test_what_the_command_line_gave_may_be_replaced_and_unloaded():
-    given_ones = [open_folder(name, checkpoint_folder(), None, model_folder()) for name in ("a", "b")]
+async def test_adapters_of_the_command_line_can_be_replaced_and_unloaded():
+    given_ones = [open_adapter(name, checkpoint_folder()) for name in ("a", "b")]
     async with library(registry=Registry(given_ones)) as (made, backend):
         await made.load("a", *SECOND, replace=True)
         assert [adapter.name for adapter in made.registry] == ["a", "b"]
@@ -157,7 +157,7 @@ async def test_what_the_command_line_gave_may_be_replaced_and_unloaded():
 
 
 @on_a_loop
-async def test_a_taken_name_is_refused_unless_replace_is_said():
+async def test_a_taken_name_is_refused_unless_replace_is_set():
     async with library() as (made, backend):
         old = await made.load("a", *FIRST)
         with pytest.raises(NameTaken, match="'a' is taken → set replace"):
@@ -171,7 +171,7 @@ async def test_a_taken_name_is_refused_unless_replace_is_said():
     ids=lambda failure: type(failure).__name__,
 )
 @on_a_loop
-async def test_what_the_backend_refuses_changes_nothing(failure):
+async def test_an_adapter_that_the_backend_refuses_changes_nothing(failure):
     async with library() as (made, backend):
         old = await made.load("a", *FIRST)
         backend.add_failure = failure
@@ -184,7 +184,7 @@ async def test_what_the_backend_refuses_changes_nothing(failure):
 
 
 @on_a_loop
-async def test_a_removal_that_fails_is_told_and_leaves_the_name_free():
+async def test_a_removal_that_fails_is_reported_and_leaves_the_name_free():
     async with library() as (made, backend):
         await made.load("a", *FIRST)
         backend.remove_failure = RuntimeError("the device is gone")
@@ -241,7 +241,7 @@ async def test_a_load_that_is_cancelled_leaves_everything_as_it_was(monkeypatch,
 
 
 @on_a_loop
-async def test_an_unload_that_is_cancelled_has_taken_the_name_and_frees_the_memory_all_the_same():
+async def test_a_cancelled_unload_still_removes_the_name_and_frees_the_memory():
     async with library() as (made, backend):
         await made.load("a", *FIRST)
         backend.remove_gate = asyncio.Event()
@@ -268,7 +268,7 @@ async def test_loads_come_one_after_the_other():
 
 
 @on_a_loop
-async def test_of_two_loads_under_one_name_the_second_finds_it_taken():
+async def test_of_two_loads_under_one_name_the_second_is_refused():
     async with library() as (made, _):
         loads = [asyncio.create_task(made.load("a", *content)) for content in (FIRST, SECOND)]
         first, second = await asyncio.gather(*loads, return_exceptions=True)
@@ -276,7 +276,7 @@ async def test_of_two_loads_under_one_name_the_second_finds_it_taken():
 
 
 @on_a_loop
-async def test_closing_ends_a_load_in_the_middle():
+async def test_closing_cancels_a_load_in_progress():
     backend = FakeBackend()
     async with library(backend) as (made, _):
         backend.add_gate = asyncio.Event()
@@ -292,8 +292,8 @@ async def test_closing_ends_a_load_in_the_middle():
 async def test_without_a_root_nothing_changes():
     backend = FakeBackend()
     await backend.start()
-    adapter = open_folder("a", checkpoint_folder(), None, model_folder())
-    made = Library(backend, Registry([adapter]))
+    adapter = open_adapter("a", checkpoint_folder())
+    made = AdapterLibrary(backend, Registry([adapter]))
     await made.start()
     with pytest.raises(LoadingOff, match="--adapter-root"):
         await made.load("b", *SECOND)
@@ -317,7 +317,7 @@ event = st.one_of(
 
 @given(events=st.lists(event, min_size=3, max_size=25), seed=st.integers(0, 3))
 @settings(deadline=None, max_examples=60)
-def test_any_order_of_events_ends_with_what_is_needed(events, seed):
+def test_any_order_of_events_ends_with_exactly_the_needed_content(events, seed):
     asyncio.run(play(events, seed))
 
 
@@ -325,7 +325,7 @@ async def play(events, seed: int) -> None:
     """Requests look at the backend at each turn: what they run on must be there."""
     backend, tasks, requests = FakeBackend(), [], []
 
-    async def request(made: Library, name: str, over: asyncio.Event) -> None:
+    async def request(made: AdapterLibrary, name: str, over: asyncio.Event) -> None:
         with made.lease(name) as registry:
             if name not in registry:
                 return

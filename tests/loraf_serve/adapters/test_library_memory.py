@@ -9,27 +9,27 @@ import tracemalloc
 import pytest
 
 from loraf.checkpoint import Checkpoint
-from loraf_serve.adapters.registry import Registry, open_folder
+from loraf_serve.adapters.registry import Registry
 from loraf_serve.errors import AdapterMemoryFull
 from tests.loraf_serve.fake_backend import FakeBackend
-from tests.loraf_serve.harness import checkpoint_folder, model_folder, on_a_loop
+from tests.loraf_serve.harness import checkpoint_folder, on_a_loop, open_adapter
 from tests.loraf_serve.library_stand import FIRST, SECOND, THIRD, digest, file_bytes, library, quiet
 
 
 @on_a_loop
-async def test_what_is_too_large_is_refused_before_it_is_read(tmp_path):
+async def test_an_adapter_that_is_too_large_is_refused_before_it_is_read(tmp_path):
     shutil.copytree(checkpoint_folder(), tmp_path / "large")
     (tmp_path / "large/tasks/math.safetensors").unlink()  # who reads it would find that out
     async with library(root=tmp_path, memory=file_bytes(FIRST) - 1) as (made, backend):
         with pytest.raises(
-            AdapterMemoryFull, match=r"takes [\d.]+ KiB, and of [\d.]+ KiB for all of them 0 B are taken"
+            AdapterMemoryFull, match=r"takes [\d.]+ kB, and 0 B of the [\d.]+ kB for all adapters are taken"
         ):
             await made.load("a", "large")
         assert not made.registry and not backend.history
 
 
 @on_a_loop
-async def test_what_the_backend_takes_counts_and_a_load_beyond_is_taken_back():
+async def test_memory_of_the_backend_counts_and_a_load_beyond_the_limit_is_undone():
     backend = FakeBackend()
     backend.bytes_each = 1 << 20
     memory = file_bytes(FIRST) + backend.bytes_each
@@ -64,8 +64,8 @@ async def test_old_content_counts_until_it_is_freed_and_shared_content_counts_on
 
 
 @on_a_loop
-async def test_more_at_start_than_there_may_be_is_refused():
-    adapter = open_folder("a", checkpoint_folder(), None, model_folder())
+async def test_adapters_beyond_the_memory_limit_are_refused_at_start():
+    adapter = open_adapter("a", checkpoint_folder())
     with pytest.raises(AdapterMemoryFull, match="--adapter-memory"):
         async with library(registry=Registry([adapter]), memory=100):
             pass

@@ -12,21 +12,22 @@ import grpc
 import pytest
 
 from loraf import manifest
-from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, Problem
+from loraf.units import size_text
 from loraf_serve import client_cli
 from loraf_serve.adapters.registry import Registry
-from loraf_serve.backends.backend import BackendUnavailable, ServedAdapter
+from loraf_serve.backends.backend import BackendUnavailable
 from loraf_serve.client import ServiceError
 from loraf_serve.v1 import adapter_pb2
 from tests.loraf_serve.asking import ask, ask_stream, failure, violations
-from tests.loraf_serve.fake_backend import FakeBackend, expected_text
+from tests.loraf_serve.fake_backend import FakeBackend, ReadingBackend, expected_text
 from tests.loraf_serve.harness import (
     checkpoint_folder,
     checkpoints_root,
     eventually,
     model_folder,
     one_adapter,
+    open_adapter,
     serving,
     two_adapters,
 )
@@ -67,7 +68,7 @@ def code_of(call) -> grpc.StatusCode:
 # --- answers
 
 
-def test_what_was_loaded_answers_and_is_listed(running):
+def test_a_loaded_adapter_answers_and_is_listed(running):
     adapter = running.adapters.LoadAdapter(load(tasks=("nlu", "math"))).adapter
     assert (adapter.name, adapter.digest) == ("new", digest(1, "math", "nlu"))
     assert [task.name for task in adapter.tasks] == ["math", "nlu"]
@@ -79,7 +80,7 @@ def test_what_was_loaded_answers_and_is_listed(running):
     assert code_of(lambda: running.generation.Generate(ask("hello", adapter="new", tasks=["code"]))) is CODES.NOT_FOUND
 
 
-def test_a_replaced_name_means_the_new_content_alone(running):
+def test_a_replaced_name_means_only_the_new_content(running):
     before = running.generation.Generate(ask("hello", max_tokens=20))
     adapter = running.adapters.LoadAdapter(load("trio", replace=True)).adapter
     after = running.generation.Generate(ask("hello", max_tokens=20))
@@ -89,7 +90,7 @@ def test_a_replaced_name_means_the_new_content_alone(running):
     assert eventually(lambda: running.backend.added == {digest(1)})
 
 
-def test_a_digest_tells_versions_apart(running):
+def test_adapter_digest_distinguishes_versions(running):
     running.client.load_adapter("trio", "ckpt1", replace=True)
     error = failure(lambda: running.generation.Generate(ask("x", adapter_digest=digest(0))))
     assert error.code() is CODES.FAILED_PRECONDITION and digest(1) in error.details()
@@ -113,7 +114,7 @@ def test_a_running_stream_ends_on_the_version_it_began_with():
 
 
 @pytest.mark.parametrize("way", ["end", "cancel"])
-def test_unload_tells_what_still_runs_and_the_memory_goes_with_the_last_request(way):
+def test_unload_counts_running_requests_and_the_last_one_frees_the_memory(way):
     backend = FakeBackend(seconds_per_token=0.02)
     with serving(backend, root=checkpoints_root()) as running:
         streams = [running.generation.StreamGenerate(ask_stream("hello", max_tokens=30)) for _ in range(3)]
@@ -142,7 +143,7 @@ def test_unload_returns_when_the_memory_is_freed(running):
     assert response.served_by.adapter == ""
 
 
-def test_what_is_resident_counts_the_backend_too(running):
+def test_resident_bytes_include_the_backend(running):
     before = running.client.adapters()[0].resident_bytes
     running.backend.bytes_each = 1 << 20
     assert running.client.adapters()[0].resident_bytes == before + (1 << 20)
@@ -167,7 +168,7 @@ def test_what_is_resident_counts_the_backend_too(running):
         (load("x" * 100_000, "/" * 100_000, ["é" * 1000] * 1000), CODES.INVALID_ARGUMENT, None),
     ],
 )
-def test_a_load_that_makes_no_sense_has_its_status_and_changes_nothing(running, request_, code, fields):
+def test_an_invalid_load_has_its_status_and_changes_nothing(running, request_, code, fields):
     before = running.client.adapters()
     error = failure(lambda: running.adapters.LoadAdapter(request_))
     assert error.code() is code and "→" in error.details()
@@ -200,17 +201,6 @@ def another_base(folder: Path) -> None:
     (folder / "loraf.json").write_text(dataclasses.replace(found, base_model=base).to_json())
 
 
-class ReadingBackend(FakeBackend):
-    """As vLLM's: reads and verifies the folder itself. Finds values that the service process keeps for nothing."""
-
-    reads_checkpoints = True
-
-    async def add_adapter(self, adapter: ServedAdapter) -> None:
-        assert adapter.checkpoint is None
-        Checkpoint.open(adapter.path, adapter.tasks).verify_projection()
-        await super().add_adapter(adapter)
-
-
 @pytest.mark.parametrize("copied", [0, 1])  # of what is loaded already, and of something new
 @pytest.mark.parametrize("backend", [FakeBackend, ReadingBackend])
 @pytest.mark.parametrize(
@@ -229,7 +219,7 @@ def test_a_checkpoint_that_cannot_be_served_has_its_status_and_changes_nothing(
 ):
     shutil.copytree(checkpoint_folder(copied), tmp_path / "root/team/bad")
     damage(tmp_path / "root/team/bad")
-    with serving(backend, one_adapter().manifests_alone(), root=tmp_path / "root") as running:
+    with serving(backend, one_adapter(), root=tmp_path / "root") as running:
         for name, replace in (("trio", True), ("new", False)):
             error = failure(lambda: running.adapters.LoadAdapter(load(name, "team/bad", replace=replace)))  # noqa: B023
             assert error.code() is code and says in error.details()
@@ -237,7 +227,7 @@ def test_a_checkpoint_that_cannot_be_served_has_its_status_and_changes_nothing(
         assert [a.digest for a in running.client.adapters()] == [digest(0)] and running.backend.added == {digest(0)}
 
 
-def test_another_base_is_loaded_where_the_server_was_told_so(tmp_path, monkeypatch):
+def test_another_base_model_is_loaded_where_the_server_allows_it(tmp_path, monkeypatch):
     from loraf_serve.adapters.root import AdapterRoot
     from tests.loraf_serve import harness
 
@@ -255,7 +245,7 @@ def test_another_base_is_loaded_where_the_server_was_told_so(tmp_path, monkeypat
         (BackendUnavailable("died at /srv/secret"), CODES.UNAVAILABLE, "the engine cannot answer any more"),
     ],
 )
-def test_what_the_backend_refuses_has_its_status_and_the_old_content_stays(running, failure_, code, says):
+def test_an_adapter_that_the_backend_refuses_has_its_status_and_the_old_content_stays(running, failure_, code, says):
     running.backend.add_failure = failure_
     error = failure(lambda: running.adapters.LoadAdapter(load("trio", replace=True)))
     assert error.code() is code and says in error.details() and "secret" not in error.details()
@@ -277,13 +267,13 @@ def test_without_adapter_root_clients_change_nothing():
         assert len(running.client.adapters()) == 2
 
 
-def test_more_memory_than_there_may_be_says_how_much_there_is():
-    taken = one_adapter().get("trio").resident_bytes
+def test_a_load_beyond_the_memory_limit_names_the_sizes():
+    taken = open_adapter("trio", checkpoint_folder()).resident_bytes
     files = sum(task.file.bytes for task in manifest.read(checkpoint_folder(1)).tasks)
     with serving(root=checkpoints_root(), adapter_memory=2 * taken) as running:
         error = failure(lambda: running.adapters.LoadAdapter(load()))
         assert error.code() is CODES.RESOURCE_EXHAUSTED
-        expected = f"takes {files / 1024:.4g} KiB, and of 84 KiB for all of them 42 KiB are taken"
+        expected = f"takes {size_text(files)}, and {size_text(taken)} of the {size_text(2 * taken)} for all adapters"
         assert f"--adapter-memory: this adapter {expected}" in error.details()
         assert running.adapters.LoadAdapter(load(tasks=["math"])).adapter.tasks
         running.client.unload_adapter("trio")
@@ -311,7 +301,7 @@ def test_nothing_is_loaded_before_the_server_serves_or_while_it_drains():
         draining.result(10)
 
 
-def test_a_drain_ends_a_load_in_the_middle():
+def test_a_drain_cancels_a_load_in_progress():
     checkpoint_folder(1)
     backend = FakeBackend()
     with serving(backend, root=checkpoints_root()) as running:
@@ -324,7 +314,7 @@ def test_a_drain_ends_a_load_in_the_middle():
 
 
 @pytest.mark.parametrize("way", ["cancel", "deadline"])
-def test_a_load_whose_client_goes_has_not_happened(running, monkeypatch, way):
+def test_a_load_whose_client_disconnects_is_undone(running, monkeypatch, way):
     library, gone = running.server._library, []
     original = library.load
 
@@ -395,18 +385,18 @@ def test_loraf_client_says_how_many_requests_still_run(cli, running):
     [
         (["load", "trio", "ckpt1"], "ALREADY_EXISTS"),
         (["load", "new", "../ckpt1"], "path: is absolute"),
-        (["load", "New", "ckpt1"], "'New' is no adapter name"),
+        (["load", "New", "ckpt1"], "'New' is not a valid adapter name"),
         (["load", "new", "ckpt1", "--tasks", "art"], "choose from: math, nlu, code"),
-        (["load", "new", "ckpt1", "--tasks", "math,,math"], "tasks[1]: '' is no task name"),
+        (["load", "new", "ckpt1", "--tasks", "math,,math"], "tasks[1]: '' is not a task name"),
         (["unload", "new"], "choose from: trio"),
     ],
 )
-def test_mistakes_end_with_2_and_a_line_that_says_why(cli, arguments, says):
+def test_mistakes_exit_with_2_and_print_the_reason(cli, arguments, says):
     status, out, err = cli(*arguments)
     assert (status, out) == (2, "") and says in err and "Traceback" not in err
 
 
-def test_a_checkpoint_too_large_for_the_server_is_the_users_to_mend(capsys):
+def test_a_checkpoint_too_large_for_the_server_exits_with_2(capsys):
     checkpoint_folder(1)
     with serving(root=checkpoints_root(), adapter_memory=50_000) as running:
         assert client_cli.main(["load", "new", "ckpt1", "--server", running.address]) == 2

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from loraf.tasksets import TaskSet
-from loraf_serve.adapters.registry import Registry, open_folder
+from loraf_serve.adapters.registry import Registry
 from loraf_serve.adapters.root import AdapterRoot
 from loraf_serve.backends.merged import MergedBackend
 from loraf_serve.client import ServiceError, request_of
@@ -25,7 +25,15 @@ from loraf_serve.service import services
 from loraf_serve.v1 import adapter_pb2
 from loraf_serve.v1 import generation_pb2 as pb
 from tests.loraf_serve.fake_backend import FakeBackend, text_of
-from tests.loraf_serve.harness import Running, checkpoint_folder, checkpoints_root, eventually, model_folder, serving
+from tests.loraf_serve.harness import (
+    Running,
+    checkpoint_folder,
+    checkpoints_root,
+    eventually,
+    model_folder,
+    open_adapter,
+    serving,
+)
 from tests.loraf_serve.library_stand import check_history
 from tests.loraf_serve.references import Merged
 
@@ -198,7 +206,7 @@ def test_changes_under_traffic_with_merged_weights(opened):
     for seed in (0, 1):
         for path, tasks in CONTENTS:
             if path == f"ckpt{seed}":
-                adapter = open_folder("x", checkpoint_folder(seed), tasks or None, model_folder())
+                adapter = open_adapter("x", checkpoint_folder(seed), tasks or None)
                 checkpoints[adapter.digest] = adapter.checkpoint
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, UnknownTask
-from loraf_serve.adapters import registry
 from loraf_serve.adapters.root import AdapterRoot, path_problem
 from loraf_serve.errors import InvalidRequest
-from tests.loraf_serve.harness import checkpoint_folder, model_folder
+from tests.loraf_serve.harness import checkpoint_folder, model_folder, open_adapter
 from tests.standins import make_model
 
 
@@ -70,9 +69,11 @@ def test_a_checkpoint_below_the_root_is_read(root, path, tasks):
     found = root.find(path, tasks)
     names = tuple(name for name in ("math", "nlu", "code") if not tasks or name in tasks)
     assert found.manifest.task_names == names
-    assert found.file_bytes == sum((checkpoint_folder() / f"tasks/{n}.safetensors").stat().st_size for n in names)
+    assert found.served_as("a").file_bytes == sum(
+        (checkpoint_folder() / f"tasks/{n}.safetensors").stat().st_size for n in names
+    )
     adapter = root.open("a", found)
-    expected = registry.open_folder("b", checkpoint_folder(), tasks or None, model_folder())
+    expected = open_adapter("b", checkpoint_folder(), tasks or None)
     assert (adapter.name, adapter.tasks, adapter.digest) == ("a", names, expected.digest)
     assert adapter.digest == found.manifest.adapter_digest
 
@@ -112,7 +113,7 @@ def test_a_checkpoint_below_the_root_is_read(root, path, tasks):
         "pipe-manifest",
     ],
 )
-def test_nothing_else_is(root, tree, path):
+def test_no_other_path_is_read(root, tree, path):
     with pytest.raises(InvalidRequest) as refused:
         root.find(path, ())
     assert {problem.field for problem in refused.value.problems} == {"path"}
@@ -128,7 +129,7 @@ def test_an_absolute_path_is_refused_even_into_the_root(root, tree):
 @pytest.mark.parametrize(
     ("there", "missing"), [("to-secret", "to-nothing"), ("to-outside/secret", "to-outside/nothing")]
 )
-def test_what_lies_outside_and_what_does_not_are_refused_alike(root, there, missing):
+def test_existing_and_missing_paths_outside_are_refused_alike(root, there, missing):
     said = []
     for path in (there, missing):
         with pytest.raises(InvalidRequest) as refused:
@@ -149,12 +150,12 @@ def test_no_path_leads_out(root, tree, parts):
     except LorafError as error:
         assert str(tree) not in str(root.shown(error))
         return
-    assert found.folder.is_relative_to(tree / "root") and ".." not in parts
+    assert found.path.is_relative_to(tree / "root") and ".." not in parts
 
 
 def test_the_root_itself_may_be_reached_through_a_link(tree, tmp_path):
     (tmp_path / "link").symlink_to(tree / "root")
-    assert AdapterRoot(tmp_path / "link", model_folder()).find("one", ()).folder == tree / "root/one"
+    assert AdapterRoot(tmp_path / "link", model_folder()).find("one", ()).path == tree / "root/one"
 
 
 def test_an_unknown_task_and_a_folder_without_a_checkpoint_say_so(root):
@@ -164,13 +165,13 @@ def test_an_unknown_task_and_a_folder_without_a_checkpoint_say_so(root):
         root.find("empty", ())
 
 
-def test_a_root_that_is_no_folder_is_the_users_to_mend(tree):
+def test_a_root_that_is_not_a_folder_is_refused(tree):
     for path in (tree / "nowhere", tree / "root/file"):
-        with pytest.raises(ConfigError, match="--adapter-root: is no folder"):
+        with pytest.raises(ConfigError, match="--adapter-root: is not a folder"):
             AdapterRoot(path, model_folder())
 
 
-def test_refusals_name_files_and_not_where_the_server_keeps_them(tree, tmp_path):
+def test_refusals_name_files_without_the_servers_folders(tree, tmp_path):
     """Of the root, the model's folder and everything above them a client learns nothing."""
     shutil.copytree(checkpoint_folder(), tmp_path / "root/bad")
     file = tmp_path / "root/bad/tasks/nlu.safetensors"
@@ -180,7 +181,7 @@ def test_refusals_name_files_and_not_where_the_server_keeps_them(tree, tmp_path)
     other = make_model("mistral", tmp_path / "models/other", seed=1)
     shutil.copytree(checkpoint_folder(), tmp_path / "root/good")
     for name, kind, says in (("bad", CorruptCheckpoint, "SHA-256"), ("good", BaseMismatch, "other weights")):
-        root = AdapterRoot(tmp_path / "root", other)
+        root = AdapterRoot(tmp_path / "root", other, allow_other_base=name == "bad")
         with pytest.raises(kind) as refused:
             root.open("a", root.find(name, ()))
         shown = root.shown(refused.value)
@@ -200,7 +201,7 @@ def test_an_unreadable_manifest_is_shown_without_its_path(tree, root, monkeypatc
     assert "Permission denied" in problem.message and str(tree) not in str(problem)
 
 
-def test_what_is_wrong_with_a_path_is_told_without_looking():
+def test_path_problems_are_seen_without_looking_at_the_disk():
     assert path_problem("a/b") is None
     assert path_problem("a..b") is None
     assert path_problem("/a").field == path_problem("").field == "path"

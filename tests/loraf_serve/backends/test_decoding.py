@@ -15,18 +15,19 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from loraf.tasksets import TaskSet
-from loraf_serve.backends import decoding
-from loraf_serve.backends.answers import Answer, ModelFacts
+from loraf_serve.backends import model_runner
+from loraf_serve.backends.answer_state import AnswerState, DecodingConfig
 from loraf_serve.backends.backend import GenerationRequest, Sampling
-from loraf_serve.backends.decoding import Batch, Forward, Prefill
 from loraf_serve.backends.detokenize import StopTexts, TextStream, token_text
+from loraf_serve.backends.model_runner import Batch, Forward, Prefill
 from loraf_serve.backends.sampler import Sampler, rank_of
 from tests.standins import byte_tokenizer, make_model
+from tests.tools import needs
 
 VOCAB = 320
 EOS = 2
 TOKENIZER = byte_tokenizer()
-FACTS = ModelFacts(TOKENIZER, EOS, frozenset(), 1024)
+CONFIG = DecodingConfig(TOKENIZER, EOS, frozenset(), 1024)
 
 
 def random_sampling(seed: int) -> tuple[Sampling, list[int], list[int], torch.Tensor]:
@@ -98,7 +99,7 @@ def test_scores_follow_the_definition(seed):
 
 
 def test_scores_equal_vllms_own_functions():
-    pytest.importorskip("vllm", reason="vLLM is not installed: its sampler cannot be compared with")
+    pytest.importorskip("vllm", reason=needs("vLLM"))
     from vllm.v1.sample.logits_processor import builtin
     from vllm.v1.sample.ops.penalties import apply_all_penalties
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
@@ -167,7 +168,7 @@ def test_a_seed_repeats_and_answers_differ():
     assert draw(None, 0) != draw(None, 0)
 
 
-def test_rank_counts_ties_against_the_token():
+def test_rank_counts_tied_tokens():
     logprobs = torch.tensor([-1.0, -2.0, -2.0, -3.0])
     assert [rank_of(logprobs, token) for token in range(4)] == [1, 3, 3, 4]
 
@@ -176,7 +177,7 @@ def test_rank_counts_ties_against_the_token():
 
 
 def vllm_detokenizer(prompt, sampling):
-    pytest.importorskip("vllm", reason="vLLM is not installed: its detokenizer cannot be compared with")
+    pytest.importorskip("vllm", reason=needs("vLLM"))
     from vllm import SamplingParams
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
@@ -221,7 +222,7 @@ def test_text_of_any_tokens_is_the_decoded_text_without_an_incomplete_end(tokens
 
 @given(tokens=ANY_TOKENS, skip=st.booleans(), stop=st.lists(st.text("ab\n", min_size=1, max_size=3), max_size=3))
 @settings(deadline=None, max_examples=100)
-def test_text_equals_vllms(tokens, skip, stop):
+def test_text_equals_that_of_vllm(tokens, skip, stop):
     sampling = Sampling(stop=tuple(stop), skip_special_tokens=skip, min_tokens=len(tokens) // 4)
     theirs = vllm_detokenizer([1], sampling)
     stream, stops = TextStream(TOKENIZER, [1], skip), StopTexts(sampling.stop)
@@ -229,10 +230,10 @@ def test_text_equals_vllms(tokens, skip, stop):
     for n, token in enumerate(tokens, 1):
         found = theirs.update([token], False)
         mine += stops.add(stream.add(token), n > sampling.min_tokens)
-        assert stops.found == found
+        assert stops.matched == found
         if found is not None:
             break
-    mine += "" if stops.found else stops.flush()
+    mine += "" if stops.matched else stops.flush()
     assert mine == theirs.get_next_output_text(True, False)
 
 
@@ -269,11 +270,11 @@ def test_stop_texts_end_the_text_and_are_never_sent(pieces, stops):
     for piece in pieces:
         sent += stopping.add(piece)
         assert expected.startswith(sent), "nothing is sent that would have to be taken back"
-        if stopping.found:
+        if stopping.matched:
             break
     else:
         sent += stopping.flush()
-    assert (sent, stopping.found) == (expected, found)
+    assert (sent, stopping.matched) == (expected, found)
 
 
 def test_text_that_cannot_begin_a_stop_text_is_not_held_back():
@@ -288,7 +289,7 @@ def test_text_that_cannot_begin_a_stop_text_is_not_held_back():
 @given(tokens=st.lists(st.integers(0, len(TOKENIZER) - 1), min_size=1, max_size=12))
 @settings(deadline=None, max_examples=60)
 def test_texts_of_single_tokens_equal_vllms(tokens):
-    pytest.importorskip("vllm", reason="vLLM is not installed: its token texts cannot be compared with")
+    pytest.importorskip("vllm", reason=needs("vLLM"))
     from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
@@ -329,12 +330,12 @@ def generate(model, prompt: list[int], tokens: int, **options) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def answer_to(prompt: list[int], tokens: int, **fields) -> Answer:
+def answer_to(prompt: list[int], tokens: int, **fields) -> AnswerState:
     sampling = Sampling(max_tokens=tokens, **({"temperature": 0.0, "ignore_eos": True} | fields))
-    return Answer(GenerationRequest("r", tuple(prompt), sampling, None, TaskSet()), 0, FACTS)
+    return AnswerState(GenerationRequest("r", tuple(prompt), sampling, None, TaskSet()), 0, CONFIG)
 
 
-def prefilled(forward: Forward, answer: Answer, prompt: list[int]) -> Prefill:
+def prefilled(forward: Forward, answer: AnswerState, prompt: list[int]) -> Prefill:
     prefill = Prefill(prompt)
     while (logits := prefill.step(forward)) is None:
         pass
@@ -344,7 +345,7 @@ def prefilled(forward: Forward, answer: Answer, prompt: list[int]) -> Prefill:
 
 @torch.inference_mode()
 def test_rows_that_come_and_go_get_what_generate_gives_each_alone(model, monkeypatch):
-    monkeypatch.setattr(decoding, "CHUNK", 7)  # prompts below take one to six chunks
+    monkeypatch.setattr(model_runner, "CHUNK", 7)  # prompts below take one to six chunks
     draw = random.Random(0)
     prompts = [[draw.randrange(3, VOCAB) for _ in range(length)] for length in (3, 40, 11, 1, 25, 7)]
     lengths = [9, 14, 4, 20, 6, 11]
@@ -405,10 +406,10 @@ def test_greedy_answers_equal_those_of_transformers_generate(model, fields, opti
 def test_models_whose_state_cannot_pause_or_whose_rows_interfere_are_recognised(model):
     from transformers import MambaConfig, Phi3Config, Qwen3NextConfig
 
-    assert decoding.unsupported_cache(model.config) is None
-    assert not decoding.lengths_interfere(model.config)
-    assert "Linear" in decoding.unsupported_cache(Qwen3NextConfig())
-    assert decoding.unsupported_cache(MambaConfig()) is not None
+    assert model_runner.unsupported_cache(model.config) is None
+    assert not model_runner.lengths_interfere(model.config)
+    assert "Linear" in model_runner.unsupported_cache(Qwen3NextConfig())
+    assert model_runner.unsupported_cache(MambaConfig()) is not None
     factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
     rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, "rope_theta": 1e4} | factors
-    assert decoding.lengths_interfere(Phi3Config(rope_parameters=rope))
+    assert model_runner.lengths_interfere(Phi3Config(rope_parameters=rope))

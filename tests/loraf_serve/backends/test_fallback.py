@@ -74,7 +74,7 @@ def test_the_second_takes_over_with_every_adapter_and_says_which_layer(made, ada
     assert "model.layers.0.mlp.down_proj" in said[0] and "second" in said[1]
 
 
-def test_once_it_has_answered_it_refuses_instead(made, adapters) -> None:
+def test_after_an_answer_the_adapter_is_refused_instead(made, adapters) -> None:
     backend, first, second, said = made
 
     async def scenario() -> None:
@@ -90,7 +90,7 @@ def test_once_it_has_answered_it_refuses_instead(made, adapters) -> None:
     assert second.state == "new" and said == []
 
 
-def test_another_refusal_is_no_reason_to_change(made, adapters) -> None:
+def test_other_errors_do_not_change_the_backend(made, adapters) -> None:
     backend, first, second, said = made
 
     async def scenario() -> None:

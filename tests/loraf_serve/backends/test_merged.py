@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.backend import GenerationRequest, Sampling
-from loraf_serve.backends.decoding import Forward
-from loraf_serve.backends.mailbox import joined
 from loraf_serve.backends.merged import MergedBackend
+from loraf_serve.backends.model_runner import Forward
+from loraf_serve.backends.output_queue import joined
 from tests.loraf_serve.merged_stand import GREEDY, PROMPTS, SETS, Stand, only
 from tests.standins import ARCHITECTURES, linear_shapes
 
@@ -73,7 +73,7 @@ def test_no_order_of_arrivals_changes_an_answer(stand, arrivals):
         assert only(answer).token_ids == stand.expected(prompt, task_set, 12)[:tokens]
 
 
-def test_adapters_that_change_different_modules_do_not_meet(stand):
+def test_adapters_that_change_different_modules_do_not_interfere(stand):
     asked = [(PROMPTS[i % 3], s, GREEDY, a) for i, (s, a) in enumerate([("math", "first"), ("math", "second")] * 3)]
     asked += [("Hello", "base", GREEDY, "second")]
     answers = stand.answers(*asked)
@@ -81,7 +81,7 @@ def test_adapters_that_change_different_modules_do_not_meet(stand):
     assert [only(each).token_ids for each in answers] == expected
 
 
-def test_base_has_the_bits_of_the_file_again_and_originals_are_kept_once(stand):
+def test_the_base_set_restores_the_original_bits_and_originals_are_kept_once(stand):
     stand.answers(("Hello", "math", GREEDY, "second"), ("Hello", "math+nlu", GREEDY, "first"))
     stand.answers(("Hello", "base"))
     now = stand.backend._weights._model.state_dict()
@@ -98,7 +98,7 @@ def test_a_long_prompt_takes_several_chunks_and_the_context_ends_the_answer(stan
     assert answer.token_ids[:12] == stand.expected(prompt, "nlu", 12)
 
 
-def test_bfloat16_gives_what_the_model_gives_in_bfloat16(stand):
+def test_bfloat16_answers_equal_those_of_the_model_in_bfloat16(stand):
     async def ask():
         backend = MergedBackend(stand.model_folder, "bfloat16")
         await backend.start()
@@ -264,7 +264,7 @@ FIELD_CHECKS = {
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Sampling)])
-def test_every_sampling_field_is_obeyed(stand, name):
+def test_every_sampling_field_is_supported(stand, name):
     FIELD_CHECKS[name](stand)
 
 
@@ -289,7 +289,7 @@ def test_further_end_tokens_of_the_generation_config_end_an_answer(stand, folder
     assert (ignored.token_ids, ignored.finish_reason) == ((5,) * 12, "length")
 
 
-def test_answers_of_one_request_share_the_prompts_pass(stand, monkeypatch):
+def test_answers_of_one_request_share_the_prefill(stand, monkeypatch):
     lengths = []
     forward = Forward.__call__
 

@@ -42,7 +42,7 @@ def test_a_removed_adapter_is_gone_and_may_come_back(stand):
             stand.run(backend.add_adapter(second))
 
 
-def test_what_is_held_for_an_adapter_is_told_and_freed(stand):
+def test_memory_held_for_an_adapter_is_reported_and_freed(stand):
     """Its A; and the original weights, of which only those that another adapter changes are kept."""
     backend = stand.backend
 

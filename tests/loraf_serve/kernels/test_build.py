@@ -1,4 +1,4 @@
-"""The build of the C++ libraries in setup.py, with compilers that are not there, that fail, or that know less."""
+"""setup.py builds the C++ libraries, with compilers that are missing, fail, or lack flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 LIBRARIES = ("loraf/_native.so", "loraf_serve/kernels/_cpu.so")
 
-# Writes its arguments down and a file where one is asked for. What LACKS names, it does not know.
+# Logs its arguments and writes the output file. Fails on flags and files that LACKS names.
 COMPILER = """#!{python}
 import json, os, sys
 from pathlib import Path
@@ -30,7 +30,7 @@ Path(arguments[arguments.index("-o") + 1]).write_text("built")
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """What a build of the libraries reads."""
+    """A copy of the files that a build of the libraries reads."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for folder in ("loraf/csrc", "loraf_serve/kernels/csrc"):
@@ -45,7 +45,7 @@ def tree(tmp_path) -> Path:
 
 
 def build(tree: Path, **environment: str) -> tuple[set[str], list[str], list[list[str]]]:
-    """The libraries that are there afterwards, the warnings, and the compiler's arguments, call by call."""
+    """Returns the libraries that exist afterwards, the warnings, and the arguments of each compiler call."""
     run = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=tree,
@@ -81,13 +81,13 @@ def test_each_file_is_compiled_and_delta_for_each_instruction_set(tree):
     assert "-fopenmp" in plain
 
 
-def test_flags_that_the_compiler_does_not_know_are_left_out(tree):
+def test_flags_that_the_compiler_rejects_are_left_out(tree):
     built, warnings, calls = build(tree, LACKS="-mavx512bf16 -fopenmp")
     assert (built, warnings) == (set(LIBRARIES), [])
     compiled = [call for call in calls if "-c" in call]
     assert not [call for call in compiled if "-fopenmp" in call or "-DLORAF_VARIANT=avx512bf16" in call]
-    [face] = [call for call in compiled if call[call.index("-c") + 1].endswith("library.cpp")]
-    assert "-DLORAF_WITH_plain" in face and "-DLORAF_WITH_avx512bf16" not in face
+    [library] = [call for call in compiled if call[call.index("-c") + 1].endswith("library.cpp")]
+    assert "-DLORAF_WITH_plain" in library and "-DLORAF_WITH_avx512bf16" not in library
 
 
 def test_without_a_compiler_there_is_one_line_and_no_library(tree):
@@ -97,7 +97,7 @@ def test_without_a_compiler_there_is_one_line_and_no_library(tree):
     assert "loraf_serve.kernels._cpu was not compiled" in warnings[1] and "no-such-compiler" in warnings[1]
 
 
-def test_a_library_that_does_not_compile_says_why_and_leaves_no_old_one(tree):
+def test_a_failed_compilation_gives_the_reason_and_removes_the_old_library(tree):
     build(tree)
     built, warnings, _ = build(tree, LACKS="pack.cpp")
     assert built == {"loraf/_native.so"}
@@ -105,7 +105,7 @@ def test_a_library_that_does_not_compile_says_why_and_leaves_no_old_one(tree):
     assert "loraf_serve.kernels._cpu" in warning and "cc: error: unrecognised: pack.cpp" in warning
 
 
-def test_a_folder_without_sources_is_no_library(tree):
+def test_a_folder_without_sources_builds_no_library(tree):
     shutil.rmtree(tree / "loraf" / "csrc")
     built, warnings, _ = build(tree)
     assert (built, warnings) == ({"loraf_serve/kernels/_cpu.so"}, [])

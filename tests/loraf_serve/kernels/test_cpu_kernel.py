@@ -1,4 +1,4 @@
-"""Every instruction set that the native kernel is compiled for, threads, and what a row's bits depend on."""
+"""The native kernel: every instruction set, threads, and bit-identical results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraf_serve.kernels import Part, Rows, cpu_library, prepare
+from loraf_serve.kernels import BatchWeights, Part, cpu_library, prepare
 from loraf_serve.kernels.cpu_kernel import NativeOperand
 from tests.loraf_serve.kernel_cases import (
     COMPILER,
@@ -27,6 +27,7 @@ from tests.loraf_serve.kernel_cases import (
     needs_native,
     random_b,
 )
+from tests.tools import needs
 
 SOURCES = Path(cpu_library.__file__).parent / "csrc"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
@@ -35,10 +36,10 @@ EMULATED = "avx512bf16, emulated"
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory) -> cpu_library.Library:
-    """The library with the AVX-512-BF16 variant as it is, but VDPBF16PS spelt out, so that AVX-512 runs it."""
+def emulated(tmp_path_factory) -> cpu_library.CpuLibrary:
+    """The library with the AVX-512-BF16 variant, but VDPBF16PS emulated, so that any AVX-512 processor runs it."""
     if COMPILER is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip(needs("C++ compiler"))
     folder = tmp_path_factory.mktemp("emulated")
     flags = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
     units = {
@@ -48,10 +49,10 @@ def emulated(tmp_path_factory) -> cpu_library.Library:
     }
     assert set(units) == {file.name for file in SOURCES.glob("*.cpp")}
     objects = []
-    for file, several in units.items():
-        for more in several:
+    for file, variants in units.items():
+        for variant_flags in variants:
             objects.append(folder / f"{len(objects)}.o")
-            command = [COMPILER, *flags, *more, "-c", SOURCES / file, "-o", objects[-1]]
+            command = [COMPILER, *flags, *variant_flags, "-c", SOURCES / file, "-o", objects[-1]]
             run = subprocess.run(command, capture_output=True, text=True, timeout=300)
             assert run.returncode == 0, run.stderr
     target = folder / "_emulated.so"
@@ -60,32 +61,32 @@ def emulated(tmp_path_factory) -> cpu_library.Library:
 
 
 @pytest.fixture(scope="session", params=[*VARIANTS, EMULATED])
-def built_variant(request) -> tuple[cpu_library.Library, str]:
-    """A library and the name of one of its variants that this processor runs."""
+def built_variant(request) -> tuple[cpu_library.CpuLibrary, str]:
+    """A library and one of its variants that this processor runs."""
     if request.param == EMULATED:
         built, variant = request.getfixturevalue("emulated"), "avx512bf16"
     else:
         if COMPILER is None and cpu_library.why_not_native():
-            pytest.skip("no C++ compiler, so no native kernel")
+            pytest.skip(needs("C++ compiler"))
         built, variant = cpu_library.load(), request.param
     if variant in built.variants:
         return built, variant
     pytest.skip(f"this processor lacks {variant}" if variant in built.lacking else f"not compiled for {variant}")
 
 
-def result(case: Case, built_variant: tuple[cpu_library.Library, str]) -> torch.Tensor:
+def result(case: Case, built_variant: tuple[cpu_library.CpuLibrary, str]) -> torch.Tensor:
     y = case.fresh_y()
-    NativeOperand(case.parts, *built_variant).add_delta(y, case.x, case.rows)
+    NativeOperand(case.parts, *built_variant).add_delta(y, case.x, case.batch)
     return y
 
 
 @needs_compiler
-def test_where_there_is_a_compiler_the_kernel_is_there():
+def test_with_a_compiler_the_native_kernel_is_available():
     assert cpu_library.why_not_native() is None
 
 
 @needs_native
-def test_the_best_variant_is_taken():
+def test_the_best_variant_is_the_default():
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     present = [
         name
@@ -98,6 +99,7 @@ def test_the_best_variant_is_taken():
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_equals_the_formula(built_variant, data):
     case = data.draw(cases())
     y = result(case, built_variant)
@@ -113,63 +115,63 @@ def test_depths_around_the_tile(built_variant, dtype, d_in):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_number_of_a_half_type_goes_through(built_variant, dtype):
-    """x, A and y take each of the 65,536 patterns; the products with 1 are exact, so all bits are known."""
-    everything = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    finite = everything[everything.isfinite()]
-    # VDPBF16PS takes denormal numbers for zero, as its manual says; the others must keep them.
+def test_every_number_of_a_half_type_is_exact(built_variant, dtype):
+    """x, A and y take each of the 65,536 bit patterns. The products with 1 are exact, so all bits are known."""
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = patterns[patterns.isfinite()]
+    # VDPBF16PS treats denormal numbers as zero, as its manual says. The others must keep them.
     flushes = built_variant[1] == "avx512bf16" and dtype == torch.bfloat16
     if flushes:
         finite = finite[(finite.abs() >= torch.finfo(dtype).tiny) | (finite == 0)]
     one = torch.ones(1, 1, dtype=dtype)
     single = random_b(torch.Generator().manual_seed(0), 1, 1, 1.0, torch.float32)
     single.values.fill_(1.0)
-    rows = Rows(torch.arange(len(finite), dtype=torch.int32), torch.ones(len(finite), 1))
+    batch = BatchWeights(torch.arange(len(finite), dtype=torch.int32), torch.ones(len(finite), 1))
     operand = NativeOperand([Part(one, [single], 0, 1, 0)], *built_variant)
     y = torch.zeros(len(finite), 1, dtype=dtype)
-    operand.add_delta(y, finite[:, None].contiguous(), rows)  # 0 + 1·1·x
+    operand.add_delta(y, finite[:, None].contiguous(), batch)  # 0 + 1·1·x
     assert torch.equal(y[:, 0], finite)
     y = finite[:, None].clone()
-    operand.add_delta(y, torch.zeros_like(y), rows)  # y + 0
+    operand.add_delta(y, torch.zeros_like(y), batch)  # y + 0
     assert torch.equal(y[:, 0], finite)
     wide = random_b(torch.Generator().manual_seed(0), len(finite), 1, 1.0, torch.float32)
     wide.values.fill_(1.0)
-    y = finite[None].clone()  # as a row: whole vectors instead of single numbers
+    y = finite[None].clone()  # as one row: whole vectors instead of single numbers
     NativeOperand([Part(one, [wide], 0, len(finite), 0)], *built_variant).add_delta(
-        y, torch.zeros(1, 1, dtype=dtype), Rows(rows.indices[:1], torch.ones(1, 1))
+        y, torch.zeros(1, 1, dtype=dtype), BatchWeights(batch.indices[:1], torch.ones(1, 1))
     )
     assert torch.equal(y[0], finite)
 
 
 @pytest.mark.parametrize("value_dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_stored_value_of_a_half_type_is_packed(built_variant, value_dtype):
-    everything = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(value_dtype)
-    finite = everything[everything.isfinite()]
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(value_dtype)
+    finite = patterns[patterns.isfinite()]
     b = random_b(torch.Generator().manual_seed(0), len(finite), 1, 1.0, value_dtype)
     b.values.copy_(finite)
     one = torch.ones(1, 1)
-    for n in (1, 5, 17):  # for one row there is another way than for more
+    for n in (1, 5, 17):  # one to four rows take another path than more
         y = torch.zeros(n, len(finite))
-        rows = Rows(torch.arange(n, dtype=torch.int32), torch.ones(n, 1))
-        NativeOperand([Part(one, [b], 0, len(finite), 0)], *built_variant).add_delta(y, one.expand(n, 1), rows)
+        batch = BatchWeights(torch.arange(n, dtype=torch.int32), torch.ones(n, 1))
+        NativeOperand([Part(one, [b], 0, len(finite), 0)], *built_variant).add_delta(y, one.expand(n, 1), batch)
         assert torch.equal(y, finite.float().expand(n, -1))
 
 
-# --- what a row's bits depend on --------------------------------------------------------------------------------
+# --- bit-identical results --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rank", [8, 64, 100, 200])
-def test_a_row_does_not_depend_on_the_batch(built_variant, dtype, rank):
+def test_the_bits_of_a_row_do_not_depend_on_other_rows(built_variant, dtype, rank):
     case = make_case(rank, dtype=dtype, value_dtype=dtype, shapes=((rank, 300),), d_in=700, n=70, idle=0.5)
     operand = NativeOperand(case.parts, *built_variant)
     together = case.fresh_y()
-    operand.add_delta(together, case.x, case.rows)
-    for chosen in ([0], [69], [3, 4], [1, 30, 69], list(range(5)), list(range(40, 57)), list(range(0, 70, 2))):
-        y = case.fresh_y()[chosen]
-        rows = Rows(torch.arange(len(chosen), dtype=torch.int32), case.rows.weights[chosen].contiguous())
-        operand.add_delta(y, case.x[chosen], rows)
-        assert torch.equal(bits(y), bits(together[chosen])), chosen
+    operand.add_delta(together, case.x, case.batch)
+    for rows in ([0], [69], [3, 4], [1, 30, 69], list(range(5)), list(range(40, 57)), list(range(0, 70, 2))):
+        y = case.fresh_y()[rows]
+        batch = BatchWeights(torch.arange(len(rows), dtype=torch.int32), case.batch.weights[rows].contiguous())
+        operand.add_delta(y, case.x[rows], batch)
+        assert torch.equal(bits(y), bits(together[rows])), rows
 
 
 @pytest.mark.parametrize("n", [1, 16, 100])
@@ -177,33 +179,33 @@ def test_any_number_of_threads_gives_the_same_bits(built_variant, n):
     case = make_case(7, shapes=((64, 700), (32, 130), (64, 40)), d_in=600, n=n)
     operand = NativeOperand(case.parts, *built_variant)
     before = torch.get_num_threads()
-    found = []
+    results = []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            found.append(case.fresh_y())
-            operand.add_delta(found[-1], case.x, case.rows)
+            results.append(case.fresh_y())
+            operand.add_delta(results[-1], case.x, case.batch)
     finally:
         torch.set_num_threads(before)
-    assert_right(case, found[0])
-    for y in found[1:]:
-        assert torch.equal(bits(y), bits(found[0]))
+    assert_right(case, results[0])
+    for y in results[1:]:
+        assert torch.equal(bits(y), bits(results[0]))
 
 
 @needs_native
 def test_operands_used_from_several_python_threads_at_once():
-    several = [
+    random_cases = [
         make_case(seed, shapes=((8 * seed + 8, 300 + seed),), d_in=64 * seed + 1, n=4 * seed + 1) for seed in range(6)
     ]
-    operands = [prepare(case.parts, "native") for case in several]
-    expected = [result(case, (cpu_library.load(), operands[0].variant)) for case in several]
+    operands = [prepare(case.parts, "native") for case in random_cases]
+    expected = [result(case, (cpu_library.load(), operands[0].variant)) for case in random_cases]
     wrong = []
 
     def work(i: int) -> None:
         for turn in range(60):
-            k = (i + turn) % len(several)
-            y = several[k].fresh_y()
-            operands[k].add_delta(y, several[k].x, several[k].rows)
+            k = (i + turn) % len(random_cases)
+            y = random_cases[k].fresh_y()
+            operands[k].add_delta(y, random_cases[k].x, random_cases[k].batch)
             if not torch.equal(bits(y), bits(expected[k])):
                 wrong.append((i, k))
 
@@ -218,20 +220,20 @@ def test_operands_used_from_several_python_threads_at_once():
 # --- the library ------------------------------------------------------------------------------------------------
 
 
-def test_a_library_that_is_not_there(tmp_path):
-    with pytest.raises(cpu_library.NotUsable, match="was not built: install again with a C\\+\\+ compiler"):
+def test_a_missing_library(tmp_path):
+    with pytest.raises(cpu_library.NotUsable, match="was not built: install a C\\+\\+ compiler"):
         cpu_library.load(tmp_path / "_cpu.so")
 
 
-def test_a_file_that_is_no_library(tmp_path):
+def test_a_file_that_is_not_a_library(tmp_path):
     path = tmp_path / "_cpu.so"
     path.write_bytes(b"not a library")
-    with pytest.raises(cpu_library.NotUsable, match="cannot be loaded"):
+    with pytest.raises(cpu_library.NotUsable, match="could not be loaded"):
         cpu_library.load(path)
 
 
 @needs_compiler
-def test_a_library_of_other_sources(tmp_path):
+def test_a_library_built_from_other_sources(tmp_path):
     source, path = tmp_path / "other.cpp", tmp_path / "_cpu.so"
     source.write_text(
         f'extern "C" int loraf_kernels_interface() {{ return {cpu_library.INTERFACE + 1}; }}\n', encoding="utf-8"
@@ -241,7 +243,7 @@ def test_a_library_of_other_sources(tmp_path):
         cpu_library.load(path)
 
 
-def test_without_the_library_auto_is_torch_and_says_why(monkeypatch, tmp_path):
+def test_without_the_library_auto_selects_torch_and_gives_the_reason(monkeypatch, tmp_path):
     from loraf_serve import kernels
 
     missing = tmp_path / "_cpu.so"
@@ -255,19 +257,19 @@ def test_without_the_library_auto_is_torch_and_says_why(monkeypatch, tmp_path):
 
 
 @needs_native
-def test_a_variant_that_this_processor_lacks():
+def test_a_variant_that_this_processor_lacks_is_refused():
     with pytest.raises(ValueError, match="this processor runs plain.*not 'sve'"):
         NativeOperand(make_case(0).parts, variant="sve")
 
 
 @needs_native
 def test_threads_are_shared_with_torch():
-    """One OpenMP runtime in a process; two would each keep as many threads as there are cores.
+    """A process has one OpenMP runtime. Two would each keep as many threads as there are cores.
 
-    In a process of its own: other tests' libraries may bring a runtime along.
+    Runs in a separate process, because other tests' libraries may load another runtime.
     """
     program = "from loraf_serve.kernels import cpu_library; cpu_library.load(); print(open('/proc/self/maps').read())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     names = ("libgomp", "libiomp", "libomp")
-    runtimes = {line.split()[-1] for line in done.stdout.splitlines() if any(name in line for name in names)}
+    runtimes = {line.split()[-1] for line in process.stdout.splitlines() if any(name in line for name in names)}
     assert len(runtimes) == 1, runtimes

@@ -1,4 +1,4 @@
-"""Every kernel against the formula in NumPy's float64; the interface's promises."""
+"""Every kernel against the formula in NumPy's float64, and the guarantees of the interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from loraf_serve import kernels
-from loraf_serve.kernels import KERNELS, Part, Rows, prepare
+from loraf_serve.kernels import KERNELS, BatchWeights, Part, prepare
 from loraf_serve.kernels.cpu_library import why_not_native
 from tests.loraf_serve.kernel_cases import (
     DTYPES,
@@ -30,7 +30,7 @@ each_kernel = pytest.mark.parametrize(
 
 def result(case: Case, kernel: str) -> torch.Tensor:
     y = case.fresh_y()
-    prepare(case.parts, kernel).add_delta(y, case.x, case.rows)
+    prepare(case.parts, kernel).add_delta(y, case.x, case.batch)
     return y
 
 
@@ -52,7 +52,7 @@ def test_every_size_of_batch(kernel, dtype, n):
 
 
 @pytest.mark.parametrize("kernel", ["torch", pytest.param("native", marks=needs_native)])
-def test_a_prefill_of_more_rows_than_are_done_at_once(kernel):
+def test_a_prefill_of_more_rows_than_one_block(kernel):
     case = make_case(1, n=1200, acting=1150, d_in=64, shapes=((16, 70),), tasks=3)
     y = result(case, kernel)
     assert_right(case, y)
@@ -61,15 +61,15 @@ def test_a_prefill_of_more_rows_than_are_done_at_once(kernel):
 
 @each_kernel
 def test_a_sum_is_rounded_once(kernel):
-    """Two tasks that each add less than half a unit of y, together more: rounding after each would lose both."""
+    """Two tasks each add less than half a unit of y, together more: rounding after each task would lose both."""
     case = make_case(0, shapes=((1, 1),), d_in=1, tasks=2, density=1.0, n=1, idle=0.0)
     for b in case.parts[0].tasks:
         b.values.fill_(1.0)
     case.parts[0].a.fill_(1.0)
     case.x.fill_(1.0)
     y = torch.ones_like(case.y)  # its unit in the last place is 2^-7
-    rows = Rows(case.rows.indices, torch.full((1, 2), 2.0**-8 * 0.75))
-    prepare(case.parts, kernel).add_delta(y, case.x, rows)
+    batch = BatchWeights(case.batch.indices, torch.full((1, 2), 2.0**-8 * 0.75))
+    prepare(case.parts, kernel).add_delta(y, case.x, batch)
     assert y.item() == 1 + 2.0**-7
 
 
@@ -84,12 +84,12 @@ def test_ties_go_to_even_and_large_sums_to_infinity(kernel, dtype):
     case.x.fill_(1.0)
     y = torch.tensor([[1.0, 1.0 + unit, 1.0, largest]]).to(dtype)
     expected = torch.tensor([[1.0, 1.0 + 2 * unit, 1.0 - unit / 4, torch.inf]])
-    prepare(case.parts, kernel).add_delta(y, case.x, Rows(case.rows.indices, torch.ones(1, 1)))
+    prepare(case.parts, kernel).add_delta(y, case.x, BatchWeights(case.batch.indices, torch.ones(1, 1)))
     assert torch.equal(y, expected.to(dtype))  # (1 - unit/4 is a tie too: half a unit below one)
 
 
 @each_kernel
-def test_a_row_that_is_not_a_number_spoils_no_other(kernel):
+def test_a_nan_row_does_not_affect_other_rows(kernel):
     case = make_case(5, n=20, idle=0.0)
     clean = result(case, kernel)
     case.x[3] = torch.nan
@@ -109,7 +109,7 @@ def test_parts_are_copied(kernel):
             b.values.fill_(torch.nan)
             b.cols.fill_(0)
     y = case.fresh_y()
-    operand.add_delta(y, case.x, case.rows)
+    operand.add_delta(y, case.x, case.batch)
     assert torch.isfinite(y).all()
 
 
@@ -124,7 +124,7 @@ def resident():
     return psutil.Process().memory_info().rss
 
 case = make_case(0, shapes=((64, 20_000), (64, 20_000)), d_in=20_000, tasks=8, n=1)
-prepare(make_case(0).parts, sys.argv[1])  # what a first call costs
+prepare(make_case(0).parts, sys.argv[1])  # allocations of a first call
 before = resident()
 operand = prepare(case.parts, sys.argv[1])
 print(resident() - before, operand.nbytes)
@@ -132,7 +132,7 @@ print(resident() - before, operand.nbytes)
 
 
 @pytest.mark.parametrize("kernel", ["torch", pytest.param("native", marks=needs_native)])
-def test_nbytes_is_what_the_process_grows_by(kernel):
+def test_nbytes_equals_the_growth_of_the_process(kernel):
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -143,7 +143,7 @@ def test_nbytes_is_what_the_process_grows_by(kernel):
     )
     assert run.returncode == 0, run.stderr
     grown, nbytes = map(int, run.stdout.split())
-    assert nbytes > 10e6  # large beside what else a process allocates
+    assert nbytes > 10e6  # large compared with other allocations
     assert abs(grown - nbytes) < 0.03 * nbytes + 2**20
 
 
@@ -153,7 +153,7 @@ def test_auto_is_the_fastest():
     assert kernels.fastest() == ("torch" if why_not_native() else "native")
 
 
-# --- what is refused --------------------------------------------------------------------------------------------
+# --- refused calls --------------------------------------------------------------------------------------------
 
 
 def changed(part: Part, **fields) -> Part:
@@ -161,7 +161,7 @@ def changed(part: Part, **fields) -> Part:
 
 
 @each_kernel
-def test_parts_that_do_not_fit_are_all_named(kernel):
+def test_every_mismatch_of_the_parts_is_named(kernel):
     first, second = make_case(0, shapes=((8, 20), (8, 20))).parts
     with pytest.raises(ValueError, match="no parts"):
         prepare([], kernel)
@@ -178,27 +178,27 @@ def test_parts_that_do_not_fit_are_all_named(kernel):
 
 
 @each_kernel
-def test_tensors_that_do_not_fit(kernel):
+def test_tensors_that_do_not_fit_are_refused(kernel):
     case = make_case(0, n=6)
     operand = prepare(case.parts, kernel)
     y = case.fresh_y()
-    for bad_y, bad_x, rows in (
-        (y.float(), case.x, case.rows),
-        (y, case.x.float(), case.rows),
-        (y[:, :-1], case.x, case.rows),
-        (y, case.x[:, :-1], case.rows),
-        (y[:5], case.x[:5], case.rows),  # rows name row 5
-        (y[:5], case.x, case.rows),
-        (y.t().contiguous().t(), case.x, case.rows),
-        (y, case.x, Rows(case.rows.indices, case.rows.weights[:, :3].contiguous())),
+    for bad_y, bad_x, batch in (
+        (y.float(), case.x, case.batch),
+        (y, case.x.float(), case.batch),
+        (y[:, :-1], case.x, case.batch),
+        (y, case.x[:, :-1], case.batch),
+        (y[:5], case.x[:5], case.batch),  # the batch includes row 5
+        (y[:5], case.x, case.batch),
+        (y.t().contiguous().t(), case.x, case.batch),
+        (y, case.x, BatchWeights(case.batch.indices, case.batch.weights[:, :3].contiguous())),
     ):
         with pytest.raises(ValueError, match="do not fit"):
-            operand.add_delta(bad_y, bad_x, rows)
+            operand.add_delta(bad_y, bad_x, batch)
 
 
-def test_rows_that_make_no_sense():
+def test_invalid_batch_weights_are_refused():
     weights = torch.ones(2, 3)
-    for indices, given_weights in (
+    for indices, bad_weights in (
         (torch.tensor([0, 1]), weights),
         (torch.tensor([0, 1], dtype=torch.int32), weights.double()),
         (torch.tensor([0, 1], dtype=torch.int32), weights[:1]),
@@ -208,9 +208,9 @@ def test_rows_that_make_no_sense():
         (torch.tensor([-1, 1], dtype=torch.int32), weights),
     ):
         with pytest.raises(ValueError):
-            Rows(indices, given_weights)
+            BatchWeights(indices, bad_weights)
 
 
-def test_an_unknown_kernel():
+def test_an_unknown_kernel_is_refused():
     with pytest.raises(ValueError, match="there are auto, reference, torch, native"):
         prepare(make_case(0).parts, "fast")

@@ -1,4 +1,4 @@
-"""The packed layer, read back in NumPy as csrc/layer.h describes it: nothing lost, nothing added, little padding."""
+"""The packed layer, read back in NumPy as csrc/layer.h describes it: complete, exact, with little padding."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_head(memory: np.ndarray) -> tuple[np.void, np.ndarray]:
 
 
 def read_a(memory: np.ndarray, layer: np.void, kind: int) -> np.ndarray:
-    """(blocks · 16, d_in): A of all parts, with the rows that pad them."""
+    """Returns A of all parts including padding rows, (blocks · 16, d_in)."""
     size, pair = (4 if kind == 2 else 2), (2 if kind == 0 else 1)
     at, d_in, blocks = int(layer["a"]), int(layer["d_in"]), int(layer["blocks"])
     tiles = []
@@ -53,7 +53,7 @@ def read_a(memory: np.ndarray, layer: np.void, kind: int) -> np.ndarray:
 
 
 def read_sheet(sheet: np.ndarray, outputs: int, part: np.void) -> tuple[list[tuple[int, int, float]], int]:
-    """(row within the window, column, value) of each nonzero, and the number of places, padding included."""
+    """Returns (row within the window, column, value) of each nonzero, and the number of cells including padding."""
     slices = -(-outputs // BLOCK)
     rows = sheet[: slices * BLOCK]
     assert sorted(rows.tolist()) == list(range(slices * BLOCK))
@@ -61,82 +61,81 @@ def read_sheet(sheet: np.ndarray, outputs: int, part: np.void) -> tuple[list[tup
     assert (np.diff(lengths.astype(int)) <= 0).all()  # the longest first
     values, columns = (4 if part["value_kind"] == 2 else 2) * BLOCK, int(part["index_bytes"]) * BLOCK
     steps = sheet[slices * BLOCK + -(-2 * slices // UNIT) * UNIT :].reshape(int(lengths.sum()), values + columns)
-    found, at = [], 0
+    nonzeros, at = [], 0
     for s, length in enumerate(lengths.tolist()):
         for step in steps[at : at + length]:
             value = floats(step[:values], int(part["value_kind"]))
             j = step[values:].view("<u1" if part["index_bytes"] == 1 else "<u2")
-            found += [(int(rows[s * BLOCK + i]), int(j[i]), value[i]) for i in range(BLOCK) if value[i] or j[i]]
+            nonzeros += [(int(rows[s * BLOCK + i]), int(j[i]), value[i]) for i in range(BLOCK) if value[i] or j[i]]
             assert not any(value[i] and rows[s * BLOCK + i] >= outputs for i in range(BLOCK))
         at += length
-    return found, len(steps) * BLOCK
+    return nonzeros, len(steps) * BLOCK
 
 
 def read_b(memory: np.ndarray, part: np.void, tasks: int) -> tuple[list[dict[tuple[int, int], float]], int]:
-    """Of each task (row, column) → value, and the number of places."""
+    """Returns (row, column) → value of each task, and the number of cells."""
     d_out = int(part["d_out"])
     windows = -(-d_out // WINDOW)
     begins = memory[int(part["sheets"]) :][: 4 * (windows * tasks + 1)].view("<u4").astype(np.int64) * UNIT
-    several: list[dict[tuple[int, int], float]] = [{} for _ in range(tasks)]
-    places = 0
+    b_of_tasks: list[dict[tuple[int, int], float]] = [{} for _ in range(tasks)]
+    cells = 0
     for i, (begin, end) in enumerate(zip(begins, begins[1:], strict=False)):
         window, t = divmod(i, tasks)
         if begin == end:
             continue
         first = window * WINDOW
         sheet = memory[int(part["b"]) + begin : int(part["b"]) + end]
-        found, count = read_sheet(sheet, min(WINDOW, d_out - first), part)
-        places += count
-        for row, column, value in found:
-            assert (first + row, column) not in several[t]
-            several[t][first + row, column] = value
-    return several, places
+        nonzeros, count = read_sheet(sheet, min(WINDOW, d_out - first), part)
+        cells += count
+        for row, column, value in nonzeros:
+            assert (first + row, column) not in b_of_tasks[t]
+            b_of_tasks[t][first + row, column] = value
+    return b_of_tasks, cells
 
 
 def assert_packed(case: Case) -> tuple[int, int]:
-    """Returns nonzeros and places."""
+    """Returns the numbers of nonzeros and cells."""
     operand = NativeOperand(case.parts)
     memory = operand._memory.numpy()
     layer, parts = read_head(memory)
     kind = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}[case.x.dtype]
     assert (layer["nbytes"], layer["kind"]) == (operand.nbytes, kind)
     a = read_a(memory, layer, kind)
-    entries = places = 0
+    nonzeros = cells = 0
     for part, packed in zip(case.parts, parts, strict=True):
         first = int(packed["first_block"]) * BLOCK
         padded = -(-part.rank // BLOCK) * BLOCK
         assert np.array_equal(a[first : first + part.rank], numbers(part.a))
         assert not a[first + part.rank : first + padded].any()
-        several, more = read_b(memory, packed, len(part.tasks))
-        places += more
-        for b, found in zip(part.tasks, several, strict=True):
+        b_of_tasks, part_cells = read_b(memory, packed, len(part.tasks))
+        cells += part_cells
+        for b, unpacked in zip(part.tasks, b_of_tasks, strict=True):
             rows, cols, values = b.rows.numpy().astype(int), b.cols.numpy().astype(int), numbers(b.values)
             kept = (rows >= part.first_row) & (rows < part.stop_row)
-            # A stored zero in column 0 looks like padding, and is as good as it.
+            # A stored zero in column 0 is indistinguishable from padding, and equivalent to it.
             expected = {
                 (r - part.first_row, c): v
                 for r, c, v in zip(rows[kept].tolist(), cols[kept].tolist(), values[kept], strict=True)
                 if v or c
             }
-            assert found == expected
-            entries += int(kept.sum())
-    return entries, places
+            assert unpacked == expected
+            nonzeros += int(kept.sum())
+    return nonzeros, cells
 
 
 @settings(max_examples=40, deadline=None)
 @given(case=cases(most_rows=1))
-def test_nothing_is_lost_and_nothing_added(case):
+def test_a_packed_layer_holds_exactly_the_parts(case):
     assert_packed(case)
 
 
 def test_padding_at_the_usual_sparsity_is_small():
-    """A tenth of the positions a task, rank 64: 6.6 % more places than nonzeros were computed for whole windows."""
-    entries, places = assert_packed(make_case(0, shapes=((64, 4096),), tasks=2, n=1))
-    assert places <= 1.08 * entries
+    """With a tenth of the positions for each task and rank 64, whole windows have 6.6 % more cells than nonzeros."""
+    nonzeros, cells = assert_packed(make_case(0, shapes=((64, 4096),), tasks=2, n=1))
+    assert cells <= 1.08 * nonzeros
 
 
-def test_rows_are_those_of_one_worker():
-    """Two workers' parts hold the whole B between them."""
+def test_two_workers_together_hold_the_whole_b():
     whole = make_case(3, shapes=((32, 600),), tasks=3, n=1)
     halves = [make_case(3, shapes=((32, 600),), tasks=3, n=1) for _ in range(2)]
     total = 0

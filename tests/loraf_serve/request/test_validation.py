@@ -21,6 +21,7 @@ from loraf_serve.v1 import generation_pb2 as pb
 from tests.loraf_serve.fake_backend import FakeBackend
 from tests.loraf_serve.harness import VOCAB_SIZE, one_adapter, two_adapters
 from tests.standins import byte_tokenizer
+from tests.tools import needs
 
 TRIO = ("math", "nlu", "code")
 
@@ -57,7 +58,7 @@ def test_a_chat_goes_through_the_template_and_has_one_bos(validator):
     assert tokenizer.decode(found).endswith("assistant: ")
 
 
-def test_token_ids_are_taken_as_they_are_even_where_the_model_has_more_than_the_tokenizer(validator):
+def test_token_ids_may_exceed_the_tokenizers_but_not_the_models(validator):
     assert len(byte_tokenizer()) < VOCAB_SIZE
     assert read(validator, prompt_token_ids=[5, VOCAB_SIZE - 1]).prompt_token_ids == (5, VOCAB_SIZE - 1)
 
@@ -74,7 +75,7 @@ def test_token_ids_are_taken_as_they_are_even_where_the_model_has_more_than_the_
         (
             {"prompt_token_ids": [5] * 256},
             "prompt_token_ids",
-            "256 tokens, and prompt and answer together may have 256",
+            "256 tokens, and the limit for prompt and answer together is 256",
         ),
         ({"prompt": "x" * 255}, "prompt", "256 tokens"),
         ({"request_id": "a\nb", "prompt": "x"}, "request_id", "printed"),
@@ -112,7 +113,7 @@ def test_without_a_chat_template_messages_are_refused_with_a_remedy():
     assert fields(error) == {"messages"}
 
 
-def test_what_the_chat_template_refuses_is_the_clients_mistake():
+def test_messages_that_the_chat_template_refuses_are_invalid():
     backend = FakeBackend()
     backend.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InvalidRequest, match="roles must alternate"):
@@ -134,7 +135,7 @@ def test_the_prompt_is_wrapped_as_the_one_chosen_task_was_trained(validator, sel
         ({"prompt": "x", "tasks": ["math", "nlu"]}, "exactly one task"),
         ({"prompt": "x"}, "exactly one task"),
         ({"prompt": "x", "base": True}, "exactly one task"),
-        ({"prompt_token_ids": [5], "tasks": ["math"]}, "wraps a prompt"),
+        ({"prompt_token_ids": [5], "tasks": ["math"]}, "requires a prompt"),
         ({"prompt": "x", "tasks": ["nlu"]}, "2 fields (instruction, input)"),
         ({"prompt": "x", "as_trained": "code"}, "0 fields (none)"),
     ],
@@ -175,7 +176,7 @@ def test_a_template_may_use_its_field_twice_and_hold_braces():
         ({"base": True}, "base"),
     ],
 )
-def test_a_selection_becomes_its_canonical_set(validator, selection, expected):
+def test_a_selection_becomes_its_set_in_canonical_order(validator, selection, expected):
     found = read(validator, "x", **selection)
     assert str(found.task_set) == expected
     assert found.adapter.name == "trio"
@@ -204,7 +205,7 @@ def test_a_wrong_selection_is_named(validator, selection, error, field, says):
     assert says in str(found.value)
 
 
-def test_a_selection_that_says_nothing_is_refused_not_taken_as_all(validator):
+def test_an_empty_selection_is_refused(validator):
     request = request_of(pb.GenerateRequest, "x")
     request.task_selection.SetInParent()
     with pytest.raises(InvalidRequest) as error:
@@ -231,7 +232,7 @@ def test_without_an_adapter_only_the_base_model_answers(validator):
     found = read(validator, "x", registry=none, base=True)
     assert found.adapter is None and found.task_set.is_base
     for selection in ({}, {"tasks": ["math"]}, {"as_trained": "math"}):
-        with pytest.raises(InvalidRequest, match="choose base"):
+        with pytest.raises(InvalidRequest, match="select base"):
             read(validator, "x", registry=none, **selection)
     with pytest.raises(UnknownTask, match="choose from: none"):
         read(validator, "x", registry=none, adapter="trio", base=True)
@@ -242,8 +243,8 @@ def test_without_an_adapter_only_the_base_model_answers(validator):
 # --- sampling
 
 
-def test_what_is_not_set_is_vllms_default():
-    vllm = pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed: its defaults cannot be compared")
+def test_unset_fields_have_vllms_defaults():
+    vllm = pytest.importorskip("vllm.sampling_params", reason=needs("vLLM"))
     theirs = vllm.SamplingParams()
     ours = sampling.read(pb.SamplingParams(), VOCAB_SIZE)
     assert ours == Sampling()
@@ -281,9 +282,9 @@ PARAMS = st.fixed_dictionaries(
 
 @given(PARAMS)
 @settings(max_examples=500, deadline=None)
-def test_what_passes_is_accepted_by_vllm_unchanged(given_params):
+def test_valid_parameters_are_accepted_by_vllm_unchanged(given_params):
     """Otherwise vLLM would refuse it with an answer of its own, or obey something else than was asked for."""
-    vllm = pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed: its ranges cannot be compared")
+    vllm = pytest.importorskip("vllm.sampling_params", reason=needs("vLLM"))
     try:
         ours = sampling.read(pb.SamplingParams(**given_params), VOCAB_SIZE)
     except InvalidRequest as error:
@@ -369,7 +370,7 @@ def test_every_mistake_is_named_at_once(validator):
     }
 
 
-def test_mistakes_go_before_unknown_names_and_those_before_another_digest(validator):
+def test_invalid_fields_take_precedence_over_unknown_names_and_those_over_the_digest(validator):
     with pytest.raises(InvalidRequest) as error:
         read(validator, "x", adapter="duo", tasks={"nlu": 99.0}, top_p=2.0)
     assert fields(error) == {"adapter", "task_selection.tasks.tasks[0].weight", "sampling.top_p"}
@@ -391,9 +392,7 @@ def test_equal_request_ids_reach_the_backend_as_different_ones(validator):
     params=PARAMS,
 )
 @settings(max_examples=300, deadline=None)
-def test_anything_else_than_a_valid_request_is_a_mistake_with_a_field(
-    validator, prompt, token_ids, tasks, adapter, template, params
-):
+def test_every_invalid_request_names_a_field(validator, prompt, token_ids, tasks, adapter, template, params):
     if prompt is not None:
         token_ids = None
     request = request_of(

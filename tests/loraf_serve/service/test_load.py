@@ -80,7 +80,7 @@ def test_the_retry_delay_follows_from_how_long_requests_take(monkeypatch):
     assert asyncio.run(retry_after(1e-3, 4)) == 0.1 and asyncio.run(retry_after(1e6, 4)) == 60.0
 
 
-def test_a_request_that_the_drain_ends_is_told_of_the_drain():
+def test_a_request_aborted_by_the_drain_gets_the_drain_as_reason():
     class Ended(FakeBackend):
         async def generate(self, request):
             async for output in super().generate(request):

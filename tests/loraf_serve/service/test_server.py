@@ -18,12 +18,14 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from loraf.errors import ConfigError
 from loraf_serve.adapters.registry import Registry
+from loraf_serve.addresses import is_loopback
 from loraf_serve.client import Client, ServiceError, request_of
 from loraf_serve.service import server
-from loraf_serve.service.options import ServerOptions, is_loopback
+from loraf_serve.service.server_options import ServerOptions
 from loraf_serve.v1 import generation_pb2 as pb
 from tests.loraf_serve.fake_backend import GONE, FakeBackend, expected_text
 from tests.loraf_serve.harness import eventually, serving
+from tests.tools import needs
 
 CODES = grpc.StatusCode
 NAMES = ("", "loraf.v1.GenerationService", "loraf.v1.AdapterService")
@@ -67,7 +69,7 @@ def test_waiting_for_a_server_that_does_not_serve_ends_with_the_deadline():
 # --- reflection
 
 
-def test_reflection_tells_the_protocol_and_only_where_it_is_asked_for():
+def test_reflection_describes_the_protocol_only_if_enabled():
     with serving(reflection=True) as running:
         database = ProtoReflectionDescriptorDatabase(running.channel)
         assert set(NAMES[1:]) | {"grpc.health.v1.Health"} <= set(database.get_services())
@@ -99,7 +101,7 @@ def test_a_drain_lets_running_requests_end_and_refuses_new_ones():
 
 
 @pytest.mark.parametrize("hurried", [False, True])
-def test_after_the_grace_requests_are_ended_and_say_so(hurried):
+def test_after_the_grace_requests_are_aborted_with_the_reason(hurried):
     with serving(FakeBackend(seconds_per_token=0.05)) as running:
         call = running.generation.StreamGenerate(long_request())
         next(call)
@@ -130,7 +132,7 @@ def test_an_idle_server_drains_at_once_even_while_somebody_watches_its_health():
 
 
 def test_a_dead_engine_is_noticed_without_a_request(monkeypatch):
-    monkeypatch.setattr(server, "_CHECK_EVERY", 0.05)
+    monkeypatch.setattr(server, "_HEALTH_CHECK_SECONDS", 0.05)
     with serving() as running:
         time.sleep(0.2)
         assert states(running) == {"SERVING"}
@@ -190,7 +192,7 @@ def test_a_request_beyond_the_limit_is_refused():
         ("localhost.example.org", False),
     ],
 )
-def test_which_hosts_only_this_machine_reaches(host, loopback):
+def test_loopback_hosts_are_recognised(host, loopback):
     assert is_loopback(host) is loopback
     problems = [problem.field for problem in ServerOptions(host=host).problems()]
     assert problems == ([] if loopback else ["--host"])
@@ -226,7 +228,7 @@ def pki(tmp_path_factory) -> Path:
     """An authority `ca`, another one `other`, and certificates of `ca` for a `server` on 127.0.0.1 and a `client`."""
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("the openssl command is not there to make certificates")
+        pytest.skip(needs("openssl"))
     folder = tmp_path_factory.mktemp("pki")
 
     def certificate(name: str, *more: str) -> None:
@@ -252,7 +254,7 @@ def test_tls(pki):
             assert error.value.code == "UNAVAILABLE"
 
 
-def test_clients_need_a_certificate_where_the_server_asks_for_one(pki):
+def test_clients_need_a_certificate_where_the_server_requires_one(pki):
     options = {"tls_cert": pki / "server.crt", "tls_key": pki / "server.key", "tls_client_ca": pki / "ca.crt"}
     with serving(**options) as running:
         own = {"tls_ca": pki / "ca.crt", "tls_cert": pki / "client.crt", "tls_key": pki / "client.key"}
@@ -265,7 +267,7 @@ def test_clients_need_a_certificate_where_the_server_asks_for_one(pki):
             assert error.value.code == "UNAVAILABLE"
 
 
-def test_files_that_do_not_make_tls_are_refused(pki, tmp_path):
+def test_invalid_tls_files_are_refused(pki, tmp_path):
     broken = tmp_path / "broken.pem"
     broken.write_text("not a certificate")
     key, cert = pki / "server.key", pki / "server.crt"

@@ -39,7 +39,7 @@ def running():
         ({"tasks": {"math": 0.0}}, []),
     ],
 )
-def test_the_answer_is_of_the_set_and_says_so(running, selection, tasks):
+def test_the_answer_is_that_of_the_selected_set_and_names_it(running, selection, tasks):
     response = running.generation.Generate(ask("hello", request_id="mine", max_tokens=7, n=2, **selection))
     passed = running.backend.requests[-1]
     assert [choice.text for choice in response.choices] == [expected_text(passed, 0), expected_text(passed, 1)]
@@ -86,7 +86,7 @@ def test_the_pieces_of_a_stream_are_the_whole_answer(running, n):
         assert piece.served_by == whole.served_by and piece.request_id == "r"
 
 
-def test_an_id_is_made_up_where_the_client_gives_none(running):
+def test_a_request_without_an_id_gets_one(running):
     ids = {running.generation.Generate(ask("x")).request_id for _ in range(2)}
     assert len(ids) == 2 and all(ids)
 
@@ -100,7 +100,7 @@ def test_equal_request_ids_at_the_same_time_do_not_disturb_each_other():
     assert texts == [expected[ids] for ids in tokens]
 
 
-def test_what_is_loaded_is_listed(running):
+def test_loaded_adapters_are_listed(running):
     found = running.adapters.ListAdapters(adapter_pb2.ListAdaptersRequest()).adapters
     assert [adapter.name for adapter in found] == ["trio", "pair"]
     trio, pair = found
@@ -146,7 +146,7 @@ def test_a_refusal_has_its_status(running, request_fields, code, says, method):
     assert len(running.backend.requests) == before
 
 
-def test_every_violation_stands_in_the_details(running):
+def test_every_violation_is_in_the_details(running):
     error = failure(lambda: running.generation.Generate(ask("", top_p=7.0, n=99, tasks=["nlu", "nlu"])))
     assert error.code() is CODES.INVALID_ARGUMENT
     found = violations(error)
@@ -156,7 +156,7 @@ def test_every_violation_stands_in_the_details(running):
 
 @pytest.mark.parametrize("name", ["é" * 2000, "x" * 2000])
 @pytest.mark.parametrize("count", [1, 500])
-def test_a_long_refusal_is_cut_so_that_it_arrives(running, name, count):
+def test_a_long_refusal_is_shortened_so_that_it_arrives(running, name, count):
     """Beyond 8 kB of trailing metadata grpc puts RESOURCE_EXHAUSTED in place of the status."""
     tasks = {f"{name}{i}": 99.0 for i in range(count)}
     error = failure(lambda: running.generation.Generate(ask("x", tasks=tasks)))
@@ -174,7 +174,7 @@ def test_a_long_refusal_is_cut_so_that_it_arrives(running, name, count):
     assert metadata_bytes(error) < 8000
 
 
-def test_a_field_that_the_backend_does_not_obey_is_named():
+def test_a_field_that_the_backend_does_not_support_is_named():
     backend = FakeBackend()
     backend.unsupported = "min_p"
     with serving(backend) as running:
@@ -194,7 +194,7 @@ def test_a_field_that_the_backend_does_not_obey_is_named():
         ),
     ],
 )
-def test_what_a_backend_refuses_keeps_its_words_but_not_the_servers_folders(raised, code, text):
+def test_a_refusal_by_the_backend_keeps_its_text_but_not_the_servers_folders(raised, code, text):
     backend = FakeBackend()
     backend.failure = raised
     with serving(backend) as running:
@@ -204,7 +204,7 @@ def test_what_a_backend_refuses_keeps_its_words_but_not_the_servers_folders(rais
 
 @pytest.mark.parametrize("after_tokens", [False, True])
 @pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
-def test_a_fault_tells_the_client_its_request_id_and_the_log_everything(caplog, after_tokens, method):
+def test_an_internal_error_gives_the_client_only_its_request_id(caplog, after_tokens, method):
     backend = FakeBackend()
     fault = RuntimeError("no such file: /srv/secret/weights")
     backend.failure, backend.failure_after = (None, fault) if after_tokens else (fault, None)
@@ -218,7 +218,7 @@ def test_a_fault_tells_the_client_its_request_id_and_the_log_everything(caplog, 
     assert "request r-1 failed" in caplog.text and "/srv/secret/weights" in caplog.text and "Traceback" in caplog.text
 
 
-def test_an_answer_without_an_end_is_a_fault_not_half_an_answer():
+def test_an_answer_without_a_finish_reason_is_an_internal_error():
     class Unfinished(FakeBackend):
         async def generate(self, request):
             async for output in super().generate(request):
@@ -229,7 +229,7 @@ def test_an_answer_without_an_end_is_a_fault_not_half_an_answer():
         assert failure(lambda: running.generation.Generate(ask("x"))).code() is CODES.INTERNAL
 
 
-def test_a_cancellation_inside_the_backend_is_a_fault_not_the_clients_cancel():
+def test_a_cancellation_inside_the_backend_is_an_internal_error():
     class Cancelled(FakeBackend):
         async def generate(self, request):
             raise asyncio.CancelledError
@@ -239,7 +239,7 @@ def test_a_cancellation_inside_the_backend_is_a_fault_not_the_clients_cancel():
         assert failure(lambda: running.generation.Generate(ask("x"))).code() is CODES.INTERNAL
 
 
-def test_a_dead_engine_is_unavailable_and_the_inside_stays_inside():
+def test_a_dead_engine_is_unavailable_and_internals_are_not_revealed():
     backend = FakeBackend()
     backend.failure = GONE
     with serving(backend) as running:
@@ -266,7 +266,7 @@ def test_no_headers_are_sent_before_the_first_token():
 
 @pytest.mark.parametrize("way", ["cancel", "deadline", "channel"])
 @pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
-def test_the_backend_stops_at_once_when_the_client_goes(method, way, caplog):
+def test_the_backend_stops_at_once_when_the_client_disconnects(method, way, caplog):
     with serving(FakeBackend(seconds_per_token=0.1)) as running:
         timeout = 0.5 if way == "deadline" else None
         channel = grpc.insecure_channel(running.address)
@@ -289,7 +289,7 @@ def test_the_backend_stops_at_once_when_the_client_goes(method, way, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_stream_that_nobody_reads_is_closed_when_its_client_goes():
+def test_an_unread_stream_is_closed_when_its_client_disconnects():
     """The handler waits in a write then, not in the backend."""
 
     class Wordy(FakeBackend):
@@ -306,7 +306,7 @@ def test_a_stream_that_nobody_reads_is_closed_when_its_client_goes():
         assert eventually(lambda: not running.backend.running, 2.0)
 
 
-def test_the_default_deadline_is_for_requests_without_one():
+def test_the_default_deadline_applies_to_requests_without_one():
     with serving(FakeBackend(seconds_per_token=0.1), default_deadline=0.3) as running:
         error = failure(lambda: running.generation.Generate(ask("x", max_tokens=100)))
         assert error.code() is CODES.DEADLINE_EXCEEDED
@@ -315,7 +315,7 @@ def test_the_default_deadline_is_for_requests_without_one():
         assert running.generation.Generate(ask("x", max_tokens=5), timeout=10).choices
 
 
-def test_a_timeout_inside_the_backend_is_a_fault_not_a_deadline():
+def test_a_timeout_inside_the_backend_is_an_internal_error():
     backend = FakeBackend()
     backend.failure = TimeoutError("inside")
     with serving(backend, default_deadline=60.0) as running:

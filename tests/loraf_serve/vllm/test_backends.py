@@ -1,4 +1,4 @@
-"""The slots and the resident backend on real engines: sampling, cancelling, adapters that differ or are refused."""
+"""The slots and the resident backend on real engines: sampling, cancellation, adapters that differ or are refused."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import pytest
 from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, UnknownTask
+from loraf_serve.adapters.library import AdapterLibrary
+from loraf_serve.adapters.registry import Registry
 from loraf_serve.vllm.engine.backends import SlotsBackend
+from tests.loraf_serve.harness import counting_opens
 from tests.loraf_serve.references import Merged
 from tests.loraf_serve.vllm_engines import SLOTS, Engine, Pool, open_adapter, random_prompt, shared
 from tests.standins import linear_shapes, make_model, random_checkpoint, random_values
 
 pytestmark = shared("mistral")
-PROMPT = [3 + 37 * i % 94 for i in range(12)]  # printable: else vLLM's text begins with the prompt's broken character
+PROMPT = [3 + 37 * i % 94 for i in range(12)]  # printable, so that the text begins with a whole character
 
 
 @pytest.fixture(scope="session", params=["slots", "resident"])
@@ -44,7 +47,7 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -
 # Sampling
 
 
-def test_pieces_make_the_text_and_the_end_is_named(engine: Engine) -> None:
+def test_deltas_add_up_to_the_text_and_the_last_has_the_finish_reason(engine: Engine) -> None:
     tokenizer = engine.backend.tokenizer
     letters = dict.fromkeys(tokenizer.encode("".join(map(chr, range(32, 127))), add_special_tokens=False), 50.0)
     prompt = tokenizer.encode("Say something:")
@@ -73,7 +76,7 @@ def test_stop_texts_and_stop_tokens(engine: Engine) -> None:
     assert len(text.token_ids) == 3
 
 
-def test_end_of_sequence_ends_unless_it_is_ignored(engine: Engine) -> None:
+def test_the_end_of_sequence_token_ends_an_answer_unless_it_is_ignored(engine: Engine) -> None:
     bias = {engine.backend.tokenizer.eos_token_id: 100.0}
     ended, ignored = engine.ask(
         engine.request("base", PROMPT, logit_bias=bias, ignore_eos=False),
@@ -84,7 +87,7 @@ def test_end_of_sequence_ends_unless_it_is_ignored(engine: Engine) -> None:
 
 
 def test_logprobs(engine: Engine) -> None:
-    """The test engine gives logits for log-probabilities."""
+    """The test engine returns logits as log-probabilities."""
     (answer,) = engine.ask(engine.request("math", PROMPT, max_tokens=5, logprobs=3))
     merged = Merged(engine.folder, engine.adapter.checkpoint)
     logits = merged.logits("math", PROMPT + answer.token_ids[:-1])[-5:]
@@ -120,16 +123,16 @@ def test_every_sampling_field_reaches_vllm() -> None:
     from loraf_serve.backends.backend import Sampling
     from loraf_serve.vllm.engine.convert import sampling_params
 
-    given = Sampling(
+    sampling = Sampling(
         max_tokens=7, min_tokens=3, temperature=0.7, top_p=0.8, top_k=5, min_p=0.1, seed=9, stop=("x", "y"),
         stop_token_ids=(4, 5), repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3,
         logit_bias={3: -1.0}, logprobs=2, n=2, ignore_eos=True, skip_special_tokens=False,
     )  # fmt: skip
-    assert all(getattr(given, f.name) != getattr(Sampling(), f.name) for f in dataclasses.fields(Sampling))
-    made = sampling_params(given)
+    assert all(getattr(sampling, f.name) != getattr(Sampling(), f.name) for f in dataclasses.fields(Sampling))
+    params = sampling_params(sampling)
     for field in dataclasses.fields(Sampling):
-        value = getattr(given, field.name)
-        assert getattr(made, field.name) == (list(value) if isinstance(value, tuple) else value), field.name
+        value = getattr(sampling, field.name)
+        assert getattr(params, field.name) == (list(value) if isinstance(value, tuple) else value), field.name
 
 
 def test_penalties_and_truncation_change_the_answer(engine: Engine) -> None:
@@ -155,7 +158,7 @@ def test_penalties_and_truncation_change_the_answer(engine: Engine) -> None:
         (random_prompt(1030, seed=1), {}, "1024"),
     ],
 )
-def test_what_vllm_refuses_is_an_ordinary_error(engine: Engine, prompt, sampling, words: str) -> None:
+def test_a_request_that_vllm_refuses_is_an_ordinary_error(engine: Engine, prompt, sampling, words: str) -> None:
     for text in ("base", "math"):
         with pytest.raises(LorafError, match=words):
             engine.ask(engine.request(text, prompt, **sampling))
@@ -163,13 +166,13 @@ def test_what_vllm_refuses_is_an_ordinary_error(engine: Engine, prompt, sampling
     assert not engine.sets_in_use()
 
 
-# Cancelling
+# Cancellation
 
 
 @pytest.mark.parametrize("text", ["base", "math"])
 @pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("how", ["task", "iterator"])
-def test_a_cancelled_request_leaves_the_engine_at_once(engine: Engine, text: str, n: int, how: str) -> None:
+@pytest.mark.parametrize("cancelled", ["task", "iterator"])
+def test_a_cancelled_request_leaves_the_engine_at_once(engine: Engine, text: str, n: int, cancelled: str) -> None:
     async def scenario() -> None:
         request = engine.request(text, PROMPT, max_tokens=900, n=n, temperature=1.0)
         begun = asyncio.Event()
@@ -178,7 +181,7 @@ def test_a_cancelled_request_leaves_the_engine_at_once(engine: Engine, text: str
             async for _ in engine.backend.generate(request):
                 begun.set()
 
-        if how == "task":
+        if cancelled == "task":
             task = asyncio.ensure_future(read())
             await asyncio.wait_for(begun.wait(), 60)
             assert await engine.busy()
@@ -200,7 +203,7 @@ async def _not(condition: Awaitable[bool]) -> bool:
     return not await condition
 
 
-def test_cancels_at_any_moment_leave_nothing_behind(engine: Engine) -> None:
+def test_cancellation_at_any_moment_leaves_nothing_behind(engine: Engine) -> None:
     """Also before the request is in the engine, and while it waits for a slot."""
     texts = ["math", "nlu", "code", "all", "base", "math:2", "nlu:3"]
 
@@ -226,9 +229,9 @@ def test_cancels_at_any_moment_leave_nothing_behind(engine: Engine) -> None:
 
 
 def test_a_set_that_waits_does_not_starve(engine: Engine, merged: Merged) -> None:
-    """Steady streams for as many sets as slots has, of unequal lengths, so that a set is never quite done.
+    """Steady streams for as many sets as slots, of different lengths, so that no set is ever without requests.
 
-    vLLM alone goes on starting requests of the running sets and never starts one of a further set.
+    vLLM alone would keep starting requests of the running sets and never start one of another set.
     """
     busy = ["math", "nlu", "code"]
     assert len(busy) == SLOTS
@@ -252,7 +255,7 @@ def test_a_set_that_waits_does_not_starve(engine: Engine, merged: Merged) -> Non
         stop.set()
         await asyncio.gather(*streams)
         (answer,) = await patient
-        # While one set ends (51 tokens at most), the eleven other streams get two or three answers each.
+        # Until one set is done (at most 51 tokens), each of the eleven other streams gets two or three answers.
         assert answered and served - before <= 60
         return answer.token_ids
 
@@ -267,7 +270,7 @@ async def _true(value: bool) -> bool:
 
 
 def test_different_checkpoints_at_once(engine: Engine, merged: Merged, tmp_path: Path) -> None:
-    """Another seed, another rank, other targets (some parts of fused layers only), a subset of the tasks."""
+    """Another seed, another rank, other target modules (only some parts of fused layers), a subset of the tasks."""
     base = describe("stand-in", engine.folder)
     all_shapes = linear_shapes(engine.folder)
     adapters = [open_adapter("seed", random_checkpoint(tmp_path / "seed", engine.folder, seed=5).path)]
@@ -315,12 +318,12 @@ def remove_a_file(folder: Path) -> None:
 
 
 def replace_by_another(folder: Path) -> None:
-    """A sound checkpoint, but not the one that was verified."""
-    made = Checkpoint.open(folder)
+    """Replaces the checkpoint by a valid one with other contents."""
+    old = Checkpoint.open(folder)
     shutil.rmtree(folder)
-    other = Checkpoint.create(folder, made.manifest.base_model, made.manifest.rank, _shapes(made), seed=77)
-    for task, values in made.tasks.items():
-        other.add_task(task, values, alpha=1.0, sparsity=made.manifest.task(task).sparsity)
+    other = Checkpoint.create(folder, old.manifest.base_model, old.manifest.rank, _shapes(old), seed=77)
+    for task, values in old.tasks.items():
+        other.add_task(task, values, alpha=1.0, sparsity=old.manifest.task(task).sparsity)
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
@@ -344,15 +347,20 @@ def test_a_checkpoint_changed_after_it_was_verified_is_refused(
     change(folder)
     with pytest.raises(CorruptCheckpoint, match=words):
         engine.loop.run(engine.backend.add_adapter(adapter))
+    with pytest.raises(CorruptCheckpoint, match=words):  # also when a server starts with it
+        engine.loop.run(AdapterLibrary(engine.backend, Registry([adapter])).start())
     assert answers_still(engine, merged)
     with pytest.raises(UnknownTask):
         engine.ask(engine.request("math", PROMPT, adapter))
 
 
-def test_a_loaded_checkpoint_needs_its_files_no_more(engine: Engine, tmp_path: Path) -> None:
+def test_a_loaded_checkpoint_no_longer_needs_its_files(engine: Engine, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "gone", engine.folder, seed=11)
     adapter = open_adapter("gone", checkpoint.path)
-    engine.loop.run(engine.backend.add_adapter(adapter))
+    with counting_opens(checkpoint.path / "tasks") as opens:
+        registry = Registry([dataclasses.replace(adapter, checkpoint=None)])
+        engine.loop.run(AdapterLibrary(engine.backend, registry).start())
+    assert not opens  # only the workers read task files
     shutil.rmtree(checkpoint.path)
     texts = [f"math:{1 + i / 4}" for i in range(4 * SLOTS)]  # more than the engine keeps built
     expected = Merged(engine.folder, adapter.checkpoint)
@@ -363,7 +371,7 @@ def test_a_loaded_checkpoint_needs_its_files_no_more(engine: Engine, tmp_path: P
 
 
 def test_a_rank_that_was_not_known_at_start(engine: Engine, merged: Merged, tmp_path: Path) -> None:
-    """Slots have a largest rank and are refused a larger one; the resident adapter has none."""
+    """Slots have a largest rank and refuse a larger one. The resident backend has no limit on the CPU."""
     random_checkpoint(tmp_path / "wide", engine.folder, rank=17)
     adapter = open_adapter("wide", tmp_path / "wide")
     if engine.kind == "slots":
@@ -395,7 +403,7 @@ def test_another_model_and_layers_without_lora_are_refused_by_name(engine: Engin
     assert answers_still(engine, merged)
 
 
-def test_what_vllm_says_against_options_and_model_is_told_before_an_engine_starts(tmp_path: Path) -> None:
+def test_options_and_models_that_vllm_refuses_are_reported_before_an_engine_starts(tmp_path: Path) -> None:
     folder = make_model("mistral", tmp_path / "model")
     for options, words in ((["--max-model-len", "100000"], "max_model_len"), (["--quantization", "awq"], "awq")):
         with pytest.raises(ConfigError, match=words) as refused:

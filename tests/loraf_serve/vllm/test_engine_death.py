@@ -1,4 +1,4 @@
-"""A dead engine is told at once, and stopping is clean. The last vLLM tests: each uses up an engine of the pool."""
+"""A dead engine is reported at once, and stopping is clean. Each test uses up an engine of the pool."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from loraf_serve.backends.backend import BackendUnavailable
 from tests.loraf_serve.vllm_engines import Engine, Pool, random_prompt, shared
 
+pytestmark = pytest.mark.uses_up_engine  # runs these tests last, see tests/conftest.py
 PROMPT = random_prompt(10, seed=90)
 
 
@@ -19,7 +20,7 @@ def workers(engine: Engine) -> list[psutil.Process]:
 
 
 @shared("qwen2")
-def test_requests_of_a_dead_engine_end(vllm_pool: Pool) -> None:
+def test_requests_fail_when_the_engine_dies(vllm_pool: Pool) -> None:
     engine = vllm_pool.get("qwen2")
     texts = ["base", "math", "nlu", "code", "all"]  # "all" waits for a slot
 
@@ -31,7 +32,7 @@ def test_requests_of_a_dead_engine_end(vllm_pool: Pool) -> None:
         await asyncio.sleep(0.3)
         processes = workers(engine)
         processes[-1].kill()
-        with pytest.raises(BackendUnavailable):  # vLLM's own answer is a plain exception, or none
+        with pytest.raises(BackendUnavailable):  # vLLM itself raises a plain exception, or never returns
             await asyncio.wait_for(engine.backend._call_workers("loraf_layers"), 30)
         outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
         assert [type(outcome) for outcome in outcomes] == [BackendUnavailable] * len(texts)

@@ -1,4 +1,4 @@
-"""Invariants 3 and 7 on vLLM: a task set answers as the base model with ΔW(S) added, alone and in any company."""
+"""Invariants 3 and 7 on vLLM: a task set answers like the base model plus ΔW(S), alone and in any batch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SETS = ("math", "nlu", "code", "all", "math+nlu", "math:0.5+nlu:-2", "nlu:0.25+c
 STEPS = 4
 
 
-WAYS = [pytest.param((a, k), id=f"{a}-{k}", marks=shared(a)) for a in ARCHITECTURES for k in KINDS]
+ENGINES = [pytest.param((a, k), id=f"{a}-{k}", marks=shared(a)) for a in ARCHITECTURES for k in KINDS]
 
 
-@pytest.fixture(scope="session", params=WAYS)
+@pytest.fixture(scope="session", params=ENGINES)
 def engine(request: pytest.FixtureRequest, vllm_pool: Pool) -> Engine:
     return vllm_pool.get(*request.param)
 
@@ -40,13 +40,13 @@ def test_logits_of_vllm_merged_weights_and_formula_agree(engine: Engine, merged:
         scale = expected.abs().max()
         assert (merged.logits(text, token_ids)[-STEPS:] - expected).abs().max() <= 1e-4 * scale, text
         for step, position in enumerate(answer.logprobs):
-            found = torch.full_like(expected[0], torch.nan)
+            actual = torch.full_like(expected[0], torch.nan)
             for token in position.top:
-                found[token.token_id] = token.logprob
-            assert (found - expected[step]).abs().max() <= 1e-4 * scale, (text, step)
+                actual[token.token_id] = token.logprob
+            assert (actual - expected[step]).abs().max() <= 1e-4 * scale, (text, step)
         assert answer.token_ids == expected.argmax(-1).tolist(), text
         distinct.add(tuple(answer.token_ids))
-    assert len(distinct) >= len(SETS) - 1  # else nothing was shown
+    assert len(distinct) >= len(SETS) - 1  # otherwise the test shows nothing
 
 
 def test_one_prompt_under_four_sets_in_one_batch_twice(engine: Engine, merged: Merged) -> None:
@@ -60,7 +60,7 @@ def test_one_prompt_under_four_sets_in_one_batch_twice(engine: Engine, merged: M
         assert [answer.cached for answer in answers] == [cached] * len(sets)
 
 
-def test_the_prefix_cache_of_one_set_is_no_other_sets(engine: Engine, merged: Merged) -> None:
+def test_task_sets_do_not_share_the_prefix_cache(engine: Engine, merged: Merged) -> None:
     prompt = random_prompt(BLOCK + 10, seed=3)
     for text in ("math", "math:0.5", "math:-1+nlu", "base"):
         for cached in (0, BLOCK):
@@ -70,7 +70,7 @@ def test_the_prefix_cache_of_one_set_is_no_other_sets(engine: Engine, merged: Me
 
 
 def test_base_rows_are_untouched_by_adapter_rows_of_the_same_batch(engine: Engine, merged: Merged) -> None:
-    """vLLM's own CPU path gives base rows the last slot's delta. Prompts of many lengths: prefill and decode mix."""
+    """vLLM's own CPU path gives base rows the last slot's delta. Prompts of many lengths mix prefill and decode."""
     prompts = [random_prompt(length, seed=100 + length) for length in (1, 3, 17, 60, 130)]
     texts = ("base", "nlu", "base", "all", "base")
     requests = [engine.request(text, prompt, max_tokens=12) for text, prompt in zip(texts, prompts, strict=True)]
@@ -93,7 +93,7 @@ def test_many_more_sets_than_slots(engine: Engine, merged: Merged) -> None:
 
 
 def test_sixteen_weightings_and_base_rows_in_one_batch(engine: Engine, merged: Merged) -> None:
-    """Each request alone, the batch, and merged weights in transformers: the same tokens."""
+    """Each request alone, the batch, and merged weights in transformers give the same tokens."""
     drawn = random.Random(5)
     texts = ["+".join(f"{task}:{drawn.uniform(-2, 2):.3f}" for task in engine.adapter.tasks) for _ in range(16)]
     texts = [*texts[:8], "base", *texts[8:], "base"]

@@ -1,4 +1,4 @@
-"""vLLM's processes: a signal to the whole group does not reach them, and they end when the service is gone."""
+"""vLLM's processes: a signal to the process group does not reach them, and they end if the service dies."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_group_signal_leaves_the_engine_alone_and_no_process_outlives_the_serv
         assert service.stdout.readline() == "answering\n"
         children = psutil.Process(service.pid).children(recursive=True)
         assert len(children) >= 2  # the engine core and a worker
-        # One session, so that on a busy machine a process which waits gives way to the one it waits for.
+        # One session, so that on a busy machine a waiting process yields to the one that it waits for.
         assert {os.getsid(child.pid) for child in children} == {service.pid}
         os.killpg(service.pid, signal.SIGTERM)
         os.killpg(service.pid, signal.SIGINT)
@@ -60,7 +60,7 @@ def test_a_group_signal_leaves_the_engine_alone_and_no_process_outlives_the_serv
 @pytest.mark.parametrize("owner", [None, str(os.getpid()), "1"], ids=["none", "this process", "another"])
 def test_the_plugin_does_nothing_outside_an_engines_processes(monkeypatch: pytest.MonkeyPatch, owner) -> None:
     def forbidden(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a process that is no engine's was changed")
+        raise AssertionError("the plugin changed a process that does not belong to an engine")
 
     monkeypatch.setattr(os, "setpgid", forbidden)
     monkeypatch.setattr("threading.Thread", forbidden)
@@ -71,13 +71,13 @@ def test_the_plugin_does_nothing_outside_an_engines_processes(monkeypatch: pytes
 
 
 def test_importing_the_plugin_imports_no_vllm() -> None:
-    """vLLM calls it in every process, whoever uses it."""
+    """vLLM calls it in every process of every user."""
     program = "import sys, loraf_serve.vllm.plugin as plugin; plugin.register(); "
     program += "sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
 
-def test_the_environment_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     before = dict(os.environ)

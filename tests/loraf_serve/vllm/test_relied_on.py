@@ -1,4 +1,4 @@
-"""What LoRAF relies on inside vLLM. When a new vLLM breaks something, these tests say in words what it is."""
+"""What LoRAF relies on inside vLLM. When a new vLLM breaks something, these tests name it in plain words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from loraf_serve.vllm import relied_on
 from loraf_serve.vllm.engine.backends import can_serve
 
-FACTS = dict(relied_on.facts()) | dict(relied_on.resident_facts())
+FACTS = relied_on.FACTS | relied_on.RESIDENT_FACTS
 
 
 @pytest.mark.parametrize("statement", FACTS)
@@ -18,16 +18,16 @@ def test_vllm_still_does_what_loraf_relies_on(statement: str) -> None:
     assert FACTS[statement](), f"no longer true of the installed vLLM: {statement}"
 
 
-def test_a_fact_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_broken_fact_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import vllm
 
     (tmp_path / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
-    assert relied_on.broken() == ["vLLM's release is 0.32.x, the one whose insides were read"]
+    assert relied_on.broken() == ["vLLM's release is 0.32.x, the one that loraf was written for"]
     assert "0.32.x" in (can_serve(tmp_path) or "")
 
 
-def test_a_fact_of_resident_that_fails_leaves_slots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_broken_fact_of_resident_does_not_affect_slots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from vllm.lora import model_manager
 
     from loraf_serve.vllm.engine.support import can_serve_resident
@@ -42,8 +42,8 @@ def test_a_fact_of_resident_that_fails_leaves_slots(monkeypatch: pytest.MonkeyPa
 def test_the_plugin_is_an_entry_point_of_this_distribution() -> None:
     from loraf_serve.vllm import plugin
 
-    (found,) = [point for point in entry_points(group="vllm.general_plugins") if point.name == "loraf"]
-    assert found.load() is plugin.register
+    (entry_point,) = [point for point in entry_points(group="vllm.general_plugins") if point.name == "loraf"]
+    assert entry_point.load() is plugin.register
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,6 @@ def test_can_serve(tmp_path: Path, config: str, reason: str | None) -> None:
     assert can_serve(tmp_path) == reason
 
 
-def test_without_vllm_the_reason_is_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_vllm_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert can_serve(tmp_path) == "vLLM is not installed"

@@ -1,4 +1,4 @@
-"""The training layer against autograd of the obvious formula, and what it keeps for its backward pass against PEFT."""
+"""The training layer: against autograd of the plain formula, and what it saves for its backward pass against PEFT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from loraf.sparse import SparseB
 from loraf_train.adapter import layer as layers
-from loraf_train.adapter.layer import Earlier, LorafLinear, keep_mask
+from loraf_train.adapter.layer import EarlierTasks, LorafLinear, keep_mask
 
 D_IN, D_OUT, RANK, SCALE = 20, 14, 6, 1.75
 
@@ -18,7 +18,7 @@ D_IN, D_OUT, RANK, SCALE = 20, 14, 6, 1.75
 def make(
     dtype=torch.float64, bias=True, dropout=0.0, with_earlier=True, d_in=D_IN, d_out=D_OUT, rank=RANK, seed=0
 ) -> LorafLinear:
-    """A layer with random values on a third of the positions, and an earlier task on another third."""
+    """A layer with random values at a third of the positions, and an earlier task at another third."""
     g = torch.Generator().manual_seed(seed)
     base = nn.Linear(d_in, d_out, bias=bias, dtype=dtype).requires_grad_(False)
     for parameter in base.parameters():
@@ -26,8 +26,8 @@ def make(
     a = torch.randn(rank, d_in, generator=g).to(dtype)
     order = torch.randperm(d_out * rank, generator=g)
     third = len(order) // 3
-    old = SparseB.from_flat(order[third : 2 * third], torch.randn(third, generator=g).bfloat16(), (d_out, rank))
-    earlier = Earlier.of([(old, 0.5)] if with_earlier else [])
+    old = SparseB.from_positions(order[third : 2 * third], torch.randn(third, generator=g).bfloat16(), (d_out, rank))
+    earlier = EarlierTasks.of([(old, 0.5)] if with_earlier else [])
     values = torch.randn(third, generator=g, dtype=torch.float64)
     return LorafLinear(base, a, order[:third].sort().values, SCALE, earlier, dropout, values)
 
@@ -55,7 +55,7 @@ def dense_values(layer: LorafLinear) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("with_earlier", [True, False])
-def test_output_and_gradients_are_those_of_the_dense_formula(shape, bias, dropout, with_earlier):
+def test_output_and_gradients_equal_those_of_the_dense_formula(shape, bias, dropout, with_earlier):
     layer = make(bias=bias, dropout=dropout, with_earlier=with_earlier)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     gradient = torch.randn(*shape[:-1], D_OUT, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_output_and_gradients_are_those_of_the_dense_formula(shape, bias, dropou
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_against_finite_differences(dropout):
+def test_gradients_agree_with_finite_differences(dropout):
     layer = make(dropout=dropout, d_in=7, d_out=5, rank=3)
 
     def run(x, values):
@@ -88,7 +88,7 @@ def test_gradients_against_finite_differences(dropout):
     assert torch.autograd.gradcheck(run, (x, layer.values.detach().clone().requires_grad_()))
 
 
-def test_only_the_values_train_and_the_base_keeps_its_bytes():
+def test_only_the_values_are_trained_and_the_base_is_unchanged():
     layer = make(torch.float32)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["values"]
     before = {name: tensor.clone() for name, tensor in layer.base.state_dict().items()}
@@ -105,7 +105,7 @@ def test_only_the_values_train_and_the_base_keeps_its_bytes():
     torch.testing.assert_close(outside.view(-1, RANK), dense_earlier(layer))
 
 
-def test_an_input_without_gradient_gets_none_and_values_still_do():
+def test_an_input_that_needs_no_gradient_gets_none_while_the_values_do():
     layer = make()
     layer(torch.randn(3, D_IN, dtype=torch.float64)).sum().backward()
     assert layer.values.grad.abs().sum() > 0
@@ -120,7 +120,7 @@ def test_evaluation_has_no_dropout():
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5, 0.999])
-def test_the_dropout_mask_keeps_its_share_and_changes(dropout):
+def test_the_dropout_mask_keeps_the_right_share_and_is_drawn_anew(dropout):
     torch.manual_seed(0)
     shape = torch.Size((313, 1001))
     mask, probability = keep_mask(shape, dropout, torch.device("cpu"))
@@ -133,7 +133,7 @@ def test_the_dropout_mask_keeps_its_share_and_changes(dropout):
     assert not torch.equal(mask, keep_mask(shape, dropout, torch.device("cpu"))[0])
 
 
-def test_bfloat16_is_near_the_exact_formula_and_values_stay_float32():
+def test_bfloat16_is_close_to_the_exact_formula_and_values_stay_float32():
     exact = make(torch.float64)
     layer = make(torch.bfloat16)
     assert torch.equal(layer.a, exact.a.bfloat16())
@@ -183,18 +183,18 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.equal(plain, checkpointed)
 
 
-def test_earlier_tasks_add_up_scaled_as_stored():
+def test_earlier_tasks_are_the_scaled_sum_of_stored_values():
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    one = SparseB.from_flat(order[:20], torch.randn(20).bfloat16(), (10, 6))
-    two = SparseB.from_flat(order[20:45], torch.randn(25).half(), (10, 6))
-    found = Earlier.of([(one, 2.0), (two, 0.25)])
+    one = SparseB.from_positions(order[:20], torch.randn(20).bfloat16(), (10, 6))
+    two = SparseB.from_positions(order[20:45], torch.randn(25).half(), (10, 6))
+    earlier = EarlierTasks.of([(one, 2.0), (two, 0.25)])
     dense = torch.zeros(60)
-    dense[found.positions.long()] = found.values
+    dense[earlier.positions.long()] = earlier.values
     assert torch.equal(dense.view(10, 6), one.dense() * 2.0 + two.dense() * 0.25)
 
 
 class Kept:
-    """Counts what autograd saves, apart from parameters and buffers of the module (which are there anyway)."""
+    """Records what autograd saves, except the module's parameters and buffers (which exist anyway)."""
 
     def __init__(self, module: nn.Module):
         self._own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
@@ -223,8 +223,8 @@ class Kept:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_backward_keeps_rank_numbers_a_token_where_peft_keeps_the_input(dropout):
-    """A fresh input tensor made inside, as in a model, so that whatever the layer keeps of it is counted."""
+def test_the_backward_pass_saves_rank_numbers_per_token_where_peft_saves_the_input(dropout):
+    """The input is a new tensor, as in a model, so that whatever the layer saves of it is counted."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear as LoraLinear
 
@@ -268,22 +268,22 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("at_once", [1, 7 * RANK, D_OUT * RANK, 1 << 18])
-def test_the_gradient_of_b_is_made_some_rows_at_a_time(monkeypatch, at_once):
+def test_the_gradient_of_b_is_computed_a_block_of_rows_at_a_time(monkeypatch, at_once):
     whole = make()
     monkeypatch.setattr(layers, "GRADIENT_AT_ONCE", at_once)
     layer = make()
     g, z = torch.randn(9, D_OUT, dtype=torch.float64), torch.randn(9, RANK, dtype=torch.float64)
     with Products() as products:
-        found = layer.gradient(g, z)
+        gradient = layer.gradient(g, z)
     assert products.shapes and max(rows * columns for rows, columns in products.shapes) <= max(at_once, RANK)
-    torch.testing.assert_close(found, whole.gradient(g, z))
-    torch.testing.assert_close(found, (g.t() @ z).view(-1)[layer.positions.long()] * SCALE)
+    torch.testing.assert_close(gradient, whole.gradient(g, z))
+    torch.testing.assert_close(gradient, (g.t() @ z).view(-1)[layer.positions.long()] * SCALE)
 
 
-def test_rows_without_positions_are_passed_over():
+def test_blocks_without_positions_are_skipped():
     base = nn.Linear(4, 1000, bias=False).requires_grad_(False)
     layer = LorafLinear(base, torch.randn(1 << 10, 4), torch.tensor([3, (999 << 10) + 5]), 1.0)
-    assert [rows.start for rows, _ in layer._pieces] == [0, 768]
+    assert [rows.start for rows, _ in layer._row_blocks] == [0, 768]
     g, z = torch.randn(6, 1000), torch.randn(6, 1 << 10)
     expected = torch.stack([g[:, 0] @ z[:, 3], g[:, 999] @ z[:, 5]])
     torch.testing.assert_close(layer.gradient(g, z), expected)

@@ -1,4 +1,4 @@
-"""`loraf-train check`: each mistake with its file, field and remedy, alone and all of them in one report."""
+"""`loraf-train check`: each mistake is reported with file, field and remedy, alone and together with all others."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def data(train: str, **parts) -> dict:
     return {"data": {"train": train, **parts}}
 
 
-# kind → (what prepares the folder, text of the tasks, patterns that the report must have).
-# Ways of tasks are those of the file on its own; K of a task is 40 % of a matrix.
+# kind → (function that prepares the folder, text of the tasks, patterns of the lines of the report).
+# Paths are relative to the file; K of a task is 40 % of a matrix.
 MISTAKES = {
     "missing columns": (
         lambda f: (new_output(f), rows(f, "bad.jsonl", PLAIN, {"prompt": "p"}, {"text": "x"})),
@@ -57,12 +57,12 @@ MISTAKES = {
     "no known columns": (
         lambda f: (new_output(f), rows(f, "bad.jsonl", {"text": "x"})),
         task("a", **data("bad.jsonl")),
-        [r"bad\.jsonl: record 1: has no form that is known \(it has: text\) → say in data: how its fields become text"],
+        [r"bad\.jsonl: record 1: has none of the known forms \(it has: text\) → set templates over its fields in data"],
     ),
     "empty data": (
         lambda f: (new_output(f), rows(f, "empty.jsonl")),
         task("a", **data("empty.jsonl")),
-        [r"empty\.jsonl: holds no records → name a file with records"],
+        [r"empty\.jsonl: has no records → name a file with records"],
     ),
     "every prompt too long": (
         new_output,
@@ -104,7 +104,7 @@ MISTAKES = {
 
 @pytest.fixture(autouse=True)
 def no_wandb(monkeypatch):
-    """Whether it is installed or not."""
+    """As if wandb were not installed."""
     import importlib.util
 
     real = importlib.util.find_spec
@@ -112,7 +112,7 @@ def no_wandb(monkeypatch):
 
 
 def report(capsys, folder: Path, tasks: str) -> list[str]:
-    """The lines of what `check` says of a file with mistakes."""
+    """Runs `check` on a file with mistakes, and returns the lines of its report."""
     (folder / "tasks.yaml").write_text(HEAD + "tasks:\n" + tasks)
     before = digests(folder)
     status, out, err = run(capsys, "check", "tasks.yaml")
@@ -123,7 +123,7 @@ def report(capsys, folder: Path, tasks: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
-def test_a_mistake_alone_names_file_field_and_remedy_and_nothing_else(copied, capsys, kind):
+def test_a_single_mistake_is_reported_with_file_field_and_remedy_and_nothing_else(copied, capsys, kind):
     prepare, tasks, patterns = MISTAKES[kind]
     prepare(copied)
     lines = report(capsys, copied, tasks)
@@ -132,7 +132,7 @@ def test_a_mistake_alone_names_file_field_and_remedy_and_nothing_else(copied, ca
         assert re.search(pattern, line), (pattern, line)
 
 
-def test_all_mistakes_of_one_file_are_in_one_report(copied, capsys):
+def test_all_mistakes_of_a_file_are_in_one_report(copied, capsys):
     """The output folder holds two tasks that were trained for another base; 20 % of each matrix is free."""
     another_base(copied)
     no_end(copied)
@@ -155,10 +155,10 @@ def test_all_mistakes_of_one_file_are_in_one_report(copied, capsys):
     assert [line.partition(" ")[0] for line in lines[:1]] == ["loraf-train:"]
     patterns = [
         r"tasks\.yaml: tasks\[7\]\.name: another task is named 'long' too → give each task its own name",
-        r"tasks\.yaml: tasks\[9\]\.training\.epoch: is no known key → did you mean 'epochs'\?",
+        r"tasks\.yaml: tasks\[9\]\.training\.epoch: is not a known key → did you mean 'epochs'\?",
         r"base: eos_token: the tokenizer has no end-of-sequence token.* → set \"eos_token\"",
         r"bad\.jsonl: record 1: has no field 'completion' \(it has: prompt\) → name fields",
-        r"empty\.jsonl: holds no records → name a file with records",
+        r"empty\.jsonl: has no records → name a file with records",
         r"upper\.jsonl: record 1: has no field 'question' \(it has: prompt, completion\) \(and 6 more .* → name fields",
         r"upper\.jsonl: training\.max_length: every prompt of task 'full' fills max_length 3: all 7 examples .* → ",
         r"tasks\.yaml: training\.report_to: wandb needs the package 'wandb'.* → `pip install wandb`",
@@ -171,12 +171,12 @@ def test_all_mistakes_of_one_file_are_in_one_report(copied, capsys):
         assert sum(bool(re.search(pattern, line)) for line in lines) == 1, (pattern, lines)
     for line in lines:
         assert " → " in line
-    # Nothing is invented: each line is one of these, or a second saying of the one about records.
+    # There are no other lines.
     known = [line for line in lines if any(re.search(pattern, line) for pattern in patterns)]
     assert known == lines
 
 
-def test_what_is_cut_is_counted_for_check_and_for_run(copied, capsys):
+def test_check_and_run_count_the_examples_that_max_length_cuts(copied, capsys):
     rows(copied, "long.jsonl", PLAIN, PLAIN | {"prompt": "ab" * 9}, PLAIN | {"completion": "AB" * 9}, PLAIN)
     new_output(copied)
     (copied / "tasks.yaml").write_text(
@@ -193,7 +193,7 @@ def test_what_is_cut_is_counted_for_check_and_for_run(copied, capsys):
     assert status == 0 and "warning" not in out
 
 
-def test_questions_longer_than_the_model_are_told(copied, capsys):
+def test_an_evaluation_prompt_longer_than_the_context_is_reported(copied, capsys):
     rows(copied, "asked.jsonl", PLAIN | {"prompt": "x" * 2000})
     new_output(copied)
     (copied / "tasks.yaml").write_text(HEAD + "tasks:\n" + task("a", **data("upper.jsonl", eval="asked.jsonl")))
@@ -202,7 +202,7 @@ def test_questions_longer_than_the_model_are_told(copied, capsys):
     assert "tasks[0].data.eval.asked: a prompt has 2001 tokens, the model's context is 1024" in out
 
 
-def test_the_mask_of_a_conversation_is_shown_and_the_rows_of_packing(copied, capsys):
+def test_check_shows_the_loss_mask_of_a_conversation_and_the_rows_of_packing(copied, capsys):
     new_output(copied)
     chatml_tokenizer().save_pretrained(copied / "base")
     turns = [("user", "hi"), ("assistant", "first"), ("user", "and?"), ("assistant", "last")]

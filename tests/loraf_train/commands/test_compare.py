@@ -1,4 +1,4 @@
-"""`loraf-train compare`: what it prints and writes, and that every mistake is told before anything is trained."""
+"""`loraf-train compare`: what it prints and writes, and that it reports every mistake before anything is trained."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import pytest
 import yaml
 
 from loraf.errors import ConfigError
-from loraf_train import compare
-from loraf_train.commands import compare as command_compare
-from loraf_train.compare import results as files
+from loraf_train.commands import compare
+from loraf_train.compare.results import Results
 from loraf_train.settings.comparison import METHODS
-from loraf_train.settings.config import load
-from loraf_train.terminal import tables as report
+from loraf_train.settings.loading import load
+from loraf_train.terminal.tables import console
 from tests.loraf_train.command_line import run
 from tests.loraf_train.compare_toys import FILE, SHORT, write_data
 from tests.standins import make_model
@@ -41,8 +40,8 @@ def folder(base_folder, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def problems_of(folder: Path, **compare) -> dict[str, tuple[str, str]]:
-    content = yaml.safe_load((folder / "tasks.yaml").read_text()) | {"compare": compare}
+def problems_of(folder: Path, **section) -> dict[str, tuple[str, str]]:
+    content = yaml.safe_load((folder / "tasks.yaml").read_text()) | {"compare": section}
     (folder / "tasks.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError) as caught:
         load(folder / "tasks.yaml")
@@ -52,7 +51,7 @@ def problems_of(folder: Path, **compare) -> dict[str, tuple[str, str]]:
 # --- settings ---------------------------------------------------------------------------------------------------
 
 
-def test_a_method_s_settings_go_over_the_task_s_own(folder):
+def test_a_methods_settings_override_those_of_the_task(folder):
     content = yaml.safe_load(FILE)
     content["tasks"][1] |= {"training": {"learning_rate": 1e-3, "epochs": 4}, "alpha": 5}
     content["compare"]["methods"] = {
@@ -68,7 +67,7 @@ def test_a_method_s_settings_go_over_the_task_s_own(folder):
     lora, loraf, full = (config.of_method(name) for name in ("lora", "loraf", "full"))
     assert (lora.adapter.rank, config.adapter.rank, loraf.adapter.rank) == (16, 8, 8)
     upper, truth = lora.tasks
-    assert (upper.training.learning_rate, upper.alpha) == (1e-4, 16)  # α is the rank where nobody says it
+    assert (upper.training.learning_rate, upper.alpha) == (1e-4, 16)  # α defaults to the rank
     assert (truth.training.learning_rate, truth.training.weight_decay, truth.training.epochs) == (5e-4, 0.1, 4)
     assert (truth.alpha, config.tasks[1].alpha) == (7, 5)
     assert [task.sparsity for task in loraf.tasks] == [0.7, 0.7]
@@ -77,8 +76,8 @@ def test_a_method_s_settings_go_over_the_task_s_own(folder):
     assert config.compare.seeds == (3, 4)
 
 
-def test_all_mistakes_of_the_section_at_once(folder):
-    found = problems_of(
+def test_all_mistakes_of_the_section_are_reported_at_once(folder):
+    problems = problems_of(
         folder,
         seeds=[1, 1],
         general="nowhere.jsonl",
@@ -91,10 +90,10 @@ def test_all_mistakes_of_the_section_at_once(folder):
         },
     )
     expected = {
-        "compare.seeds": "stands twice",
+        "compare.seeds": "listed twice",
         "compare.general": "there is no file",
-        "compare.sedes": "no known key",
-        "compare.methods.lora.training.lerning_rate": "no known key",
+        "compare.sedes": "not a known key",
+        "compare.methods.lora.training.lerning_rate": "not a known key",
         "compare.methods.lora.training.max_length": "the same for all methods",
         "compare.methods.lora.sparsity": "the method lora has no sparsity",
         "compare.methods.lora.tasks.maths": "there is no task 'maths'",
@@ -105,13 +104,13 @@ def test_all_mistakes_of_the_section_at_once(folder):
         "compare.methods.full.tasks.upper.calibration": "the method full has no calibration",
         "compare.methods.random-mask.rank": "out of range",
     }
-    assert found.keys() == expected.keys()
+    assert problems.keys() == expected.keys()
     for field, part in expected.items():
-        message, remedy = found[field]
+        message, remedy = problems[field]
         assert part in message and remedy, field
-    assert found["compare.sedes"][1] == "did you mean 'seeds'?"
-    assert found["compare.methods.lora.tasks.maths"][1] == "choose from: upper, truth"
-    assert all(name in found["compare.methods.qlora"][1] for name in METHODS)
+    assert problems["compare.sedes"][1] == "did you mean 'seeds'?"
+    assert problems["compare.methods.lora.tasks.maths"][1] == "choose from: upper, truth"
+    assert all(name in problems["compare.methods.qlora"][1] for name in METHODS)
 
 
 def test_a_file_without_the_section_has_its_defaults(folder):
@@ -127,14 +126,14 @@ def test_a_file_without_the_section_has_its_defaults(folder):
 
 
 @pytest.fixture
-def shown(monkeypatch) -> list[files.Results]:
-    """What would be shown, instead of showing it."""
-    seen = []
-    monkeypatch.setattr(command_compare, "_show", lambda results, out, console: seen.append(results))
-    return seen
+def shown(monkeypatch) -> list[Results]:
+    """Collects the results that the command would print and write."""
+    collected = []
+    monkeypatch.setattr(compare, "_show", lambda results, folder, out: collected.append(results))
+    return collected
 
 
-def test_the_command_measures_and_tells(folder, capsys, shown):
+def test_the_command_measures_and_prints_progress(folder, capsys, shown):
     arguments = ["compare", "tasks.yaml", "--protocol", "sequence", "--methods", "full,random-mask", "--set", *SHORT]
     status, out, err = run(capsys, *arguments, "--seeds", "5", "--eval-limit", "4")
     assert status == 0, err
@@ -161,21 +160,20 @@ def test_the_command_measures_and_tells(folder, capsys, shown):
     assert "full, seed 5: measured before" in out and "training step" not in out
 
 
-def test_everything_is_shown_written_and_drawn(tmp_path, monkeypatch):
-    """The three parts that look at results are called with them, in the folder that was asked for."""
-    seen = []
-    results = files.Results("single", "tiny", 1, (), ())
+def test_results_are_printed_written_and_drawn(tmp_path, monkeypatch):
+    """Tables, file and pictures are made from the results, in the folder of the results."""
+    calls = []
+    results = Results("single", "tiny", 1, (), ())
     tables, pictures = types.ModuleType("tables"), types.ModuleType("pictures")
-    tables.show = lambda results, console: seen.append(("show", results))
+    tables.show = lambda results, out: calls.append(("show", results))
     tables.markdown = lambda results: f"# {results.model} ⟂\n"
     pictures.draw = lambda results, folder: [folder / "bars.png"]
     for name, module in {"tables": tables, "pictures": pictures}.items():
         monkeypatch.setitem(sys.modules, f"loraf_train.compare.{name}", module)
-        monkeypatch.setattr(compare, name, module, raising=False)
-    monkeypatch.setattr(files, "write", lambda path, results: seen.append((path.name, results)), raising=False)
+    monkeypatch.setattr("loraf_train.compare.results.write", lambda path, results: calls.append((path.name, results)))
     out = io.StringIO()
-    command_compare._show(results, tmp_path, report.console(out))
-    assert seen == [("show", results), ("results.json", results)]
+    compare._show(results, tmp_path, console(out))
+    assert calls == [("show", results), ("results.json", results)]
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == "# tiny ⟂\n"
     assert out.getvalue().splitlines() == [
         f"written: {tmp_path / name}" for name in ("results.json", "report.md", "bars.png")
@@ -183,7 +181,7 @@ def test_everything_is_shown_written_and_drawn(tmp_path, monkeypatch):
 
 
 def test_the_output_folder_may_hold_any_checkpoint(folder, capsys, shown):
-    """Nothing of it is read: the comparison trains on its own."""
+    """The comparison does not read it."""
     (folder / "ckpt").mkdir()
     (folder / "ckpt" / "loraf.json").write_text("no checkpoint")
     options = ["--methods", "full", "--seeds", "0", "--out", "elsewhere", "--set", SHORT[0]]
@@ -192,9 +190,11 @@ def test_the_output_folder_may_hold_any_checkpoint(folder, capsys, shown):
     assert (folder / "elsewhere" / "runs" / "full-seed0.json").exists()
 
 
-def test_all_mistakes_at_once_and_nothing_is_trained(folder, capsys, monkeypatch, shown):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("peft", "scipy") else found(name))
+def test_all_mistakes_are_reported_at_once_and_nothing_is_trained(folder, capsys, monkeypatch, shown):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("peft", "scipy") else find_spec(name)
+    )
     content = yaml.safe_load(FILE)
     del content["tasks"][0]["data"]["eval"]
     content["tasks"][1]["sparsity"] = 0.5  # 0.4 and 0.5 of all positions fit
@@ -210,28 +210,28 @@ def test_all_mistakes_at_once_and_nothing_is_trained(folder, capsys, monkeypatch
     assert len(lines) == 8, err
     for part in (
         "--methods: there is no method 'dora' → choose from: loraf, random-mask, frozen-a, lora, full",
-        "--seeds: 'x' is no seed",
-        "the method lora needs the package 'peft', which is not installed → `pip install 'loraf[compare]'`",
-        "the intervals needs the package 'scipy'",
-        "accelerate launch: fsdp_version: compare does not train a divided base",
+        "--seeds: 'x' is not a seed",
+        "the package 'peft', needed for the method lora, is not installed → `pip install 'loraf[compare]'`",
+        "the package 'scipy', needed for the intervals, is not installed",
+        "accelerate launch: fsdp_version: compare does not train a sharded base",
         "tasks[0].data.eval: task 'upper' has no evaluation records",
         "tasks[1].sparsity: method random-mask: task 'truth' needs",
-        "general.jsonl: record 1: has no text",
+        "general.jsonl: record 1: field 'text' is missing",
     ):
         assert any(part in line for line in lines), part
     assert not (folder / "ckpt-compare").exists()
 
 
-def test_a_package_is_asked_for_only_where_it_is_needed(folder, capsys, monkeypatch, shown):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+def test_a_package_is_required_only_if_it_is_needed(folder, capsys, monkeypatch, shown):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
     options = ["--methods", "full", "--seeds", "0", "--set", SHORT[0]]
     status, _, err = run(capsys, "compare", "tasks.yaml", "--protocol", "single", *options)
     assert status == 0, err
 
 
-def test_tasks_alone_need_no_room_for_one_another(folder, capsys, shown):
-    """Each of them in turn has the whole of B."""
+def test_tasks_trained_alone_share_no_capacity(folder, capsys, shown):
+    """Each of them has all of B."""
     options = ["--methods", "random-mask", "--seeds", "0", "--set", SHORT[0], "--set", "adapter.sparsity=0.3"]
     status, _, err = run(capsys, "compare", "tasks.yaml", "--protocol", "single", *options)
     assert status == 0, err
@@ -242,7 +242,7 @@ def test_tasks_alone_need_no_room_for_one_another(folder, capsys, shown):
 # --- the example ------------------------------------------------------------------------------------------------
 
 
-def test_the_example_s_data_and_configuration(tmp_path):
+def test_the_examples_data_and_configuration(tmp_path):
     example = ROOT / "examples" / "compare"
     spec = importlib.util.spec_from_file_location("compare_data", example / "make_data.py")
     make_data = importlib.util.module_from_spec(spec)
@@ -250,7 +250,7 @@ def test_the_example_s_data_and_configuration(tmp_path):
     make_data.main(["--out", str(tmp_path / "data")])
     shutil.copy(example / "tasks.yaml", tmp_path)
     config = load(tmp_path / "tasks.yaml")
-    assert set(config.methods) == set(METHODS)  # each has a rate of its own
+    assert set(config.methods) == set(METHODS)  # each has its own rate
     assert len(config.compare.seeds) >= 3
     assert sum(1 - task.sparsity for task in config.of_method("loraf").tasks) <= 1
 

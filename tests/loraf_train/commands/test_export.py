@@ -1,4 +1,4 @@
-"""Exports give the logits of the formula, in PEFT and in transformers."""
+"""An export has the logits that the formula gives, in PEFT and in transformers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def random_one(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def by_hand(checkpoint: Path, model: Path, weights: dict[str, float]) -> torch.nn.Module:
-    """The base model with Σ w·α/r·B·A added, from the files themselves."""
+    """The base model with Σ w·α/r·B·A added, computed from the checkpoint's files."""
     manifest = manifests.read(checkpoint)
-    made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    summed = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for name, module in manifest.modules.items():
-        weight = made.get_submodule(name).weight
+        weight = summed.get_submodule(name).weight
         a = projection(manifest.projection.seed, name, manifest.rank, module.d_in).astype(np.float64)
         delta = np.zeros((module.d_out, module.d_in))
         for task, factor in weights.items():
@@ -44,7 +44,7 @@ def by_hand(checkpoint: Path, model: Path, weights: dict[str, float]) -> torch.n
             delta += factor * manifest.task(task).alpha / manifest.rank * (b @ a)
         with torch.no_grad():
             weight += torch.from_numpy(delta).float()
-    return made
+    return summed
 
 
 def _as_float32(file: Path) -> dict[str, list[float]]:
@@ -64,16 +64,16 @@ SETS = [
 ]
 
 
-@pytest.mark.parametrize(("chosen", "weights"), SETS)
-def test_exports_give_the_logits_of_the_formula(random_one, tmp_path, capsys, chosen, weights):
+@pytest.mark.parametrize(("options", "weights"), SETS)
+def test_an_export_has_the_logits_of_the_formula(random_one, tmp_path, capsys, options, weights):
     checkpoint, model = random_one
     expected = logits(by_hand(checkpoint, model, weights))
     base = logits(AutoModelForCausalLM.from_pretrained(model))
     assert (expected - base).abs().max() > 0.1 * base.abs().max()
     for form in ("peft", "merged"):
         out = tmp_path / form
-        out.mkdir()  # empty is as good as new
-        status, printed, _ = run(capsys, "export", str(checkpoint), *chosen, "--format", form, "--out", str(out))
+        out.mkdir()  # an empty folder is allowed
+        status, printed, _ = run(capsys, "export", str(checkpoint), *options, "--format", form, "--out", str(out))
         assert status == 0
         assert "+".join(w for w in words(printed) if "+" in w).startswith("math")
         if form == "peft":
@@ -97,17 +97,17 @@ def test_a_merged_export_in_bfloat16_is_the_sum_rounded_once(random_one, tmp_pat
     expected = by_hand(checkpoint, model, {"math": 1.0}).state_dict()
     for name, tensor in written.items():
         assert tensor.dtype == torch.bfloat16
-        # The reference sums in float64: where it lies on the border of two bf16 numbers it may round otherwise.
+        # The reference sums in float64, and may round a value between two bf16 numbers the other way.
         same = (tensor == expected[name].bfloat16()).float().mean()
         assert same > 0.999, name
 
 
-def test_export_refuses_what_it_would_spoil(random_one, tmp_path, capsys):
+def test_export_refuses_to_overwrite_anything(random_one, tmp_path, capsys):
     checkpoint, model = random_one
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious.txt").write_text("mine")
     (tmp_path / "file").write_text("x")
-    for name, message in (("full", "is not empty"), ("file", "is no folder"), ("file/below", "cannot be written")):
+    for name, message in (("full", "is not empty"), ("file", "is not a folder"), ("file/below", "cannot be written")):
         arguments = ["--tasks", "all", "--format", "peft", "--out", str(tmp_path / name)]
         status, _, err = run(capsys, "export", str(checkpoint), *arguments)
         assert status == 2
@@ -120,7 +120,7 @@ def test_export_refuses_what_it_would_spoil(random_one, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_export_refuses_another_base_unless_told(random_one, tmp_path, capsys):
+def test_export_refuses_another_base_without_the_option(random_one, tmp_path, capsys):
     checkpoint, _ = random_one
     other = make_model("qwen2", tmp_path / "other", seed=3)
     arguments = ["export", str(checkpoint), "--tasks", "all", "--format", "merged", "--model", str(other), "--out"]
@@ -128,8 +128,8 @@ def test_export_refuses_another_base_unless_told(random_one, tmp_path, capsys):
     assert status == 2 and "other weights" in err and "--allow-other-base" in err
     assert run(capsys, *arguments, str(tmp_path / "out"), "--allow-other-base")[0] == 0
     expected = logits(by_hand(checkpoint, other, {"math": 1, "nlu": 1, "code": 1}))
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    assert (found - expected).abs().max() / expected.abs().max() < 1e-4
+    exported = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert (exported - expected).abs().max() / expected.abs().max() < 1e-4
     unlike = make_model("llama", tmp_path / "unlike")
     arguments[arguments.index(str(other))] = str(unlike)
     status, _, err = run(capsys, *arguments, str(tmp_path / "out2"))

@@ -1,4 +1,4 @@
-"""`loraf-train inspect`: quick, complete, and with --verify nothing damaged goes unnamed."""
+"""`loraf-train inspect`: quick and complete, and with --verify it names everything that is damaged."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.loraf_train.command_line import run, words
 
 
 def big_manifest() -> Manifest:
-    """Mistral-7B's shapes, ten tasks: 224 modules."""
+    """Ten tasks for Mistral-7B's shapes: 224 modules."""
     shapes = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
     names = {f"self_attn.{n}_proj": s for n, s in shapes.items()}
     names |= {f"mlp.{n}_proj": s for n, s in (("gate", (14336, 4096)), ("up", (14336, 4096)), ("down", (4096, 14336)))}
     modules = {f"model.layers.{i}.{n}": Module(*s, "0" * 64) for i in range(32) for n, s in names.items()}
-    k = {name: manifests.positions(0.95, module.d_out, 64) for name, module in modules.items()}
+    k = {name: manifests.positions_per_matrix(0.95, module.d_out, 64) for name, module in modules.items()}
     tasks = tuple(
         Task(
             name=f"task{i}",
@@ -82,13 +82,13 @@ def test_inspect_shows_tasks_scores_and_digests(trained, capsys):
     assert module["sparsity"]["upper"] == pytest.approx(1 - held / (module["shape"][0] * 8))
 
 
-def test_verify_names_all_damage(copied, capsys):
+def test_verify_names_everything_that_is_damaged(copied, capsys):
     for name, place in (("upper", 0.5), ("truth", 0.9)):
         file = copied / f"ckpt/tasks/{name}.safetensors"
         data = bytearray(file.read_bytes())
         data[int(len(data) * place)] ^= 1
         file.write_bytes(data)
-    status, out, _ = run(capsys, "inspect", "ckpt")  # the manifest is in order
+    status, out, _ = run(capsys, "inspect", "ckpt")  # the manifest is intact
     assert status == 0 and "not verified" in out
     status, out, err = run(capsys, "inspect", "ckpt", "--verify")
     assert (status, out) == (2, "")
@@ -107,6 +107,6 @@ def test_verify_names_all_damage(copied, capsys):
     assert status == 2 and "digest" in err
 
 
-def test_inspect_of_what_is_no_checkpoint(tmp_path, capsys):
+def test_inspect_refuses_a_folder_without_a_checkpoint(tmp_path, capsys):
     status, _, err = run(capsys, "inspect", str(tmp_path))
     assert status == 2 and "no loraf.json" in err

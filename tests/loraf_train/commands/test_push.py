@@ -1,4 +1,4 @@
-"""Checkpoints to the hub and back, through the real client and a hub of our own (tests/loraf_train/fake_hub.py)."""
+"""Checkpoints to the hub and back, with the real client and a fake hub (tests/loraf_train/fake_hub.py)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tests.standins import make_model, random_checkpoint
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stand")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
     make_model("llama", folder / "model")
     random_checkpoint(folder / "ckpt", folder / "model", tasks=("math", "nlu"))
     return folder
 
 
 @pytest.fixture
-def ckpt(stand, tmp_path):
-    return shutil.copytree(stand / "ckpt", tmp_path / "ckpt")
+def ckpt(prepared, tmp_path):
+    return shutil.copytree(prepared / "ckpt", tmp_path / "ckpt")
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def content(folder, *names: str) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
-OWN = ("loraf.json", "tasks/math.safetensors", "tasks/nlu.safetensors")
+FILES = ("loraf.json", "tasks/math.safetensors", "tasks/nlu.safetensors")
 
 
-def test_only_the_checkpoints_own_files_and_a_card_go_up_in_one_commit(ckpt, hub, capsys):
+def test_only_the_checkpoints_own_files_and_a_card_are_uploaded_in_one_commit(ckpt, hub, capsys):
     for name in ("runs/math/training/events", ".resume/state-1.json", "tasks/stray.safetensors", "notes.txt", ".env"):
         (ckpt / name).parent.mkdir(parents=True, exist_ok=True)
         (ckpt / name).write_text("secret")
@@ -52,46 +52,46 @@ def test_only_the_checkpoints_own_files_and_a_card_go_up_in_one_commit(ckpt, hub
     status, out, err = run(capsys, "push", str(ckpt), "org/adapter", "--private")
     assert status == 0, err
     card = model_card.card(manifests.read(ckpt), "org/adapter").encode()
-    assert hub.files("org/adapter") == content(ckpt, *OWN) | {".gitattributes": b"", "README.md": card}
-    assert len(hub.commits["org/adapter"]) == 2  # making it, and one commit
+    assert hub.files("org/adapter") == content(ckpt, *FILES) | {".gitattributes": b"", "README.md": card}
+    assert len(hub.commits["org/adapter"]) == 2  # creating the repository, and one commit
     assert hub.created[0].get("private") is True or hub.created[0].get("visibility") == "private"
     assert hub.messages == ["LoRAF adapter: math, nlu"]
     assert manifests.read(ckpt).adapter_digest in out and "/commit/" in out
-    assert "a folder of this machine" in err  # the stand-in's base has a path for a name
+    assert "a folder on this machine" in err  # the test model is named by its path
     assert digests(ckpt) == before
 
 
-def test_what_was_pushed_comes_back_by_its_name(ckpt, hub, capsys, stand, tmp_path):
+def test_a_pushed_checkpoint_is_downloaded_by_its_name(ckpt, hub, capsys, prepared, tmp_path):
     assert run(capsys, "push", str(ckpt), "org/adapter")[0] == 0
     status, out, err = run(capsys, "inspect", "org/adapter", "--json", "--verify")
     assert status == 0, err
     assert json.loads(out)["adapter_digest"] == manifests.read(ckpt).adapter_digest
     (folder,) = (tmp_path / "hub").glob("models--org--adapter/snapshots/*")
-    assert content(folder, *OWN) == content(ckpt, *OWN)
+    assert content(folder, *FILES) == content(ckpt, *FILES)
     assert Checkpoint.open(folder).manifest == Checkpoint.open(ckpt).manifest
     out_folder = tmp_path / "peft"
-    arguments = ["--tasks", "math", "--format", "peft", "--out", str(out_folder), "--model", str(stand / "model")]
+    arguments = ["--tasks", "math", "--format", "peft", "--out", str(out_folder), "--model", str(prepared / "model")]
     assert run(capsys, "export", "org/adapter", *arguments)[0] == 0
     assert (out_folder / "adapter_model.safetensors").is_file()
 
 
-def test_the_server_takes_it_by_the_same_name(ckpt, hub, capsys, stand):
-    from loraf_serve.adapters.registry import open_adapter, parse_spec
+def test_the_server_loads_it_by_the_same_name(ckpt, hub, capsys, prepared):
+    from loraf_serve.adapters.adapter_spec import open_adapter, parse_spec
 
     assert run(capsys, "push", str(ckpt), "org/adapter")[0] == 0
-    adapter = open_adapter(parse_spec("org/adapter@nlu"), stand / "model")
+    adapter = open_adapter(parse_spec("org/adapter@nlu"), prepared / "model")
     assert adapter.checkpoint.manifest.task_names == ("nlu",)
 
 
-def test_pushing_again_takes_out_what_is_gone_and_keeps_what_is_not_ours(ckpt, hub, capsys):
+def test_pushing_again_deletes_removed_tasks_and_keeps_other_files(ckpt, hub, capsys):
     assert run(capsys, "push", str(ckpt), "org/adapter")[0] == 0
     hub.commits["org/adapter"][-1] |= {"tasks/old.safetensors": b"x", "LICENSE": b"mine", "tasks/notes.txt": b"mine"}
     (ckpt / "README.md").write_text("---\nlicense: mit\n---\n# My own words\n")
     status, out, _ = run(capsys, "push", str(ckpt), "org/adapter", "--message", "second")
-    assert status == 0 and "1 old files taken out" in out
-    found = hub.files("org/adapter")
-    assert set(found) == {*OWN, ".gitattributes", "README.md", "LICENSE", "tasks/notes.txt"}
-    assert found["README.md"] == b"---\nlicense: mit\n---\n# My own words\n"
+    assert status == 0 and "deleted 1 old file" in out
+    files = hub.files("org/adapter")
+    assert set(files) == {*FILES, ".gitattributes", "README.md", "LICENSE", "tasks/notes.txt"}
+    assert files["README.md"] == b"---\nlicense: mit\n---\n# My own words\n"
     assert hub.messages[-1] == "second"
 
 
@@ -104,18 +104,18 @@ def test_a_damaged_checkpoint_is_not_pushed(ckpt, hub, capsys):
 
 
 @pytest.mark.parametrize("name", ["adapter", "org/a/b", "org/", "../x", "org/a b"])
-def test_a_name_that_is_none(ckpt, hub, capsys, name):
+def test_a_name_that_is_not_a_hub_id_is_refused(ckpt, hub, capsys, name):
     status, _, err = run(capsys, "push", str(ckpt), name)
-    assert status == 2 and "is no hub id → write org/name" in err
+    assert status == 2 and "is not a hub id → write org/name" in err
     assert hub.commits == {}
 
 
-def test_a_hub_that_refuses_or_is_not_there(ckpt, hub, capsys, monkeypatch):
+def test_a_failed_upload_or_download_is_reported(ckpt, hub, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     status, _, err = run(capsys, "push", str(ckpt), "org/adapter")
-    assert status == 2 and "the hub does not take it" in err and "hf auth login" in err and "Traceback" not in err
+    assert status == 2 and "the upload to the hub failed" in err and "hf auth login" in err and "Traceback" not in err
     status, _, err = run(capsys, "inspect", "org/none")
-    assert status == 2 and "org/none is no folder here, and cannot be had from the hub" in err
+    assert status == 2 and "org/none is not a local folder and could not be downloaded from the hub" in err
     monkeypatch.setenv("HF_TOKEN", hub.token)
     status, _, err = run(capsys, "push", str(ckpt), "org/adapter", "--revision", "nowhere")
     assert status == 2 and "--revision" in err
@@ -129,7 +129,7 @@ def header(text: str) -> dict:
     return yaml.safe_load(front)
 
 
-def test_a_card_says_what_the_manifest_says():
+def test_a_card_holds_the_facts_of_the_manifest():
     settings = {
         "calibration": {"steps": 32, "optimizer": "adamw"},
         "training": {"learning_rate": 5e-4, "epochs": 3.0, "max_steps": None},
@@ -152,7 +152,7 @@ def test_a_card_says_what_the_manifest_says():
     assert "license" not in header(text) and "# license: fill in" in text
     for line in [
         "# adapter",
-        "| nlu | math | 128 | 0.75 | 17 | bfloat16 | 100 bytes |",
+        "| nlu | math | 128 | 0.75 | 17 | bfloat16 | 100 B |",
         "| math+nlu | nlu | a\\|b | loss | 1.2500 | 1319 |",
         "loraf-serve --model org/model --adapter me/adapter",
         "- `nlu`: `--as-trained nlu` is the set `math+nlu`",
@@ -165,12 +165,12 @@ def test_a_card_says_what_the_manifest_says():
     assert "/home/me" not in text
 
 
-def test_a_card_of_a_local_base_keeps_its_path_to_itself():
+def test_a_card_does_not_reveal_the_path_of_a_local_base():
     base = manifests.BaseModel("/home/me/models/llama", "LlamaForCausalLM", "f" * 64)
     text = model_card.card(a_manifest(base_model=base, tasks=()), "x")
     assert "base_model" not in header(text)
     assert "/home/me" not in text and "`llama` (a local folder when it was trained)" in text
-    assert "None were measured." in text and "no task yet" in text
+    assert "No scores were measured." in text and "no task yet" in text
 
 
 @pytest.mark.parametrize("template", ["`", "a `` b", "```sh\n{x}\n```", "| x |", "---\n# y"])
@@ -184,14 +184,14 @@ def test_templates_do_not_break_out_of_the_card(template):
     assert json.loads(span[len(fence) : -len(fence)].strip()) == template
 
 
-def test_the_card_command(ckpt, capsys):
+def test_the_card_command_prints_or_writes_the_card(ckpt, capsys):
     status, out, _ = run(capsys, "card", str(ckpt), "--name", "org/adapter")
     assert status == 0 and out == model_card.card(manifests.read(ckpt), "org/adapter")
     assert not (ckpt / "README.md").exists()
     assert run(capsys, "card", str(ckpt), "--name", "org/adapter", "--write")[0] == 0
     assert (ckpt / "README.md").read_text() == out
     status, _, err = run(capsys, "card", str(ckpt), "--write")
-    assert status == 2 and "README.md: is there already" in err
+    assert status == 2 and "README.md: already exists" in err
     status, _, err = run(capsys, "card", str(ckpt / "none"))
     assert status == 2 and "no loraf.json" in err
-    assert main(["inspect", str(ckpt), "--verify"]) == 0  # a README.md beside it disturbs nothing
+    assert main(["inspect", str(ckpt), "--verify"]) == 0  # README.md does not matter

@@ -1,4 +1,4 @@
-"""`loraf-train remove`, and what a checkpoint is good for afterwards; new tasks beside old ones whose data are gone."""
+"""`loraf-train remove`, and how the checkpoint works afterwards; new tasks without the data of the old ones."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def write_new(folder) -> None:
     (folder / "new.yaml").write_text(NEW)
 
 
-def test_the_last_task_goes_and_its_positions_are_free(copied, capsys):
+def test_removing_the_last_task_frees_its_positions(copied, capsys):
     before, files = manifests.read(copied / "ckpt"), digests(copied / "ckpt")
     status, out, err = run(capsys, "remove", "ckpt", "truth")
     assert (status, err) == (0, "")
     held = before.task("truth").parameters
     assert f"task truth is removed, {held:,} positions are free again" in out
-    assert "1 scores of other tasks went with it" in out  # upper, measured with truth on
+    assert "also removed 1 score of other tasks" in out  # upper, measured with truth on
     after = Checkpoint.open(copied / "ckpt").manifest
     assert after.task_names == ("upper",)
     for module, spec in after.modules.items():
@@ -56,12 +56,12 @@ def test_the_last_task_goes_and_its_positions_are_free(copied, capsys):
     status, shown, _ = run(capsys, "inspect", "ckpt", "--verify", "--json")
     facts = json.loads(shown)
     assert status == 0 and facts["capacity"]["free"] == facts["capacity"]["positions"] - after.task("upper").parameters
-    # Trained again it is what it was, and so is everything.
+    # Trained again, all files are the same as before.
     status, _, _ = run(capsys, "run", "tasks.yaml")
     assert status == 0 and digests(copied / "ckpt") == files
 
 
-def test_a_task_that_others_stand_on_goes_with_a_warning(copied, capsys):
+def test_removing_a_task_that_others_were_trained_on_warns(copied, capsys):
     before = digests(copied / "ckpt")
     status, out, err = run(capsys, "remove", "ckpt", "upper", "--dry-run")
     assert status == 0 and "would be removed" in out and digests(copied / "ckpt") == before
@@ -76,7 +76,7 @@ def test_a_task_that_others_stand_on_goes_with_a_warning(copied, capsys):
         manifest.as_trained("truth")
     status, shown, _ = run(capsys, "inspect", "ckpt", "--json")
     assert status == 0 and json.loads(shown)["tasks"][0]["as_trained"] is None
-    # The rest is scored and gone on with as far as it goes.
+    # Scoring and training continue with the remaining tasks.
     write_new(copied)
     (copied / "truth.yaml").write_text(HEAD + TRUTH)
     status, _, err = run(capsys, "eval", "truth.yaml", "--as-trained", "truth")
@@ -90,21 +90,21 @@ def test_a_task_that_others_stand_on_goes_with_a_warning(copied, capsys):
     assert {entry["set"] for entry in manifest.task("truth").scores} == {"truth"}
 
 
-def test_a_task_may_come_back_after_those_that_stood_on_the_old_one(copied, capsys):
+def test_a_removed_task_may_be_trained_again_after_those_trained_on_it(copied, capsys):
     run(capsys, "remove", "ckpt", "upper")
     status, _, err = run(capsys, "run", "tasks.yaml", "--no-eval")
-    assert status == 2 and "write the tasks in the order truth, upper" in err
+    assert status == 2 and "list the tasks in the order truth, upper" in err
     (copied / "tasks.yaml").write_text(HEAD + TRUTH + UPPER)
     status, _, err = run(capsys, "run", "tasks.yaml", "--no-eval")
     assert status == 0, err
     manifest = manifests.read(copied / "ckpt")
     assert manifest.task("upper").trained_with == ("truth",)
-    # truth stood on another upper: nobody is warned of this one's end, and truth is still not as trained.
+    # truth was trained on another upper: there is no warning, and truth is still not as trained.
     status, _, err = run(capsys, "remove", "ckpt", "upper")
     assert (status, err) == (0, "")
 
 
-def test_mistakes_exit_2_with_what_there_is(copied, capsys, tmp_path):
+def test_an_unknown_task_or_folder_exits_2(copied, capsys, tmp_path):
     before = digests(copied / "ckpt")
     for name in ("other", "../tasks/upper", "all"):
         status, out, err = run(capsys, "remove", "ckpt", name)
@@ -115,7 +115,7 @@ def test_mistakes_exit_2_with_what_there_is(copied, capsys, tmp_path):
     assert digests(copied / "ckpt") == before
 
 
-def test_a_damaged_task_can_be_taken_out_and_trained_again(copied, capsys):
+def test_a_damaged_task_can_be_removed_and_trained_again(copied, capsys):
     files = digests(copied / "ckpt")
     for damage in (lambda path: path.write_bytes(b"x"), lambda path: path.unlink()):
         damage(copied / "ckpt/tasks/truth.safetensors")
@@ -126,10 +126,10 @@ def test_a_damaged_task_can_be_taken_out_and_trained_again(copied, capsys):
         assert digests(copied / "ckpt") == files
 
 
-# --- stopped anywhere ------------------------------------------------------------------------------------------------
+# --- failures at any step ---------------------------------------------------------------------------------------------
 
 
-def test_a_removal_that_stops_anywhere_leaves_the_checkpoint_before_or_after(tmp_path):
+def test_a_removal_that_fails_at_any_step_leaves_the_checkpoint_before_or_after(tmp_path):
     small.make(tmp_path / "before", tasks=("math", "nlu", "code"))
     shutil.copytree(tmp_path / "before", tmp_path / "after")
     with stopped_at(0, lambda: None) as steps:
@@ -148,26 +148,26 @@ def test_a_removal_that_stops_anywhere_leaves_the_checkpoint_before_or_after(tmp
             Checkpoint.remove_task(folder, "nlu")
         names = Checkpoint.open(folder).manifest.task_names
         seen.add(names)
-        assert Checkpoint.remove_task(folder, "nlu").task_names == ("math", "code")  # the same command again
+        assert Checkpoint.remove_task(folder, "nlu").task_names == ("math", "code")  # the same command, repeated
         assert digests(folder) == expected
     assert seen == {("math", "nlu", "code"), ("math", "code")}
 
 
-def test_what_a_killed_removal_left_is_removed_by_the_same_command(copied, capsys):
+def test_repeating_a_killed_removal_deletes_the_file_left_behind(copied, capsys):
     file = copied / "ckpt/tasks/truth.safetensors"
     content = file.read_bytes()
     run(capsys, "remove", "ckpt", "truth")
     file.write_bytes(content)
-    assert Checkpoint.open(copied / "ckpt").manifest.task_names == ("upper",)  # it does no harm
+    assert Checkpoint.open(copied / "ckpt").manifest.task_names == ("upper",)  # the stray file is ignored
     status, out, _ = run(capsys, "remove", "ckpt", "truth")
     assert status == 0 and "an interrupted removal" in out and not file.exists()
     assert run(capsys, "remove", "ckpt", "truth")[0] == 2
 
 
-# --- new tasks beside old ones ---------------------------------------------------------------------------------------
+# --- new tasks without old data --------------------------------------------------------------------------------------
 
 
-def test_a_new_task_needs_the_checkpoint_and_its_own_data_alone(copied, capsys):
+def test_a_new_task_needs_only_the_checkpoint_and_its_own_data(copied, capsys):
     before = digests(copied / "ckpt")
     for name in ("upper.jsonl", "truth.jsonl", "tasks.yaml"):
         (copied / name).unlink()

@@ -1,4 +1,4 @@
-"""The methods of a comparison: each against a plain loop of its own, and all leave the base as it was."""
+"""The methods of a comparison: each agrees with a plain training loop, and all restore the base."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 from loraf import projection
 from loraf.checkpoint import Checkpoint
-from loraf.manifest import positions
+from loraf.manifest import positions_per_matrix
 from loraf.sparse import SparseB
 from loraf_train.compare import methods
 from loraf_train.sequence import runner
-from loraf_train.trainer import loop
+from loraf_train.trainer.order import EpochOrder, derived_seed
 from tests.loraf_train import toys
 from tests.standins import make_model
 
-MOVES = {"one": 3, "two": 50}
+SHIFTS = {"one": 3, "two": 50}
 SEED = 7
 PROBE = toys.batch(toys.examples(7, 6))
 
@@ -39,15 +39,15 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 class Recorder(methods.Listener):
-    """Keeps the weights that the model holds whenever there is something to measure."""
+    """Records the model's weights at every event at which something is measured."""
 
     def __init__(self, bench):
         self.bench = bench
         self.events: list[str] = []
-        self.held: dict[str, dict[str, torch.Tensor]] = {}
-        self.again: dict[str, dict[str, torch.Tensor]] = {}
-        self.made: dict[str, methods.Made] = {}
-        self.flat: dict[str, dict[str, torch.Tensor]] = {}
+        self.weights: dict[str, dict[str, torch.Tensor]] = {}
+        self.as_trained_weights: dict[str, dict[str, torch.Tensor]] = {}
+        self.outcomes: dict[str, methods.TrainedTask] = {}
+        self.positions: dict[str, dict[str, torch.Tensor]] = {}
 
     def started(self, task):
         self.events.append(f"started {task.name}")
@@ -55,22 +55,22 @@ class Recorder(methods.Listener):
     def ended(self, task):
         self.events.append(f"ended {task.name}")
 
-    def trained(self, task, made):
+    def trained(self, task, outcome):
         self.events.append(f"trained {task.name}")
-        self.held[task.name], self.made[task.name] = weights(self.bench.model), made
+        self.weights[task.name], self.outcomes[task.name] = weights(self.bench.model), outcome
         if (self.bench.scratch / "loraf.json").exists():
             b = Checkpoint.open(self.bench.scratch).tasks[task.name]
-            self.flat[task.name] = {module: part.flat for module, part in b.items()}
+            self.positions[task.name] = {module: part.positions for module, part in b.items()}
 
     def as_trained(self, task):
-        self.again[task.name] = weights(self.bench.model)
+        self.as_trained_weights[task.name] = weights(self.bench.model)
 
 
 def train(name: str, config, folder) -> tuple[Recorder, dict[str, torch.Tensor]]:
-    """What was recorded, and the base's weights; checks that they come back."""
+    """Trains a method; returns the records and the base's weights, and checks that those are restored."""
     loaded = runner.load_model(config)
     before = weights(loaded[0])
-    bench = methods.Bench(loaded, {name: toys.data(move) for name, move in MOVES.items()}, folder / "scratch")
+    bench = methods.Bench(loaded, {name: toys.data(shift) for name, shift in SHIFTS.items()}, folder / "scratch")
     recorder = Recorder(bench)
     methods.ALL[name].train(bench, config, recorder)
     after = weights(loaded[0])
@@ -78,15 +78,15 @@ def train(name: str, config, folder) -> tuple[Recorder, dict[str, torch.Tensor]]
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any(p.requires_grad for p in loaded[0].parameters())
     assert not hasattr(loaded[0], "peft_config")
-    assert recorder.events == [f"{what} {task}" for task in MOVES for what in ("started", "ended", "trained")]
+    assert recorder.events == [f"{event} {task}" for task in SHIFTS for event in ("started", "ended", "trained")]
     return recorder, before
 
 
 def fit_plainly(model, parameters, config, task) -> None:
-    """AdamW over the examples in their order, in plain torch."""
-    training, examples = task.training, toys.examples(MOVES[task.name])
+    """Trains with AdamW on the examples in the same order, in plain torch."""
+    training, examples = task.training, toys.examples(SHIFTS[task.name])
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-    order = loop.Order(len(examples), loop.derived_seed(config.seed, task.name, "adaptation"))
+    order = EpochOrder(len(examples), derived_seed(config.seed, task.name, "adaptation"))
     batches = []
     for epoch in range(2):
         order.set_epoch(epoch)
@@ -100,60 +100,60 @@ def fit_plainly(model, parameters, config, task) -> None:
         optimizer.zero_grad()
 
 
-def assert_moved_alike(found, expected, before) -> None:
-    """Every tensor, but for a thousandth of its way: where a gradient is almost zero, AdamW follows its noise."""
-    assert found.keys() == expected.keys() == before.keys()
+def assert_same_change(actual, expected, before) -> None:
+    """Of every tensor, up to a thousandth of the change: where a gradient is almost zero, AdamW amplifies its noise."""
+    assert actual.keys() == expected.keys() == before.keys()
     for name, tensor in expected.items():
-        assert (found[name] - tensor).norm() <= 1e-3 * (tensor - before[name]).norm(), name
+        assert (actual[name] - tensor).norm() <= 1e-3 * (tensor - before[name]).norm(), name
 
 
-def test_full_moves_every_parameter_as_a_plain_loop_does(model_folder, tmp_path):
+def test_full_trains_every_parameter_as_a_plain_loop_does(model_folder, tmp_path):
     config = config_of(model_folder, tmp_path, learning_rate=1e-3)
     recorder, before = train("full", config, tmp_path)
     plain = toys.load(model_folder).requires_grad_(True)
     for task in config.tasks:
         fit_plainly(plain, list(plain.parameters()), config, task)
-        assert_moved_alike(recorder.held[task.name], weights(plain), before)
-    first, second = recorder.held.values()
+        assert_same_change(recorder.weights[task.name], weights(plain), before)
+    first, second = recorder.weights.values()
     assert all(not torch.equal(first[name], before[name]) for name in before)
     assert all(not torch.equal(second[name], first[name]) for name in before)
-    for made in recorder.made.values():
-        assert made.trainable == sum(p.numel() for p in plain.parameters())
-        assert made.steps == 4
+    for outcome in recorder.outcomes.values():
+        assert outcome.trainable == sum(p.numel() for p in plain.parameters())
+        assert outcome.steps == 4
         plain.save_pretrained(tmp_path / "plain")
-        assert made.file_bytes == (tmp_path / "plain" / "model.safetensors").stat().st_size
+        assert outcome.file_bytes == (tmp_path / "plain" / "model.safetensors").stat().st_size
 
 
-def test_lora_is_peft_s_with_each_task_merged_before_the_next(model_folder, tmp_path):
+def test_lora_is_pefts_with_each_task_merged_before_the_next(model_folder, tmp_path):
     config = config_of(model_folder, tmp_path)
     recorder, before = train("lora", config, tmp_path)
     plain = toys.load(model_folder)
     for task in config.tasks:
-        torch.manual_seed(loop.derived_seed(SEED, task.name, "lora"))
+        torch.manual_seed(derived_seed(SEED, task.name, "lora"))
         targets = ["q_proj", "v_proj", "down_proj"]
         adapted = peft.get_peft_model(plain, peft.LoraConfig(r=8, lora_alpha=task.alpha, target_modules=targets))
         parameters = [p for p in adapted.parameters() if p.requires_grad]
         fit_plainly(adapted, parameters, config, task)
         adapted.save_pretrained(tmp_path / "adapter")
         plain = adapted.merge_and_unload()
-        assert_moved_alike(recorder.held[task.name], weights(plain), before)
-        made = recorder.made[task.name]
-        assert made.trainable == sum(p.numel() for p in parameters)
-        # The same tensors; what PEFT writes beside them differs in length only if they do.
-        assert made.file_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
-    moved = {name for name in before if not torch.equal(recorder.held["two"][name], before[name])}
+        assert_same_change(recorder.weights[task.name], weights(plain), before)
+        outcome = recorder.outcomes[task.name]
+        assert outcome.trainable == sum(p.numel() for p in parameters)
+        # The same tensors; the metadata that PEFT adds has the same length.
+        assert outcome.file_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    moved = {name for name in before if not torch.equal(recorder.weights["two"][name], before[name])}
     assert {name.rsplit(".", 2)[-2] for name in moved} == {"q_proj", "v_proj", "down_proj"}
 
 
-def test_lora_s_first_adapter_depends_on_the_seed(model_folder, tmp_path):
+def test_loras_initial_adapter_depends_on_the_seed(model_folder, tmp_path):
     config = config_of(model_folder, tmp_path)
     one, _ = train("lora", config, tmp_path)
     other, _ = train("lora", config.model_copy(update={"seed": SEED + 1}), tmp_path / "other")
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(one.held["one"][name], other.held["one"][name])
+    assert not torch.equal(one.weights["one"][name], other.weights["one"][name])
 
 
-def test_frozen_a_trains_all_of_b_and_goes_on_with_it(model_folder, tmp_path):
+def test_frozen_a_trains_all_of_b_and_each_task_continues_with_it(model_folder, tmp_path):
     config = config_of(model_folder, tmp_path)
     recorder, before = train("frozen-a", config, tmp_path)
     plain = toys.load(model_folder)
@@ -162,8 +162,8 @@ def test_frozen_a_trains_all_of_b_and_goes_on_with_it(model_folder, tmp_path):
         (n, m) for n, m in plain.named_modules() if n.endswith("down_proj")
     ]:
         a = torch.from_numpy(projection.projection(SEED, name, 8, base.in_features))
-        nothing = torch.zeros(base.out_features, 8)
-        layers[name] = toys.DenseLoraf(base, a, 1.0, nothing)
+        zeros = torch.zeros(base.out_features, 8)
+        layers[name] = toys.DenseLoraf(base, a, 1.0, zeros)
         parent, _, child = name.rpartition(".")
         setattr(plain.get_submodule(parent), child, layers[name])
     product = {name: torch.zeros_like(layer.b.data) for name, layer in layers.items()}
@@ -178,68 +178,68 @@ def test_frozen_a_trains_all_of_b_and_goes_on_with_it(model_folder, tmp_path):
             product[name] = layer.b.data * scale
             expected = before[f"{name}.weight"] + product[name] @ layer.a
             key = f"{name}.weight"
-            assert_moved_alike({key: recorder.held[task.name][key]}, {key: expected}, {key: before[key]})
-        assert recorder.made[task.name].trainable == sum(layer.b.numel() for layer in layers.values())
-        assert recorder.made[task.name].file_bytes > 4 * recorder.made[task.name].trainable
+            assert_same_change({key: recorder.weights[task.name][key]}, {key: expected}, {key: before[key]})
+        assert recorder.outcomes[task.name].trainable == sum(layer.b.numel() for layer in layers.values())
+        assert recorder.outcomes[task.name].file_bytes > 4 * recorder.outcomes[task.name].trainable
 
 
-def test_loraf_is_this_project_s_own_sequence(model_folder, tmp_path):
+def test_loraf_is_this_projects_own_sequence(model_folder, tmp_path):
     config = config_of(model_folder, tmp_path)
     recorder, _ = train("loraf", config, tmp_path)
-    data = {name: toys.data(move) for name, move in MOVES.items()}
+    data = {name: toys.data(shift) for name, shift in SHIFTS.items()}
     checkpoint = runner.run(config, data)
-    for name, flat in recorder.flat.items():
+    for name, positions in recorder.positions.items():
         stored = checkpoint.manifest.task(name)
-        assert {m: t.tolist() for m, t in flat.items()} == {
-            m: b.flat.tolist() for m, b in checkpoint.tasks[name].items()
+        assert {m: t.tolist() for m, t in positions.items()} == {
+            m: b.positions.tolist() for m, b in checkpoint.tasks[name].items()
         }
-        made = recorder.made[name]
-        assert (made.trainable, made.file_bytes) == (stored.parameters, stored.file.bytes)
-        assert made.steps == 2 + 4  # calibration, training
-        assert {share.module: share.positions for share in made.masks} == stored.k
-        assert {share.size for share in made.masks if "q_proj" in share.module} == {128 * 8}
-    for name, again in recorder.again.items():  # at the end each is what it was on its day
-        assert all(torch.equal(again[n], tensor) for n, tensor in recorder.held[name].items())
-    assert list(recorder.again) == list(MOVES)
+        outcome = recorder.outcomes[name]
+        assert (outcome.trainable, outcome.file_bytes) == (stored.parameters, stored.file.bytes)
+        assert outcome.steps == 2 + 4  # calibration, training
+        assert {share.module: share.positions for share in outcome.masks} == stored.k
+        assert {share.size for share in outcome.masks if "q_proj" in share.module} == {128 * 8}
+    for name, as_trained in recorder.as_trained_weights.items():  # at the end each is as it was when just trained
+        assert all(torch.equal(as_trained[n], tensor) for n, tensor in recorder.weights[name].items())
+    assert list(recorder.as_trained_weights) == list(SHIFTS)
 
 
-def test_a_random_mask_has_k_positions_that_no_other_task_has(model_folder, tmp_path):
+def test_a_random_mask_has_k_positions_that_no_other_task_owns(model_folder, tmp_path):
     config = config_of(model_folder, tmp_path)
     one, _ = train("random-mask", config, tmp_path)
     other, _ = train("random-mask", config.model_copy(update={"seed": SEED + 1}), tmp_path / "other")
     calibrated, _ = train("loraf", config, tmp_path / "calibrated")
-    for module, first in one.flat["one"].items():
+    for module, first in one.positions["one"].items():
         d_out = 64 if "v_proj" in module else 128
-        second = one.flat["two"][module]
-        assert len(first) == len(second) == positions(0.75, d_out, 8)
+        second = one.positions["two"][module]
+        assert len(first) == len(second) == positions_per_matrix(0.75, d_out, 8)
         assert not set(first.tolist()) & set(second.tolist())
         assert int(first.min()) >= 0 and int(first.max()) < d_out * 8
-        assert first.tolist() != other.flat["one"][module].tolist()
-        assert first.tolist() != calibrated.flat["one"][module].tolist()
-    assert one.made["one"].steps == 4  # no calibration
-    assert one.made["one"].trainable == calibrated.made["one"].trainable
+        assert first.tolist() != other.positions["one"][module].tolist()
+        assert first.tolist() != calibrated.positions["one"][module].tolist()
+    assert one.outcomes["one"].steps == 4  # no calibration
+    assert one.outcomes["one"].trainable == calibrated.outcomes["one"].trainable
 
 
 def test_a_random_mask_is_drawn_evenly_from_the_free_positions(model_folder, tmp_path):
     """1,000 masks of a quarter of 1,024 positions, of which another task holds the first half."""
-    host, checkpoint = toys.host(model_folder, tmp_path / "ckpt")
+    base, checkpoint = toys.trainable_base(model_folder, tmp_path / "ckpt")
     taken = toys.taken(checkpoint)
     task = toys.task("one")
-    module = next(iter(host.targets))
-    half = SparseB.from_flat(torch.arange(512), torch.zeros(512), (128, 8))
+    module = next(iter(base.targets))
+    half = SparseB.from_positions(torch.arange(512), torch.zeros(512), (128, 8))
     taken[module] = [half]
     counts = torch.zeros(1024)
     for seed in range(1000):
-        chosen = methods.RandomMask.choose(host, task, [], taken, {}, seed)[module]
-        assert len(chosen) == 256 and bool((chosen[1:] > chosen[:-1]).all())
-        counts[chosen] += 1
+        drawn = methods.RandomMask.select_positions(base, task, [], taken, {}, seed)[module]
+        assert len(drawn) == 256 and bool((drawn[1:] > drawn[:-1]).all())
+        counts[drawn] += 1
     assert counts[:512].sum() == 0
     expected = 1000 * 256 / 512
     chi_square = float(((counts[512:] - expected) ** 2 / (expected * 0.5)).sum())
     assert 512 - 5 * 32 < chi_square < 512 + 5 * 32  # about 511 ± 32
 
 
-def test_settings_hold_what_matters_to_the_method_and_nothing_else(model_folder, tmp_path):
+def test_settings_hold_only_what_the_method_uses(model_folder, tmp_path):
     config = config_of(model_folder, tmp_path)
     keys = {name: set(method.settings(config, config.tasks[0])) for name, method in methods.ALL.items()}
     lora = {"alpha", "training", "rank", "target_modules"}
@@ -251,9 +251,10 @@ def test_settings_hold_what_matters_to_the_method_and_nothing_else(model_folder,
     assert "dropout" not in methods.ALL["full"].settings(config, config.tasks[0])["training"]
 
 
+@pytest.mark.slow
 def test_every_method_learns_with_dropout_packing_and_checkpointing(model_folder, tmp_path):
     training = {"dropout": 0.3, "packing": True, "max_length": 64, "gradient_checkpointing": True, "max_steps": 2}
     config = config_of(model_folder, tmp_path, **training)
     for name in methods.ALL:
         recorder, before = train(name, config, tmp_path / name)
-        assert any(not torch.equal(recorder.held["two"][n], before[n]) for n in before)
+        assert any(not torch.equal(recorder.weights["two"][n], before[n]) for n in before)

@@ -1,4 +1,4 @@
-"""Pictures, read back from their SVG: the bars that are there and how high, the numbers in the cells, the labels."""
+"""Pictures, read back from their SVG: bars and their heights, the numbers in the cells, the labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOSS = ScoredTask("text", "loss", False, {"text": 30})
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> dict[str, Path]:
-    """Name of the picture → its SVG, of both protocols."""
+    """The pictures of both protocols: name → path of the SVG."""
     folder = tmp_path_factory.mktemp("pictures")
     paths = pictures.draw(compared.single(3), folder) + pictures.draw(compared.sequence(3), folder)
     return {path.stem: path for path in paths if path.suffix == ".svg"}
@@ -37,7 +37,7 @@ def texts(svg: Path) -> list[str]:
 
 def boxes(svg: Path, prefix: str) -> dict[str, tuple[float, float, float, float, str]]:
     """id → (left, right, top, bottom, colour) of every path whose id begins with `prefix`."""
-    found = {}
+    paths = {}
     for group in ET.parse(svg).iter(f"{SVG}g"):
         name = group.get("id", "")
         if name.startswith(prefix):
@@ -45,8 +45,8 @@ def boxes(svg: Path, prefix: str) -> dict[str, tuple[float, float, float, float,
             points = [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.get("d"))]
             xs, ys = zip(*points, strict=True)
             colour = re.search(r"(?:fill|stroke): (#\w+)", path.get("style"))[1]
-            found[name] = (min(xs), max(xs), min(ys), max(ys), colour)
-    return found
+            paths[name] = (min(xs), max(xs), min(ys), max(ys), colour)
+    return paths
 
 
 def heights(svg: Path, prefix: str) -> dict[str, float]:
@@ -60,15 +60,15 @@ def ids(svg: Path, prefix: str) -> list[str]:
 # --- bars -------------------------------------------------------------------------------------------------------
 
 
-def test_single_a_bar_for_each_method_and_set_as_high_as_its_score(drawn):
-    found = Statistics(compared.single(3))
+def test_single_has_a_bar_for_each_method_and_set_as_high_as_its_score(drawn):
+    statistics = Statistics(compared.single(3))
     estimates = {}
     for method in (None, *compared.METHODS):
         label = method or "base-model"
         for task in compared.TASKS:
             for name in task.evaluations:
-                estimates[f"bar-{label}-{name}"] = found.of_set(method, task, name, task.name if method else BASE)
-        estimates[f"bar-{label}-mean"] = found.overall(method)
+                estimates[f"bar-{label}-{name}"] = statistics.of_set(method, task, name, task.name if method else BASE)
+        estimates[f"bar-{label}-mean"] = statistics.overall(method)
     assert len(estimates) == 20
     shown = boxes(drawn["scores"], "bar-")
     (floor,) = {round(bottom, 3) for _, _, _, bottom, _ in shown.values()}
@@ -78,20 +78,20 @@ def test_single_a_bar_for_each_method_and_set_as_high_as_its_score(drawn):
     assert not estimates
 
 
-def test_whiskers_reach_over_the_interval(drawn):
-    found = Statistics(compared.single(3))
+def test_whiskers_span_the_interval(drawn):
+    statistics = Statistics(compared.single(3))
     floor = boxes(drawn["scores"], "bar-loraf-gsm8k")["bar-loraf-gsm8k"][3]
     top = boxes(drawn["scores"], "bar-loraf-gsm8k")["bar-loraf-gsm8k"][2]
-    unit = (floor - top) / found.of_set("loraf", compared.TASKS[0], "gsm8k", "maths").mean
+    unit = (floor - top) / statistics.of_set("loraf", compared.TASKS[0], "gsm8k", "maths").mean
     whiskers = boxes(drawn["scores"], "whisker-")
     assert len(whiskers) == 19  # the base model's mean of several sets has no interval
     for method in compared.METHODS:
         _, _, top, bottom, _ = whiskers[f"whisker-bar-{method}-mean"]
         ends = (floor - bottom) / unit, (floor - top) / unit
-        assert ends == pytest.approx(found.overall(method).interval, rel=1e-3)
+        assert ends == pytest.approx(statistics.overall(method).interval, rel=1e-3)
 
 
-def test_single_bars_of_a_group_stand_side_by_side_in_colours_of_their_own(drawn):
+def test_single_bars_of_a_group_are_side_by_side_in_different_colours(drawn):
     shown = boxes(drawn["scores"], "bar-")
     group = [shown[f"bar-{method}-boolq"] for method in ("base-model", *compared.METHODS)]
     assert all(one[1] < other[0] for one, other in zip(group, group[1:], strict=False))
@@ -100,45 +100,45 @@ def test_single_bars_of_a_group_stand_side_by_side_in_colours_of_their_own(drawn
         assert len({shown[f"bar-{method}-{name}"][4] for name in ("gsm8k", "boolq", "mean")}) == 1
 
 
-def test_single_labels(drawn):
-    found = texts(drawn["scores"])
+def test_single_has_labels_for_sets_methods_and_means(drawn):
+    labels = texts(drawn["scores"])
     for label in ("gsm8k", "boolq", "arc_easy", "code", "200", "100", "80", "50", "base model", *compared.METHODS):
-        assert label in found
-    assert "share of right answers" in found and "evaluation set, its number of examples" in found
-    assert any("mean of 3 seeds; whiskers: t interval of 95 %" in text for text in found)
+        assert label in labels
+    assert "share of correct answers" in labels and "evaluation set and its number of examples" in labels
+    assert any("mean of 3 seeds; whiskers: 95 % t interval" in text for text in labels)
     means = Statistics(compared.single(3))
     for method in compared.METHODS:
-        assert f"{means.overall(method).mean:.2f}" in found
+        assert f"{means.overall(method).mean:.2f}" in labels
 
 
-def test_losses_have_an_axis_of_their_own(tmp_path):
+def test_losses_have_their_own_axis(tmp_path):
     results = compared.single(1, tasks=(*compared.TASKS, LOSS))
     (_, svg) = pictures.draw(results, tmp_path)
-    found = texts(svg)
-    assert "loss, nats a token (lower is better)" in found and "share of right answers" in found
-    assert not any("mean of" in text and "sets" in text for text in found)
+    labels = texts(svg)
+    assert "loss, nats per token (lower is better)" in labels and "share of correct answers" in labels
+    assert not any("mean of" in text and "sets" in text for text in labels)
     assert len(ids(svg, "bar-")) == 4 * 5
     assert not [name for name in ids(svg, "whisker-") if name.endswith("text")]  # one seed: a loss has no interval
 
 
-def test_sequence_two_bars_a_method_for_the_first_task(drawn):
-    found = Statistics(compared.sequence(3))
+def test_sequence_has_two_bars_per_method_for_the_first_task(drawn):
+    statistics = Statistics(compared.sequence(3))
     task = compared.TASKS[0]
     expected = {}
     for method in compared.METHODS:
-        expected[f"bar-{method}-just-trained"] = found.of_task(method, task, "maths").mean
-        expected[f"bar-{method}-after-the-last-task"] = found.of_task(method, task, "code").mean
+        expected[f"bar-{method}-just-trained"] = statistics.of_task(method, task, "maths").mean
+        expected[f"bar-{method}-after-the-last-task"] = statistics.of_task(method, task, "code").mean
     shown = heights(drawn["kept"], "bar-")
     unit = shown["bar-loraf-just-trained"] / expected["bar-loraf-just-trained"]
     assert {name: height / unit for name, height in shown.items()} == pytest.approx(expected, rel=1e-3)
     labels = texts(drawn["kept"])
     assert {"just trained (maths on)", "after the last task (maths+nlu+code on)", "base model: 0.100"} <= set(labels)
     for method in compared.METHODS:
-        assert f"keeps {100 * found.retained(method, task).mean:.1f} %" in labels
+        assert f"keeps {100 * statistics.retained(method, task).mean:.1f} %" in labels
     assert "200 examples" in labels
 
 
-def test_what_diverged_has_no_bar(tmp_path):
+def test_a_method_that_diverged_has_no_bar(tmp_path):
     results = compared.sequence(1)
     runs = [
         dataclasses.replace(run, scores=tuple(dataclasses.replace(s, score=math.nan) for s in run.scores))
@@ -152,19 +152,19 @@ def test_what_diverged_has_no_bar(tmp_path):
     assert "nan" in texts(tmp_path / "matrix.svg")
 
 
-def test_colours_are_apart_for_as_many_methods_as_there_are():
+def test_there_are_enough_different_colours():
     assert len(set(bars.COLOURS)) == len(bars.COLOURS) >= 5
 
 
 # --- maps -------------------------------------------------------------------------------------------------------
 
 
-def test_r_of_every_method_with_its_numbers(drawn):
-    found = Statistics(compared.sequence(3))
+def test_the_matrix_shows_r_of_every_method_with_its_numbers(drawn):
+    statistics = Statistics(compared.sequence(3))
     shown, labels = boxes(drawn["matrix"], "cell-"), texts(drawn["matrix"])
     assert len(shown) == 3 * 4 * 3
     numbers = [
-        f"{found.of_task(method, task, after).mean:.2f}"
+        f"{statistics.of_task(method, task, after).mean:.2f}"
         for method in compared.METHODS
         for after in ("", "maths", "nlu", "code")
         for task in compared.TASKS
@@ -176,10 +176,10 @@ def test_r_of_every_method_with_its_numbers(drawn):
     assert [labels.count(row) for row in ("base model", "after maths", "after nlu", "after code")] == [3] * 4
     assert {"maths", "nlu", "code", "(200)", "(180)", "(50)"} <= set(labels)
     colours = {name: box[4] for name, box in shown.items()}
-    assert colours["cell-full-1-0"] != colours["cell-full-3-0"]  # learned, and forgotten
+    assert colours["cell-full-1-0"] != colours["cell-full-3-0"]  # learned, then forgotten
 
 
-def test_cells_lie_in_rows_by_time_and_columns_by_task(drawn):
+def test_the_matrix_has_rows_by_time_and_columns_by_task(drawn):
     shown = boxes(drawn["matrix"], "cell-lora-")
     for i in range(4):
         for j in range(3):
@@ -188,7 +188,7 @@ def test_cells_lie_in_rows_by_time_and_columns_by_task(drawn):
             assert j == 0 or left == pytest.approx(shown[f"cell-lora-{i}-{j - 1}"][1], abs=0.01)
 
 
-def test_positions_by_layer_and_projection(drawn):
+def test_the_map_shows_positions_by_layer_and_projection(drawn):
     results = compared.sequence(3)
     masks = results.runs[0].masks
     labels = texts(drawn["positions"])
@@ -217,14 +217,14 @@ def test_positions_by_layer_and_projection(drawn):
         ("lm_head", (None, "lm_head")),
     ],
 )
-def test_where_a_module_lies(module, place):
+def test_layer_and_projection_of_a_module(module, place):
     assert maps._place(module) == place
 
 
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0"), (999, "999"), (1234, "1.23k"), (26214, "26.2k"), (5.5e6, "5.5M")]
 )
-def test_counts_in_three_digits(count, text):
+def test_counts_are_shortened_to_three_digits(count, text):
     assert maps._short(int(count)) == text
 
 
@@ -235,7 +235,7 @@ def test_without_masks_there_is_no_map_of_positions(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_sequence_of_one_task_and_nothing_measured(tmp_path):
+def test_pictures_of_one_task_or_of_nothing(tmp_path):
     one = compared.sequence(1, tasks=compared.TASKS[:1])
     assert [path.stem for path in pictures.draw(one, tmp_path)] == ["matrix", "matrix", "positions", "positions"]
     nothing = Results("sequence", "tiny", 1, compared.TASKS, ())
@@ -246,7 +246,7 @@ def test_a_sequence_of_one_task_and_nothing_measured(tmp_path):
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def test_every_picture_is_there_twice_a_thousand_pixels_wide(tmp_path):
+def test_every_picture_is_written_as_png_and_svg_a_thousand_pixels_wide(tmp_path):
     paths = pictures.draw(compared.sequence(1), tmp_path / "new" / "folder")
     assert [path.name for path in paths] == [
         f"{name}.{kind}" for name in ("kept", "matrix", "positions") for kind in ("png", "svg")
@@ -256,7 +256,8 @@ def test_every_picture_is_there_twice_a_thousand_pixels_wide(tmp_path):
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20]) == 1000
 
 
-def test_the_same_results_give_the_same_bytes_whatever_was_set_before(drawn, tmp_path):
+@pytest.mark.slow
+def test_the_same_results_give_the_same_bytes_under_any_settings(drawn, tmp_path):
     """In another process, and here under other settings, which stay as they were."""
     code = (
         "import sys; from pathlib import Path; from tests.loraf_train import compared\n"
@@ -279,7 +280,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         pictures.draw(compared.single(1), tmp_path / "taken")
 
 
-def test_without_matplotlib_the_remedy_is_told(tmp_path, monkeypatch):
+def test_without_matplotlib_the_message_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'loraf\[compare\]'"):
         pictures.draw(compared.single(1), tmp_path)

@@ -1,4 +1,4 @@
-"""Runs of a comparison: what is scored when, that it is what one gets by hand, and that none is measured twice."""
+"""Runs of a comparison: what is scored when, agreement with scoring by hand, and that no run is measured twice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loraf_train.compare.general import general_text
 from loraf_train.compare.meter import Meter
 from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Run
 from loraf_train.sequence import runner
-from loraf_train.settings.parts import Source
+from loraf_train.settings.data import RecordSource
 from tests.loraf_train.compare_toys import FILE, SHORT, comparison, write_data
 from tests.standins import make_model
 
@@ -48,17 +48,17 @@ def folder(base_folder, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(base_folder, tmp_path_factory):
-    """All methods in sequence, one seed: the comparison and its runs by method."""
+    """Protocol sequence with all methods and one seed: (the comparison, method → run)."""
     folder = tmp_path_factory.mktemp("measured")
     (folder / "base").symlink_to(base_folder)
     write_data(folder)
     (folder / "tasks.yaml").write_text(FILE)
-    made = comparison(folder, "sequence", ALL)
-    return made, {run.method: run for run in made.runs()}
+    whole = comparison(folder, "sequence", ALL)
+    return whole, {run.method: run for run in whole.runs()}
 
 
 def answer(model, tokenizer, prompt: list[int], new_tokens: int) -> str:
-    """Greedy, one token at a time, without a cache."""
+    """Generates greedily, one token at a time, without a cache."""
     ids = list(prompt)
     for _ in range(new_tokens):
         with torch.no_grad():
@@ -69,11 +69,11 @@ def answer(model, tokenizer, prompt: list[int], new_tokens: int) -> str:
     return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
 
 
-def by_hand(model, made) -> dict[tuple[str, str], float]:
+def by_hand(model, whole) -> dict[tuple[str, str], float]:
     """(task, evaluation set) → share of right answers."""
-    tokenizer, found = made.loaded[1], {}
-    for task in made.config.tasks:
-        for name, evaluation in made.data[task.name].evaluation.items():
+    tokenizer, shares = whole.loaded[1], {}
+    for task in whole.config.tasks:
+        for name, evaluation in whole.data[task.name].evaluation.items():
             right = 0
             for example in evaluation.examples:
                 text = answer(model, tokenizer, example.prompt_ids, task.max_new_tokens)
@@ -82,15 +82,15 @@ def by_hand(model, made) -> dict[tuple[str, str], float]:
                     right += words[:1] == [example.expected]
                 else:
                     right += text.strip() == example.expected
-            found[task.name, name] = right / len(evaluation.examples)
-    return found
+            shares[task.name, name] = right / len(evaluation.examples)
+    return shares
 
 
 def table(run: Run, acting: str) -> dict[tuple[str, str, str], float]:
     return {(s.after, s.task, s.evaluation): s.score for s in run.scores if s.acting == acting}
 
 
-def test_every_cell_of_a_sequence_is_there_with_its_count(measured):
+def test_every_cell_of_a_sequence_is_scored_with_its_count(measured):
     _, runs = measured
     for run in runs.values():
         assert list(table(run, SO_FAR)) == [(after, *place) for after in (BASE, *TASKS) for place in SETS]
@@ -100,17 +100,17 @@ def test_every_cell_of_a_sequence_is_there_with_its_count(measured):
         assert [c.task for c in run.costs] == list(TASKS)
         assert run.keeps_copies == (run.method in ("lora", "full", "frozen-a"))
     learned = {name: table(run, SO_FAR)["upper", "upper", "upper"] for name, run in runs.items()}
-    assert all(score > 0 for score in learned.values()), learned  # so that there is something to compare
+    assert all(score > 0 for score in learned.values()), learned  # so that the comparison below means something
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_scores_are_what_one_gets_by_hand(measured, name):
-    """The method trains once more, and at each moment a plain loop answers every question."""
-    made, runs = measured
-    model = runner.load_model(made.config)[0]
-    bench = methods.Bench((model, *made.loaded[1:]), made.data, made.out.parent / f"by-hand-{name}")
-    found, general = {}, {}
-    text = made.general.examples
+def test_scores_agree_with_scoring_by_hand(measured, name):
+    """The method trains once more, and a plain loop answers every question at each event."""
+    whole, runs = measured
+    model = runner.load_model(whole.config)[0]
+    bench = methods.Bench((model, *whole.loaded[1:]), whole.data, whole.folder.parent / f"by-hand-{name}")
+    scores, general = {}, {}
+    text = whole.general.examples
 
     def loss() -> float:
         total, tokens = 0.0, 0
@@ -119,25 +119,25 @@ def test_scores_are_what_one_gets_by_hand(measured, name):
             with torch.no_grad():
                 total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
             tokens += ids.shape[1] - 1
-        assert tokens == made.general.tokens
+        assert tokens == whole.general.tokens
         return total / tokens
 
     class ByHand(methods.Listener):
         def trained(self, task, parts):
-            found.update({(SO_FAR, task.name, *place): s for place, s in by_hand(model, made).items()})
+            scores.update({(SO_FAR, task.name, *place): s for place, s in by_hand(model, whole).items()})
             general[task.name] = loss()
 
         def as_trained(self, task):
-            found.update({(AS_TRAINED, task.name, *place): s for place, s in by_hand(model, made).items()})
+            scores.update({(AS_TRAINED, task.name, *place): s for place, s in by_hand(model, whole).items()})
 
-    found.update({(SO_FAR, BASE, *place): s for place, s in by_hand(model, made).items()})
+    scores.update({(SO_FAR, BASE, *place): s for place, s in by_hand(model, whole).items()})
     general[BASE] = loss()
-    methods.ALL[name].train(bench, made.config_of(name, 3), ByHand())
+    methods.ALL[name].train(bench, whole.config_of(name, 3), ByHand())
     run = runs[name]
-    assert table(run, SO_FAR) == {key[1:]: s for key, s in found.items() if key[0] == SO_FAR}
+    assert table(run, SO_FAR) == {key[1:]: s for key, s in scores.items() if key[0] == SO_FAR}
     for (after, task, evaluation), score in table(run, AS_TRAINED).items():
         acting = SO_FAR if run.keeps_copies else AS_TRAINED
-        assert score == found[acting, after, task, evaluation]
+        assert score == scores[acting, after, task, evaluation]
     assert {d.after: d.loss for d in run.drift} == pytest.approx(general, rel=1e-4)
 
 
@@ -153,38 +153,38 @@ def test_costs_are_measured(measured):
     assert {name for name, run in runs.items() if run.masks} == {"loraf", "random-mask"}
 
 
-def test_alone_each_task_begins_at_the_base(folder):
-    made = comparison(folder, "single", ("loraf", "full"))
-    loraf, full = made.runs()
+def test_in_protocol_single_each_task_starts_from_the_base(folder):
+    whole = comparison(folder, "single", ("loraf", "full"))
+    loraf, full = whole.runs()
     for run in (loraf, full):
         assert list(table(run, SO_FAR)) == [(BASE, *place) for place in SETS] + [(place[0], *place) for place in SETS]
         assert not table(run, AS_TRAINED)
         assert [d.after for d in run.drift] == [BASE, *TASKS]
-    second_alone = made.config_of("full", 3).model_copy(update={"tasks": made.config.of_method("full").tasks[1:]})
-    model = runner.load_model(made.config)[0]
+    second_alone = whole.config_of("full", 3).model_copy(update={"tasks": whole.config.of_method("full").tasks[1:]})
+    model = runner.load_model(whole.config)[0]
     held = {}
 
     class ByHand(methods.Listener):
         def trained(self, task, parts):
-            held.update(by_hand(model, made))
+            held.update(by_hand(model, whole))
 
-    bench = methods.Bench((model, *made.loaded[1:]), made.data, folder / "by-hand")
+    bench = methods.Bench((model, *whole.loaded[1:]), whole.data, folder / "by-hand")
     methods.ALL["full"].train(bench, second_alone, ByHand())
     assert table(full, SO_FAR)["truth", "truth", "one"] == held["truth", "one"]
 
 
 def test_the_model_is_the_base_again_after_all_runs(measured):
-    made, _ = measured
-    fresh = runner.load_model(made.config)[0].state_dict()
-    assert all(torch.equal(tensor, fresh[name]) for name, tensor in made.loaded[0].state_dict().items())
-    assert not (made.out / "scratch").exists()
+    whole, _ = measured
+    fresh = runner.load_model(whole.config)[0].state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in whole.loaded[0].state_dict().items())
+    assert not (whole.folder / "scratch").exists()
 
 
 # --- interruption -----------------------------------------------------------------------------------------------
 
 
 class Counted(methods.Full):
-    """Full fine-tuning that counts, and stops where it is told to; or only pretends, for the sake of speed."""
+    """Full fine-tuning that records its seeds, and may stop at one; or only pretends to train, for speed."""
 
     name = "full"
 
@@ -201,7 +201,7 @@ class Counted(methods.Full):
         for task in config.tasks:
             listener.started(task)
             listener.ended(task)
-            listener.trained(task, methods.Made(1, 1, 1))
+            listener.trained(task, methods.TrainedTask(1, 1, 1))
 
 
 def without_costs(runs: list[Run]) -> list[Run]:
@@ -214,7 +214,7 @@ def counted(monkeypatch, stop_at: int | None = None, pretend: bool = False) -> C
     return method
 
 
-def test_an_interrupted_comparison_goes_on_with_what_is_missing(folder, monkeypatch):
+def test_an_interrupted_comparison_continues_with_the_missing_runs(folder, monkeypatch):
     method = counted(monkeypatch, stop_at=4)
     with pytest.raises(KeyboardInterrupt):
         comparison(folder, "sequence", ("full",), (3, 4), SHORT).runs()
@@ -223,10 +223,10 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(folder, monkeypa
     (folder / "out" / "scratch").mkdir(exist_ok=True)  # what a killed run leaves
     (folder / "out" / "scratch" / "left.safetensors").write_bytes(b"half")
 
-    method, said = counted(monkeypatch), []
-    runs = comparison(folder, "sequence", ("full",), (3, 4), SHORT, said=said).runs()
+    method, printed = counted(monkeypatch), []
+    runs = comparison(folder, "sequence", ("full",), (3, 4), SHORT, printed=printed).runs()
     assert method.trained == [4]
-    assert said == ["base: measured before", "full, seed 3: measured before", "full, seed 4:"]
+    assert printed == ["base: measured before", "full, seed 3: measured before", "full, seed 4:"]
     assert (folder / "out" / "runs" / "full-seed3.json").read_bytes() == kept
     method = counted(monkeypatch)
     assert comparison(folder, "sequence", ("full",), (3, 4), SHORT).runs() == runs
@@ -249,7 +249,7 @@ def change_example(folder: Path) -> str:
     return "evaluation.truth changed; examples.truth changed"
 
 
-def change_metric_s_tokens(folder: Path) -> str:
+def change_max_new_tokens(folder: Path) -> str:
     text = (folder / "tasks.yaml").read_text()
     (folder / "tasks.yaml").write_text(text.replace("max_new_tokens: 4", "max_new_tokens: 5"))
     return "scoring.upper.max_new_tokens was 4, is 5"
@@ -258,22 +258,22 @@ def change_metric_s_tokens(folder: Path) -> str:
 def damage(folder: Path) -> str:
     file = folder / "out" / "runs" / "full-seed3.json"
     file.write_bytes(file.read_bytes().replace(b'"seed": 3', b'"seed": 4'))
-    return f"{file} is of no use (it does not match its digest)"
+    return f"{file} is not usable (it does not match its digest)"
 
 
-@pytest.mark.parametrize("change", [change_rate, change_example, change_metric_s_tokens, damage])
-def test_what_was_changed_is_measured_anew_and_said(folder, monkeypatch, change):
+@pytest.mark.parametrize("change", [change_rate, change_example, change_max_new_tokens, damage])
+def test_a_run_with_changed_provenance_is_measured_again_with_the_reason(folder, monkeypatch, change):
     counted(monkeypatch, pretend=True)
     comparison(folder, "sequence", ("full",), overrides=SHORT).runs()
     reason = change(folder)
-    method, said = counted(monkeypatch, pretend=True), []
-    (run,) = comparison(folder, "sequence", ("full",), (3,), SHORT, said).runs()
+    method, printed = counted(monkeypatch, pretend=True), []
+    (run,) = comparison(folder, "sequence", ("full",), (3,), SHORT, printed).runs()
     assert method.trained == [3]
-    assert said[-1].startswith(f"full, seed 3: measured anew, since {reason}")
+    assert printed[-1].startswith(f"full, seed 3: measured again, because {reason}")
     assert (run.method, run.seed) == ("full", 3)
 
 
-def test_a_rate_that_is_too_high_is_told_with_the_method_and_the_rest_stays(folder):
+def test_a_diverged_run_is_reported_with_its_method_and_finished_runs_stay(folder):
     overrides = (*SHORT, "compare.methods.full.training.learning_rate=1e38")
     with pytest.raises(ConfigError, match=r"full, seed 3: .* is (nan|inf).*rate") as caught:
         comparison(folder, "sequence", ("random-mask", "full"), overrides=overrides).runs()
@@ -292,7 +292,7 @@ def test_settings_of_another_method_do_not_matter(folder, monkeypatch):
     assert method.trained == []
 
 
-def test_the_stored_form_gives_the_run_back(measured, tmp_path):
+def test_a_stored_run_is_read_back_unchanged(measured, tmp_path):
     _, runs = measured
     for run in runs.values():
         stored.keep(tmp_path / "run.json", {"a": (1, 2)}, run)
@@ -306,29 +306,29 @@ def test_the_stored_form_gives_the_run_back(measured, tmp_path):
 # --- the parts --------------------------------------------------------------------------------------------------
 
 
-def test_general_text_longer_than_the_model_is_divided_and_every_token_counts(folder, measured):
+def test_general_text_longer_than_the_context_is_divided_and_every_token_counts(folder, measured):
     tokenizer = measured[0].loaded[1]
     (folder / "long.jsonl").write_text(json.dumps({"text": "a" * 100}) + "\n" + json.dumps({"text": ""}) + "\n")
-    found = general_text(Source(file=folder / "long.jsonl"), tokenizer, 40)
-    assert [len(e.example.input_ids) for e in found.examples] == [40, 40, 21]  # <s> and 100 bytes
-    assert found.tokens == 101 - 3  # the first of each piece is predicted from nothing
+    general = general_text(RecordSource(file=folder / "long.jsonl"), tokenizer, 40)
+    assert [len(e.example.input_ids) for e in general.examples] == [40, 40, 21]  # <s> and 100 bytes
+    assert general.tokens == 101 - 3  # the first of each piece is predicted from nothing
 
 
 def test_general_records_may_have_a_prompt(folder, measured):
     tokenizer = measured[0].loaded[1]
-    found = general_text(Source(file=folder / "upper.jsonl"), tokenizer, 1024)
-    assert found.tokens == 9 * 3  # two letters and the end of sequence
+    general = general_text(RecordSource(file=folder / "upper.jsonl"), tokenizer, 1024)
+    assert general.tokens == 9 * 3  # two letters and the end of sequence
 
 
 @pytest.mark.parametrize("record", [{"text": 3}, {"text": ""}])
-def test_general_text_that_is_none(folder, measured, record):
+def test_general_text_that_is_missing_or_too_short_is_refused(folder, measured, record):
     (folder / "odd.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(ConfigError, match=r"odd\.jsonl"):
-        general_text(Source(file=folder / "odd.jsonl"), measured[0].loaded[1], 1024)
+        general_text(RecordSource(file=folder / "odd.jsonl"), measured[0].loaded[1], 1024)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak, and lets it be reset")
-def test_the_meter_sees_memory_that_is_freed_again_and_nothing_from_before():
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports and resets a process's peak memory")
+def test_the_meter_counts_memory_freed_in_between_and_none_from_before():
     meter = Meter(torch.device("cpu"))
     before = torch.ones(64 << 20, dtype=torch.uint8)
     del before

@@ -1,4 +1,4 @@
-"""Tables hold the numbers that were measured, name what they rest on, and mark the best of a column."""
+"""Tables hold the measured numbers, name seeds and examples, and mark the best of a column."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.console import Console
 
 from loraf_train.compare import tables
 from loraf_train.compare.results import BASE, SO_FAR, Results, Run, RunScore, ScoredTask
-from loraf_train.compare.statistics import ON_ITS_DAY, Statistics
-from loraf_train.terminal import tables as report
+from loraf_train.compare.statistics import JUST_TRAINED, Statistics
+from loraf_train.terminal.tables import PLAIN_WIDTH
 from tests.loraf_train import compared
 
 
@@ -38,8 +38,8 @@ def plain(cell: str) -> str:
     return cell.strip("*")
 
 
-def made(values: dict[str, list[float]], task: ScoredTask) -> Results:
-    """Protocol single, one task: method → score of each seed."""
+def single_task_results(values: dict[str, list[float]], task: ScoredTask) -> Results:
+    """Results of protocol single with one task. `values`: method → score of each seed."""
     runs = [
         Run(method, seed, False, (RunScore(task.name, SO_FAR, task.name, task.name, value, 10),), ())
         for method, scores in values.items()
@@ -53,13 +53,13 @@ def made(values: dict[str, list[float]], task: ScoredTask) -> Results:
 
 def test_table_1_holds_every_score_with_its_interval():
     results = compared.single(3)
-    found = Statistics(results)
+    statistics = Statistics(results)
     columns, rows = read(tables.markdown(results), "Table 1")
     assert columns == [
         "method",
         "seeds",
         "trainable parameters",
-        "of the model's",
+        "share of the model's",
         "maths: gsm8k (gsm8k, 200 examples)",
         "nlu: boolq (choice, 100 examples)",
         "nlu: arc_easy (choice, 80 examples)",
@@ -75,14 +75,14 @@ def test_table_1_holds_every_score_with_its_interval():
     ]
     places = [(task, name) for task in compared.TASKS for name in task.evaluations]
     for method, row in zip((None, *compared.METHODS), rows, strict=True):
-        estimates = [found.of_set(method, task, name, task.name if method else BASE) for task, name in places]
-        for estimate, cell in zip([*estimates, found.overall(method)], row[4:], strict=True):
+        estimates = [statistics.of_set(method, task, name, task.name if method else BASE) for task, name in places]
+        for estimate, cell in zip([*estimates, statistics.overall(method)], row[4:], strict=True):
             expected = [estimate.mean, *(estimate.interval or ())]
             assert numbers(cell) == pytest.approx(expected, abs=5.01e-4)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_the_best_of_each_column_is_bold_and_nothing_else(seeds):
+def test_only_the_best_of_each_column_is_bold(seeds):
     columns, rows = read(tables.markdown(compared.single(seeds)), "Table 1")
     for place in range(4, len(columns)):
         means = [numbers(row[place])[0] for row in rows]
@@ -93,26 +93,26 @@ def test_the_best_of_each_column_is_bold_and_nothing_else(seeds):
 
 def test_ties_to_the_digits_shown_are_all_bold():
     task = ScoredTask("a", "exact_match", True, {"a": 10})
-    _, rows = read(tables.markdown(made({"x": [0.8002], "y": [0.7999], "z": [0.798]}, task)), "Table 1")
+    _, rows = read(tables.markdown(single_task_results({"x": [0.8002], "y": [0.7999], "z": [0.798]}, task)), "Table 1")
     cells = [row[4] for row in rows]
     assert [cell.startswith("**0.800") for cell in cells] == [False, True, True, False]
 
 
-def test_of_a_loss_the_least_is_best_and_what_diverged_never():
+def test_the_lowest_loss_is_best_and_a_diverged_one_never_is():
     task = ScoredTask("a", "loss", False, {"a": 10})
-    text = tables.markdown(made({"x": [1.5, 1.7], "y": [2.0, 2.1], "z": [math.nan, 0.1]}, task))
+    text = tables.markdown(single_task_results({"x": [1.5, 1.7], "y": [2.0, 2.1], "z": [math.nan, 0.1]}, task))
     _, rows = read(text, "Table 1")
     cells = {row[0]: row[4] for row in rows}
     assert cells["x"].startswith("**1.6000 [") and not cells["y"].startswith("**") and cells["z"] == "nan"
 
 
-def test_a_single_method_is_no_winner():
+def test_a_single_method_is_not_marked_as_best():
     task = ScoredTask("a", "exact_match", True, {"a": 10})
-    text = tables.markdown(made({"x": [0.8]}, task))
+    text = tables.markdown(single_task_results({"x": [0.8]}, task))
     assert "**" not in text
 
 
-def test_a_seed_or_examples_that_are_missing_are_told_in_the_cell():
+def test_a_cell_names_its_seeds_and_examples_if_some_are_missing():
     results = compared.single(3, ("loraf",))
     *runs, last = results.runs
     scores = tuple(
@@ -121,7 +121,7 @@ def test_a_seed_or_examples_that_are_missing_are_told_in_the_cell():
     text = tables.markdown(dataclasses.replace(results, runs=(*runs, dataclasses.replace(last, scores=scores))))
     _, (_, row) = read(text, "Table 1")
     assert plain(row[7]).endswith("(2 seeds)") and plain(row[8]).endswith("(2 seeds)")
-    assert plain(row[5]).endswith("(20 examples)")  # the fewest
+    assert plain(row[5]).endswith("(20 examples)")  # the smallest number
 
 
 def test_losses_and_shares_have_no_mean():
@@ -129,13 +129,13 @@ def test_losses_and_shares_have_no_mean():
     text = tables.markdown(compared.single(2, tasks=(*compared.TASKS, loss)))
     columns, _ = read(text, "Table 1")
     assert not any("mean" in column for column in columns)
-    assert "- no mean over the sets: shares and losses have none in common" in text
+    assert "- no mean over the sets: shares and losses cannot be averaged" in text
 
 
 @pytest.mark.parametrize(
     ("model", "name"), [("/home/me/models/small/", "small"), ("./small", "small"), ("org/small", "org/small")]
 )
-def test_of_a_local_model_the_folder_is_not_shown(model, name):
+def test_the_path_of_a_local_model_is_not_shown(model, name):
     text = tables.markdown(dataclasses.replace(compared.single(1), model=model))
     assert (
         text.startswith(f"# Comparison on {name}\n") and f"## Table 1: each task trained alone, from {name}\n" in text
@@ -147,16 +147,16 @@ def test_of_a_local_model_the_folder_is_not_shown(model, name):
 
 
 def test_a_sequence_has_all_its_tables_in_order():
-    found = titles(tables.markdown(compared.sequence(2)))
+    headings = titles(tables.markdown(compared.sequence(2)))
     beginnings = ["What the first task keeps", "R of loraf", "R of lora", "R of full", "As-trained scores"]
     beginnings += ["The sequence in four numbers", "Drift of the base", "Cost of training", "Settings"]
-    assert len(found) == len(beginnings)
-    assert all(title.startswith(beginning) for title, beginning in zip(found, beginnings, strict=True))
+    assert len(headings) == len(beginnings)
+    assert all(title.startswith(beginning) for title, beginning in zip(headings, beginnings, strict=True))
 
 
 def test_what_each_task_keeps():
     results = compared.sequence(3)
-    found = Statistics(results)
+    statistics = Statistics(results)
     columns, rows = read(tables.markdown(results), "What the first task keeps (maths)")
     assert columns == [
         "task", "method", "seeds", "just trained", "at the end (maths+nlu+code on)", "change", "share kept",
@@ -168,19 +168,19 @@ def test_what_each_task_keeps():
     ]
     for row, (task, method) in zip(rows, [(t, m) for t in compared.TASKS for m in results.methods], strict=True):
         assert row[1:3] == [method, "3"]
-        assert numbers(row[3])[0] == pytest.approx(found.of_task(method, task, task.name).mean, abs=5.01e-4)
+        assert numbers(row[3])[0] == pytest.approx(statistics.of_task(method, task, task.name).mean, abs=5.01e-4)
         if task.name == "code":
             assert row[4:] == ["–", "–", "–"]
             continue
-        assert numbers(row[4])[0] == pytest.approx(found.of_task(method, task, "code").mean, abs=5.01e-4)
-        assert numbers(row[5])[0] == pytest.approx(found.change(method, task).mean, abs=5.01e-4)
-        assert numbers(row[6])[0] == pytest.approx(100 * found.retained(method, task).mean, abs=0.0501)
-        assert all(cell.startswith("**") == (method == "loraf") for cell in row[4:])  # it keeps most, by construction
+        assert numbers(row[4])[0] == pytest.approx(statistics.of_task(method, task, "code").mean, abs=5.01e-4)
+        assert numbers(row[5])[0] == pytest.approx(statistics.change(method, task).mean, abs=5.01e-4)
+        assert numbers(row[6])[0] == pytest.approx(100 * statistics.retained(method, task).mean, abs=0.0501)
+        assert all(cell.startswith("**") == (method == "loraf") for cell in row[4:])  # by construction it keeps most
 
 
 def test_r_has_a_row_for_the_base_and_for_each_task_with_its_set():
     results = compared.sequence(3)
-    found, text = Statistics(results), tables.markdown(results)
+    statistics, text = Statistics(results), tables.markdown(results)
     for method in results.methods:
         columns, rows = read(text, f"R of {method}:")
         assert columns[1:] == [
@@ -194,24 +194,24 @@ def test_r_has_a_row_for_the_base_and_for_each_task_with_its_set():
         ]
         for row, after in zip(rows, ("", "maths", "nlu", "code"), strict=True):
             for cell, task in zip(row[2:], compared.TASKS, strict=True):
-                estimate = found.of_task(method, task, after)
+                estimate = statistics.of_task(method, task, after)
                 assert numbers(cell) == pytest.approx([estimate.mean, *(estimate.interval or ())], abs=5.01e-4)
 
 
-def test_as_trained_scores_stand_apart_and_say_what_had_to_be_kept():
+def test_as_trained_scores_have_their_own_table_that_names_kept_copies():
     results = compared.sequence(3)
-    found, text = Statistics(results), tables.markdown(results)
+    statistics, text = Statistics(results), tables.markdown(results)
     _, rows = read(text, "As-trained scores")
     assert [row[:3] for row in rows] == [
         ["loraf", "3", "none"],
-        ["lora", "3", "one a task"],
-        ["full", "3", "one a task"],
+        ["lora", "3", "one per task"],
+        ["full", "3", "one per task"],
     ]
     for row in rows:
         for cell, task in zip(row[3:], compared.TASKS, strict=True):
-            assert numbers(cell)[0] == pytest.approx(found.of_task(row[0], task, ON_ITS_DAY).mean, abs=5.01e-4)
-    assert "- lora, full: only with a copy of what was trained, kept after every task" in text
-    assert "- loraf: from the one checkpoint at the end, nothing kept beside it" in text
+            assert numbers(cell)[0] == pytest.approx(statistics.of_task(row[0], task, JUST_TRAINED).mean, abs=5.01e-4)
+    assert "- lora, full: only with a copy of the trained parameters, kept after every task" in text
+    assert "- loraf: from the single checkpoint at the end, without copies" in text
 
 
 def test_without_as_trained_scores_there_is_no_such_table():
@@ -220,32 +220,32 @@ def test_without_as_trained_scores_there_is_no_such_table():
         dataclasses.replace(run, scores=tuple(s for s in run.scores if s.acting == SO_FAR), drift=())
         for run in results.runs
     ]
-    found = titles(tables.markdown(dataclasses.replace(results, runs=tuple(runs))))
-    assert not any(title.startswith(("As-trained", "Drift")) for title in found) and len(found) == 7
+    headings = titles(tables.markdown(dataclasses.replace(results, runs=tuple(runs))))
+    assert not any(title.startswith(("As-trained", "Drift")) for title in headings) and len(headings) == 7
 
 
 def test_the_four_numbers_with_their_divisor():
     results = compared.sequence(3)
-    found, text = Statistics(results), tables.markdown(results)
+    statistics, text = Statistics(results), tables.markdown(results)
     columns, rows = read(text, "The sequence in four numbers")
     assert columns[3:] == ["average accuracy", "backward transfer", "forgetting", "forward transfer"]
     for row in rows:
         assert row[1:3] == ["3", "430"]
-        for cell, estimate in zip(row[3:], found.continual(row[0]).values(), strict=True):
+        for cell, estimate in zip(row[3:], statistics.continual(row[0]).values(), strict=True):
             assert numbers(cell) == pytest.approx([estimate.mean, *estimate.interval], abs=5.01e-4)
     forgetting = [numbers(row[5])[0] for row in rows]
     assert [row[5].startswith("**") for row in rows] == [number == min(forgetting) for number in forgetting]
     assert "divided by T − 1 = 2" in text
 
 
-def test_the_four_numbers_of_losses_say_that_signs_are_turned():
+def test_the_four_numbers_of_losses_say_that_signs_are_reversed():
     tasks = tuple(dataclasses.replace(task, metric="loss", higher_is_better=False) for task in compared.TASKS)
     text = tables.markdown(compared.sequence(2, tasks=tasks))
     columns, rows = read(text, "The sequence in four numbers")
-    assert columns[3] == "average loss" and "(signs turned: a loss is better when lower)" in text
+    assert columns[3] == "average loss" and "(signs reversed: a lower loss is better)" in text
     assert all(plain(row[5]).startswith("+") for row in rows)  # what was forgotten is positive
     mixed = tables.markdown(compared.sequence(2, tasks=(compared.TASKS[0], tasks[1])))
-    assert "- not computed: shares and losses have no mean in common" in mixed
+    assert "- not computed: shares and losses cannot be averaged" in mixed
 
 
 def test_drift_and_cost():
@@ -258,7 +258,7 @@ def test_drift_and_cost():
     assert rows[0] == ["loraf", "maths", "rank 8, targets q_proj v_proj, training.learning_rate 0.001"]
     _, rows = read(text, "Cost of training")
     assert rows[0] == [
-        "loraf", "maths", "2", "7,000", "0.7 %", "120", "30.0 s [30.0 s, 30.0 s]", "2.04 MB", "28 kB",
+        "loraf", "maths", "2", "7,000", "0.7 %", "120", "30.0 s [30.0 s, 30.0 s]", "2.035 MB", "28 kB",
     ]  # fmt: skip
     assert rows[3][1:6] == ["all tasks", "2", "–", "–", "360"] and rows[3][8] == "84 kB"
 
@@ -267,9 +267,9 @@ def test_drift_and_cost():
 
 
 @pytest.mark.parametrize("results", [compared.single(3), compared.sequence(3), compared.single(1)])
-def test_the_terminal_shows_the_same_cells_and_the_best_in_bold(results):
+def test_the_terminal_shows_the_same_cells_with_the_best_in_bold(results):
     out = io.StringIO()
-    tables.show(results, Console(file=out, width=report.PLAIN_WIDTH, force_terminal=True, color_system="standard"))
+    tables.show(results, Console(file=out, width=PLAIN_WIDTH, force_terminal=True, color_system="standard"))
     shown = out.getvalue()
     written = tables.markdown(results)
     bold = {re.sub(r"\s+", " ", text).strip() for text in re.findall(r"\x1b\[1m(.*?)\x1b\[0m", shown)}

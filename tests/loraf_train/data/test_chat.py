@@ -1,4 +1,4 @@
-"""Conversations: every answer of the assistant is learned, after the tokens that a server would be given for it."""
+"""Conversations: every answer of the assistant is learned, after the same tokens that a server would put before it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from loraf.errors import ConfigError
-from loraf_train.data.examples import IGNORED, Example, TaskData, load_task
-from loraf_train.settings.config import DataConfig, EvaluationSource, Source, TaskConfig, TrainingConfig
+from loraf_train.data.examples import IGNORED, Example
+from loraf_train.data.task_data import TaskData, load_task
+from loraf_train.settings.config import TaskConfig
+from loraf_train.settings.data import DataConfig, EvaluationSource, RecordSource
+from loraf_train.settings.parts import TrainingConfig
 from tests.loraf_train import small_tokenizers as small
 from tests.loraf_train.data.test_examples import write_jsonl
 from tests.standins import byte_tokenizer
@@ -25,7 +28,7 @@ TURNS = [
 
 def loaded(folder: Path, tokenizer, *conversations: list[dict], max_length: int = 512) -> TaskData:
     path = write_jsonl(folder / "rows.jsonl", [{"messages": turns} for turns in conversations])
-    data = DataConfig(train=(Source(file=path),), eval={"e": EvaluationSource(file=path)})
+    data = DataConfig(train=(RecordSource(file=path),), eval={"e": EvaluationSource(file=path)})
     training = TrainingConfig(max_length=max_length)
     return load_task(TaskConfig(name="t", alpha=1.0, sparsity=0.5, data=data, training=training), tokenizer, 0)
 
@@ -35,7 +38,7 @@ def rendered(tokenizer, turns: list[dict], opening: bool = True) -> list[int]:
 
 
 def learned(tokenizer, example: Example) -> list[str]:
-    """The texts of the parts that the loss is taken on, in order."""
+    """Texts of the parts with loss, in order."""
     parts: list[list[int]] = []
     before = IGNORED
     for label in example.labels():
@@ -53,21 +56,21 @@ def test_all_answers_of_a_conversation_are_learned_in_one_sequence(tmp_path):
     assert learned(tokenizer, example) == ["first<|im_end|>", "last one<|im_end|>"]
     assert example.prompt_length == len(rendered(tokenizer, TURNS[:2]))
     whole = rendered(tokenizer, TURNS[:5], opening=False)
-    assert example.input_ids == whole[:-1]  # up to the end of sequence; the template writes a line break more
+    assert example.input_ids == whole[:-1]  # up to the end of sequence; the template adds a line break
 
 
-def test_the_mask_is_the_one_that_generation_markers_would_give(tmp_path):
-    """transformers' own mask, from the same template with markers; this template has none."""
+def test_the_loss_mask_equals_that_of_generation_markers(tmp_path):
+    """The reference is transformers' own mask, from the same template with markers."""
     tokenizer = small.chatml_tokenizer()
     (example,) = loaded(tmp_path, tokenizer, TURNS).train
     marked = small.chatml_tokenizer()
     marked.chat_template = small.MARKED_CHATML
-    found = marked.apply_chat_template(TURNS[:5], return_assistant_tokens_mask=True, return_dict=True)
-    assert found["input_ids"][:-1] == example.input_ids
-    assert [int(label != IGNORED) for label in example.labels()] == found["assistant_masks"][:-1]
+    reference = marked.apply_chat_template(TURNS[:5], return_assistant_tokens_mask=True, return_dict=True)
+    assert reference["input_ids"][:-1] == example.input_ids
+    assert [int(label != IGNORED) for label in example.labels()] == reference["assistant_masks"][:-1]
 
 
-def test_one_bos_where_the_template_writes_it_and_the_tokenizer_would_add_one(tmp_path):
+def test_a_bos_of_the_template_is_not_doubled_by_the_tokenizer(tmp_path):
     tokenizer = byte_tokenizer()
     (example,) = loaded(tmp_path, tokenizer, TURNS).train
     assert example.input_ids.count(tokenizer.bos_token_id) == 1
@@ -77,7 +80,7 @@ def test_one_bos_where_the_template_writes_it_and_the_tokenizer_would_add_one(tm
 
 
 @pytest.mark.parametrize("space", ["", " ", "\n"])
-def test_a_template_that_trims_and_sets_blanks_is_followed(tmp_path, space):
+def test_a_template_that_trims_and_adds_spaces_is_followed(tmp_path, space):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = small.LLAMA2
     turns = [m | {"content": space + m["content"] + space} for m in TURNS[1:5]]
@@ -87,7 +90,7 @@ def test_a_template_that_trims_and_sets_blanks_is_followed(tmp_path, space):
     assert example.input_ids.count(tokenizer.bos_token_id) == 2  # this template begins every question with one
 
 
-def test_a_template_that_takes_thoughts_out_gives_a_sequence_for_each_answer(tmp_path):
+def test_a_template_that_removes_thoughts_gives_a_sequence_for_each_answer(tmp_path):
     tokenizer = small.chatml_tokenizer()
     tokenizer.chat_template = small.THOUGHTFUL
     turns = [m | {"content": f"<think>hm</think>{m['content']}"} if m["role"] == "assistant" else m for m in TURNS]
@@ -118,7 +121,7 @@ def test_tokens_that_merge_across_a_turn_give_a_sequence_for_each_answer(tmp_pat
         assert example.input_ids[: example.prompt_length] == rendered(tokenizer, before)
 
 
-def test_answers_without_weight_are_context_only(tmp_path):
+def test_answers_of_weight_zero_are_only_context(tmp_path):
     tokenizer = small.chatml_tokenizer()
     turns = [*TURNS[:2], TURNS[2] | {"weight": 0}, TURNS[3], TURNS[4] | {"weight": 1}]
     (example,) = loaded(tmp_path, tokenizer, turns).train
@@ -128,7 +131,7 @@ def test_answers_without_weight_are_context_only(tmp_path):
         loaded(tmp_path, tokenizer, [*TURNS[:2], TURNS[2] | {"weight": 0}])
 
 
-def test_scores_ask_for_the_last_answer(tmp_path):
+def test_only_the_last_answer_is_scored(tmp_path):
     tokenizer = small.chatml_tokenizer()
     (question,) = loaded(tmp_path, tokenizer, TURNS).evaluation["e"].examples
     assert question.prompt_ids == rendered(tokenizer, TURNS[:4])
@@ -136,8 +139,8 @@ def test_scores_ask_for_the_last_answer(tmp_path):
     assert learned(tokenizer, question.example) == ["last one<|im_end|>"]
 
 
-def test_a_cut_conversation_keeps_its_mask(tmp_path):
-    """Wherever it is cut: in an answer, in a question, between two."""
+def test_a_cut_conversation_keeps_its_loss_mask(tmp_path):
+    """Wherever it is cut: in an answer, in a question, or between them."""
     tokenizer = small.chatml_tokenizer()
     (whole,) = loaded(tmp_path, tokenizer, TURNS).train
     length = len(whole.input_ids)
@@ -149,20 +152,20 @@ def test_a_cut_conversation_keeps_its_mask(tmp_path):
         loaded(tmp_path, tokenizer, TURNS, max_length=whole.prompt_length)
 
 
-def test_conversations_in_parquet_and_csv_alike(tmp_path):
+def test_conversations_are_read_from_parquet(tmp_path):
     """Parquet gives messages as lists of mappings, with None where a key is missing."""
     import pandas
 
     tokenizer = small.chatml_tokenizer()
     rows = [{"messages": TURNS[:3]}, {"messages": [TURNS[1], TURNS[2] | {"weight": 1}]}]
     pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
-    data = DataConfig(train=(Source(file=tmp_path / "rows.parquet"),))
+    data = DataConfig(train=(RecordSource(file=tmp_path / "rows.parquet"),))
     examples = load_task(TaskConfig(name="t", alpha=1.0, sparsity=0.5, data=data), tokenizer, 0).train
     assert [learned(tokenizer, e) for e in examples] == [["first<|im_end|>"], ["first<|im_end|>"]]
     assert examples == loaded(tmp_path, tokenizer, *(row["messages"] for row in rows)).train
 
 
-def test_a_template_that_wants_a_system_turn_is_stored_as_the_plain_prompt(tmp_path):
+def test_a_template_that_requires_a_system_turn_is_stored_as_the_plain_prompt(tmp_path):
     tokenizer = small.chatml_tokenizer()
     tokenizer.chat_template = (
         "{% if messages[0].role != 'system' %}{{ raise_exception('a system turn first') }}{% endif %}" + small.CHATML

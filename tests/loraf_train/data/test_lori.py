@@ -1,7 +1,7 @@
-"""`recipe: lori`: its templates and reading of answers where the file is silent, and nothing where it is not.
+"""`recipe: lori`: its templates, metric and choices fill in what the file leaves out, and only that.
 
-Real records are read from `../shared/data` beside the repository, or from the folder that LORAF_TEST_DATA names; where
-they are missing the tests that need them are skipped, and the committed handful is what is left.
+Real records are read from `../shared/data` next to the repository, or from the folder that LORAF_TEST_DATA names. If
+they are missing, the tests that need them are skipped, and only the committed records are used.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import yaml
 
 from loraf.errors import ConfigError
 from loraf_train.data import lori
-from loraf_train.data.examples import load_task
 from loraf_train.data.forms import INSTRUCTION_PROMPT
+from loraf_train.data.task_data import load_all, load_task
 from loraf_train.grading.builtin import is_right
-from loraf_train.settings.config import draft, load
+from loraf_train.settings.loading import draft, load
 from tests.loraf_train.command_line import run
 from tests.standins import byte_tokenizer
+from tests.tools import needs
 
 ROOT = Path(__file__).parents[3]
 FEW = ROOT / "tests" / "fixtures" / "records"
@@ -30,7 +31,7 @@ ALL = [
     FEW,
     pytest.param(
         WHOLE,
-        marks=pytest.mark.skipif(not (WHOLE / "gsm8k").is_dir(), reason=f"there are no real records in {WHOLE}"),
+        marks=pytest.mark.skipif(not (WHOLE / "gsm8k").is_dir(), reason=needs("real records")),
     ),
 ]
 CHOICES = {"boolq": 2, "piqa": 2, "social_i_qa": 5, "arc_easy": 5, "arc_challenge": 5, "openbookqa": 5}
@@ -63,7 +64,7 @@ def nlu(records: Path = FEW, **data) -> dict:
 
 
 def texts(examples, tokenizer) -> list[tuple[str, str]]:
-    """(prompt, completion) as the tokens say, without the end of sequence."""
+    """Decodes (prompt, completion), without the end of sequence."""
     prompts = [example.input_ids[: example.prompt_length] for example in examples]
     completions = [example.input_ids[example.prompt_length :] for example in examples]
     decoded = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, completions))
@@ -73,10 +74,10 @@ def texts(examples, tokenizer) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("records", ALL, ids=["few", "all"])
 def test_gsm8k(tmp_path, tokenizer, records):
     (task,) = load(write(tmp_path, maths(records))).tasks
-    assert (task.metric, task.recipe) == ("gsm8k", "lori")
     data = load_task(
         task.model_copy(update={"training": task.training.model_copy(update={"max_length": 9999})}), tokenizer, 0
     )
+    assert (data.metric, task.recipe) == ("gsm8k", "lori")
     raw = [json.loads(line) for line in (records / "gsm8k/train.jsonl").read_text().splitlines()]
     assert len(data.train) == len(raw)
     for record, (prompt, completion) in zip(raw, texts(data.train, tokenizer), strict=True):
@@ -85,10 +86,10 @@ def test_gsm8k(tmp_path, tokenizer, records):
         assert "step by step" in second and "final answer" in second
         worked, number = record["answer"].split("####")
         assert completion == f"{worked}The final answer is: {number.strip()}" and "####" not in completion
-    asked = [json.loads(line) for line in (records / "gsm8k/test.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (records / "gsm8k/test.jsonl").read_text().splitlines()]
     questions = data.evaluation["gsm8k"].examples
-    assert len(questions) == len(asked)  # none is left out
-    for record, question in zip(asked, questions, strict=True):
+    assert len(questions) == len(rows)  # none is left out
+    for record, question in zip(rows, questions, strict=True):
         number = record["answer"].split("####")[1].strip()
         assert float(question.expected) == float(number.replace(",", ""))
         assert is_right("gsm8k", f"1 + 1 = 2\nThe final answer is: {number}", question.expected)
@@ -99,10 +100,10 @@ def test_gsm8k(tmp_path, tokenizer, records):
 def test_language_understanding(tmp_path, tokenizer, records):
     entry = nlu(records)
     (task,) = load(write(tmp_path, entry)).tasks
-    assert task.metric == "choice"
     data = load_task(
         task.model_copy(update={"training": task.training.model_copy(update={"max_length": 9999})}), tokenizer, 0
     )
+    assert data.metric == "choice"
     raw = [record for file in entry["data"]["train"] for record in json.loads(Path(file).read_text())]
     assert len(data.train) == len(raw) > 10
     for record, (prompt, completion) in zip(raw, texts(data.train, tokenizer), strict=True):
@@ -113,15 +114,15 @@ def test_language_understanding(tmp_path, tokenizer, records):
     )
     pattern = re.compile("true|false|solution[12]|answer[1-5]")
     for name, evaluation in data.evaluation.items():
-        asked = json.loads(Path(entry["data"]["eval"][name]).read_text())
-        assert len(evaluation.examples) == len(asked) and len(evaluation.choices) == CHOICES[name]
-        for record, question in zip(asked, evaluation.examples, strict=True):
+        rows = json.loads(Path(entry["data"]["eval"][name]).read_text())
+        assert len(evaluation.examples) == len(rows) and len(evaluation.choices) == CHOICES[name]
+        for record, question in zip(rows, evaluation.examples, strict=True):
             assert question.expected == record["answer"] == pattern.search(record["output"])[0]
             assert is_right("choice", f"{record['output']}. true or answer9", question.expected, evaluation.choices)
     assert data.templates.completion == "the correct answer is {answer}"
 
 
-def test_what_the_file_gives_comes_first(tmp_path, tokenizer):
+def test_templates_of_the_file_take_precedence(tmp_path, tokenizer):
     def templates(entry: dict):
         (task,) = load(write(tmp_path, entry)).tasks
         data = load_task(task, tokenizer, 0)
@@ -138,39 +139,42 @@ def test_what_the_file_gives_comes_first(tmp_path, tokenizer):
     assert templates(nlu(prompt="{instruction}", completion="{output}"))[:2] == ("{instruction}", "{output}")
 
 
-def test_a_metric_and_choices_of_the_file_come_first(tmp_path, tokenizer):
+def test_metric_and_choices_of_the_file_take_precedence(tmp_path, tokenizer):
     entry = nlu()
     entry["data"]["eval"] = {"boolq": {"file": str(FEW / "nlu/boolq/test.json"), "choices": ["true", "false", "maybe"]}}
     (task,) = load(write(tmp_path, entry)).tasks
     assert load_task(task, tokenizer, 0).evaluation["boolq"].choices == ("true", "false", "maybe")
-    assert [t.metric for t in load(write(tmp_path, maths() | {"metric": "loss"})).tasks] == ["loss"]
+    (task,) = load(write(tmp_path, maths() | {"metric": "loss"})).tasks
+    assert (task.metric, load_task(task, tokenizer, 0).metric) == ("loss", "loss")
 
 
-def test_records_of_other_kinds_are_as_without_it(tmp_path, tokenizer):
+def test_records_of_other_kinds_are_read_as_without_the_recipe(tmp_path, tokenizer):
     (tmp_path / "own.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    (tmp_path / "told.json").write_text('[{"instruction": "Add.", "input": "1 1", "output": "2"}]')
-    tasks = [{"name": name.split(".")[0], "data": {"train": name}} for name in ("own.jsonl", "told.json")]
+    (tmp_path / "instructed.json").write_text('[{"instruction": "Add.", "input": "1 1", "output": "2"}]')
+    tasks = [{"name": name.split(".")[0], "data": {"train": name}} for name in ("own.jsonl", "instructed.json")]
     for recipe in ("lori", "paper"):
-        own, told = load(write(tmp_path, *tasks, recipe=recipe)).tasks
-        assert (own.metric, told.metric) == ("exact_match", "exact_match")
-        assert texts(load_task(own, tokenizer, 0).train, tokenizer) == [("a", "b")]
-        (found,) = texts(load_task(told, tokenizer, 0).train, tokenizer)
-        assert found == (INSTRUCTION_PROMPT.format(instruction="Add.\n\n1 1"), "2")
+        own, instructed = load(write(tmp_path, *tasks, recipe=recipe)).tasks
+        data = [load_task(task, tokenizer, 0) for task in (own, instructed)]
+        assert [d.metric for d in data] == ["exact_match", "exact_match"]
+        assert texts(data[0].train, tokenizer) == [("a", "b")]
+        (text,) = texts(data[1].train, tokenizer)
+        assert text == (INSTRUCTION_PROMPT.format(instruction="Add.\n\n1 1"), "2")
 
 
-def test_without_the_recipe_nothing_of_it_is_there(tmp_path, tokenizer):
+def test_without_the_recipe_nothing_is_filled_in(tmp_path, tokenizer):
     (task,) = load(write(tmp_path, nlu(), recipe="paper")).tasks
-    assert (task.metric, task.recipe) == ("exact_match", "paper")
-    assert load_task(task, tokenizer, 0).templates.completion == "{output}"
+    data = load_task(task, tokenizer, 0)
+    assert (data.metric, task.recipe) == ("exact_match", "paper")
+    assert data.templates.completion == "{output}"
     _, problems = draft(write(tmp_path, nlu() | {"metric": "choice"}, recipe="paper"))
     assert problems and all("needs choices" in problem.message for problem in problems)
 
 
-def test_faults_of_records_are_named(tmp_path, tokenizer):
+def test_records_that_do_not_fit_the_recipe_are_named(tmp_path, tokenizer):
     records = [{"question": "1+1?", "answer": "2\n#### 2"}, {"question": "2+2?", "answer": "4"}]
     (tmp_path / "maths.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (task,) = load(write(tmp_path, {"name": "maths", "data": {"train": "maths.jsonl"}})).tasks
-    with pytest.raises(ConfigError, match=r"maths.jsonl: record 2: has no #### in its answer → mend"):
+    with pytest.raises(ConfigError, match=r"maths.jsonl: record 2: has no #### in its answer → fix"):
         load_task(task, tokenizer, 0)
     choices = [{"instruction": "a?", "answer": True}, {"instruction": "b?", "answer": "answer1"}]
     (tmp_path / "choices.json").write_text(json.dumps(choices))
@@ -179,15 +183,19 @@ def test_faults_of_records_are_named(tmp_path, tokenizer):
         load_task(task, tokenizer, 0)
 
 
-def test_a_source_that_cannot_be_read_is_told_once(tmp_path):
+def test_an_unreadable_source_is_reported_once(tmp_path, tokenizer):
     (tmp_path / "broken.jsonl").write_text("{\n")
     config, problems = draft(write(tmp_path, {"name": "a", "data": {"train": "broken.jsonl"}}))
-    assert problems == [] and config.tasks[0].metric == "exact_match"
+    assert problems == []
+    for tokenizer_or_none in (tokenizer, None):
+        _, problems = load_all(config, tokenizer_or_none)
+        (problem,) = problems
+        assert problem.field == "line 1" and "is not JSON" in problem.message
     with pytest.raises(ConfigError, match="line 1: is not JSON"):
-        load_task(config.tasks[0], None, 0)
+        load_task(config.tasks[0], tokenizer, 0)
 
 
-def test_the_templates_are_stored_and_another_recipe_is_refused(trained, tmp_path, capsys, monkeypatch):
+def test_the_templates_are_stored_and_a_change_of_recipe_is_refused(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     entry = maths() | {"training": {"max_steps": 1, "batch_size": 2}, "calibration": {"steps": 1}}
     entry["data"]["eval_limit"] = 1

@@ -1,4 +1,4 @@
-"""All real records that are at hand (beside this repository, not in it): read, formatted, packed, and nothing lost."""
+"""All real records, which lie next to this repository: they are read, formatted and packed without loss."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraf.base_model import resolve
-from loraf_train.data.examples import load_task
 from loraf_train.data.records import read
-from loraf_train.settings.config import DataConfig, EvaluationSource, Source, TaskConfig, TrainingConfig
+from loraf_train.data.task_data import load_all, load_task
+from loraf_train.settings.config import RunConfig, TaskConfig
+from loraf_train.settings.data import DataConfig, EvaluationSource, RecordSource
+from loraf_train.settings.parts import TrainingConfig
 from loraf_train.trainer.packing import PackingCollator
 from tests.loraf_train.small_tokenizers import chatml_tokenizer, merging_tokenizer, sentencepiece_tokenizer
+from tests.tools import needs
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"there are no real records in {DATA}")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=needs("real records"))
 pytestmark = needs_data
-COUNTS = {  # as the folder's README counts them
+COUNTS = {  # from the README of the records
     "gsm8k/train.jsonl": 7473,
     "gsm8k/test.jsonl": 1319,
     "nlu/boolq/train.json": 9427,
@@ -48,12 +51,12 @@ def tokenizer():
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_record_is_read(name):
-    assert len(read(Source(file=DATA / name))) == COUNTS[name]
+    assert len(read(RecordSource(file=DATA / name))) == COUNTS[name]
 
 
 def gsm8k(**training) -> TaskConfig:
     data = DataConfig(
-        train=(Source(file=DATA / "gsm8k/train.jsonl"),),
+        train=(RecordSource(file=DATA / "gsm8k/train.jsonl"),),
         eval={"gsm8k": EvaluationSource(file=DATA / "gsm8k/test.jsonl")},
         prompt="{question}\nThink step by step.\n",
         completion="{answer}",
@@ -64,32 +67,33 @@ def gsm8k(**training) -> TaskConfig:
 
 @pytest.fixture(scope="module")
 def questions(tokenizer):
-    """An eighth of the training records: long texts take the embedded model's tokenizer a while."""
+    """An eighth of the training records: the embedded model's tokenizer is slow on long texts."""
     task = gsm8k()
     data = task.data.model_copy(update={"limit": 960, "eval_limit": 64})
     return load_task(task.model_copy(update={"data": data}), tokenizer, 0)
 
 
 def nlu(**data) -> TaskConfig:
-    """The two training files that are shortest; their form is instruction, input, output."""
-    chosen = DataConfig(
-        train=tuple(Source(file=DATA / f"nlu/{name}/train.json") for name in ("arc_challenge", "openbookqa")),
+    """The two shortest training files; their form is instruction, input, output."""
+    sources = DataConfig(
+        train=tuple(RecordSource(file=DATA / f"nlu/{name}/train.json") for name in ("arc_challenge", "openbookqa")),
         eval={n: EvaluationSource(file=DATA / f"nlu/{n}/test.json", choices=c) for n, c in CHOICES.items()},
         **data,
     )
-    return TaskConfig(name="nlu", alpha=128, sparsity=0.9, metric="choice", data=chosen)
+    return TaskConfig(name="nlu", alpha=128, sparsity=0.9, metric="choice", data=sources)
 
 
 @pytest.mark.parametrize("task", [gsm8k(), nlu()], ids=lambda task: task.name)
 def test_every_record_has_its_texts_and_a_right_answer_that_the_metric_reads(task):
-    """Without a tokenizer nothing comes back; what is wrong with any record would be raised."""
-    assert load_task(task, None, 0) is None
+    """Without a tokenizer the records are checked only."""
+    config = RunConfig(model="tiny", output=Path("unused"), tasks=(task,))
+    assert load_all(config, None) == ({}, [])
 
 
 def test_records_of_the_six_sets_as_tokens(tokenizer):
-    found = load_task(nlu(limit=200, eval_limit=40), tokenizer, 0)
-    assert found.records == len(found.train) + found.dropped == 200
-    for name, evaluation in found.evaluation.items():
+    data = load_task(nlu(limit=200, eval_limit=40), tokenizer, 0)
+    assert data.records == len(data.train) + data.dropped == 200
+    for name, evaluation in data.evaluation.items():
         assert len(evaluation.examples) == 40
         assert {example.expected for example in evaluation.examples} <= set(CHOICES[name])
 
@@ -108,7 +112,7 @@ def test_real_texts_survive_every_kind_of_tokenizer(make):
     rows = {r["question"] + "\nThink step by step.\n" + r["answer"] for r in read(task.data.train[0])}
     for example in load_task(task, tokenizer, 0).train:
         text = tokenizer.decode(example.input_ids, skip_special_tokens=True)
-        assert text.removeprefix(" ") in rows  # SentencePiece writes a blank before the whole text
+        assert text.removeprefix(" ") in rows  # SentencePiece adds a space before the whole text
         assert example.input_ids[-1] == tokenizer.eos_token_id
 
 

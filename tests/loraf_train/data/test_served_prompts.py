@@ -1,6 +1,6 @@
-"""What is trained is what is asked and served: the same prompt, token by token, for each form and kind of tokenizer.
+"""Training, evaluation and serving see the same prompt, token by token, for each form and kind of tokenizer.
 
-The reference is the server's own reader of prompts, and transformers.
+The references are the server's own prompt reader, and transformers.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import pytest
 
 from loraf_serve.request.prompts import PromptReader
 from loraf_serve.v1 import generation_pb2 as pb
-from loraf_train.data.examples import TaskData, load_task
-from loraf_train.settings.config import DataConfig, EvaluationSource, Source, TaskConfig
+from loraf_train.data.task_data import TaskData, load_task
+from loraf_train.settings.config import TaskConfig
+from loraf_train.settings.data import DataConfig, EvaluationSource, RecordSource
 from tests.loraf_train.data.test_examples import write_jsonl
 from tests.loraf_train.small_tokenizers import chatml_tokenizer, merging_tokenizer, sentencepiece_tokenizer
 from tests.standins import byte_tokenizer
@@ -25,10 +26,10 @@ TOKENIZERS = {
     "chatml-bos": lambda: chatml_tokenizer(bos="<s>"),
 }
 ANSWERS = ["blue", " four", "\n\nfour and two ", "Two\nlines"]
-# form → (fields of a record besides its answer, name of the answer, templates of the task, what a client sends)
+# form → (fields of a record besides its answer, name of the answer, templates of the task, prompt of a client)
 FORMS = {
     "templates": ({"q": "the sky?"}, "a", {"prompt": "Q: {q}\nA:", "completion": "{a}"}, "the sky?"),
-    "blank at the border": ({"q": "the sky?"}, "a", {"prompt": "Q: {q}\nA: ", "completion": "{a}"}, "the sky?"),
+    "space at the border": ({"q": "the sky?"}, "a", {"prompt": "Q: {q}\nA: ", "completion": "{a}"}, "the sky?"),
     "prompt": ({"prompt": "Q: {literal} and two?\nA:"}, "completion", {}, "Q: {literal} and two?\nA:"),
     "instruction": ({"instruction": "Add.", "input": ""}, "output", {}, "Add."),
     "input": ({"instruction": "Add.", "input": "four and two"}, "output", {}, "Add.\n\nfour and two"),
@@ -45,7 +46,7 @@ def record(form: str, answer: str) -> dict:
 
 def loaded(folder: Path, form: str, tokenizer) -> TaskData:
     path = write_jsonl(folder / "rows.jsonl", [record(form, answer) for answer in ANSWERS])
-    data = DataConfig(train=(Source(file=path),), eval={"e": EvaluationSource(file=path)}, **FORMS[form][2])
+    data = DataConfig(train=(RecordSource(file=path),), eval={"e": EvaluationSource(file=path)}, **FORMS[form][2])
     return load_task(TaskConfig(name="t", alpha=1.0, sparsity=0.5, data=data), tokenizer, 0)
 
 
@@ -55,7 +56,7 @@ def served(tokenizer, templates, **fields) -> list[int]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_the_trained_the_asked_and_the_served_prompt_are_one(tmp_path, kind, form):
+def test_training_evaluation_and_serving_see_the_same_prompt(tmp_path, kind, form):
     tokenizer = TOKENIZERS[kind]()
     data = loaded(tmp_path, form, tokenizer)
     sent = FORMS[form][3]
@@ -76,12 +77,12 @@ def test_the_trained_the_asked_and_the_served_prompt_are_one(tmp_path, kind, for
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_the_completion_is_the_text_that_follows_and_an_end(tmp_path, kind, form):
+def test_the_completion_continues_the_prompt_and_ends(tmp_path, kind, form):
     tokenizer = TOKENIZERS[kind]()
     for example, answer in zip(loaded(tmp_path, form, tokenizer).train, ANSWERS, strict=True):
         *completion, end = example.input_ids[example.prompt_length :]
         assert end == tokenizer.eos_token_id and end not in completion
-        # Decoded with what is before it, as servers decode, nothing is put between: no blank of SentencePiece's.
+        # Decoded after its prompt, as servers decode it, nothing comes between: no space of SentencePiece.
         before = tokenizer.decode(example.input_ids[: example.prompt_length])
         assert tokenizer.decode([*example.input_ids[: example.prompt_length], *completion]) == before + answer
         labels = example.labels()
@@ -90,42 +91,42 @@ def test_the_completion_is_the_text_that_follows_and_an_end(tmp_path, kind, form
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "merging"])
-def test_nothing_merges_across_the_border(tmp_path, kind):
-    """Tokenized in one, the two would share a token that no server could begin an answer with."""
+def test_no_token_spans_prompt_and_completion(tmp_path, kind):
+    """Tokenized as one text, the two would share a token, which no server could begin an answer with."""
     tokenizer = TOKENIZERS[kind]()
-    example = loaded(tmp_path, "blank at the border", tokenizer).train[0]
+    example = loaded(tmp_path, "space at the border", tokenizer).train[0]
     in_one = tokenizer("Q: the sky?\nA: blue")["input_ids"]
     assert in_one != example.input_ids[:-1]
     assert in_one[: example.prompt_length] != example.input_ids[: example.prompt_length]
     assert tokenizer.decode(in_one) == tokenizer.decode(example.input_ids[:-1])
 
 
-def test_where_nothing_would_merge_the_tokens_are_those_of_the_whole_text(tmp_path):
+def test_tokens_equal_those_of_the_whole_text_if_nothing_merges(tmp_path):
     tokenizer = sentencepiece_tokenizer()
     example = loaded(tmp_path, "templates", tokenizer).train[3]
     assert example.input_ids[:-1] == tokenizer("Q: the sky?\nA:Two\nlines")["input_ids"]
     alone = tokenizer("Two\nlines", add_special_tokens=False)["input_ids"]
-    assert example.input_ids[example.prompt_length : -1] != alone  # which begins with a blank
+    assert example.input_ids[example.prompt_length : -1] != alone  # which begins with a space
 
 
-def test_a_template_that_names_its_fields_is_served_as_the_whole_text(tmp_path):
+def test_a_prompt_of_several_fields_is_served_as_plain_text(tmp_path):
     tokenizer = byte_tokenizer()
     path = write_jsonl(tmp_path / "rows.jsonl", [{"q": "x", "hint": "y", "a": "z"}])
-    data = DataConfig(train=(Source(file=path),), prompt="{hint}: {q}\n", completion="{a}")
+    data = DataConfig(train=(RecordSource(file=path),), prompt="{hint}: {q}\n", completion="{a}")
     (example,) = load_task(TaskConfig(name="t", alpha=1.0, sparsity=0.5, data=data), tokenizer, 0).train
     assert served(tokenizer, None, prompt="y: x\n") == example.input_ids[: example.prompt_length]
 
 
 @pytest.mark.parametrize("text", ["<s>p", "p"])
-def test_a_bos_in_the_text_is_served_once_as_it_was_trained_once(tmp_path, text):
+def test_a_bos_in_the_text_is_trained_and_served_once(tmp_path, text):
     tokenizer = byte_tokenizer()
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": text, "completion": "c"}])
-    data = DataConfig(train=(Source(file=path),))
+    data = DataConfig(train=(RecordSource(file=path),))
     (example,) = load_task(TaskConfig(name="t", alpha=1.0, sparsity=0.5, data=data), tokenizer, 0).train
     assert served(tokenizer, None, prompt=text) == example.input_ids[:2] == [1, tokenizer("p")["input_ids"][1]]
 
 
-def test_a_tokenizer_that_ends_every_text_ends_no_prompt(tmp_path):
+def test_an_end_that_the_tokenizer_appends_is_removed_from_prompts(tmp_path):
     from tokenizers import processors
 
     ending = byte_tokenizer()
@@ -133,13 +134,13 @@ def test_a_tokenizer_that_ends_every_text_ends_no_prompt(tmp_path):
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "c"}])
-    data = DataConfig(train=(Source(file=path),))
+    data = DataConfig(train=(RecordSource(file=path),))
     (example,) = load_task(TaskConfig(name="t", alpha=1.0, sparsity=0.5, data=data), ending, 0).train
     assert ending.decode(example.input_ids) == "<s>pc</s>"
     assert served(ending, None, prompt="p") == example.input_ids[:2]
 
 
-def test_the_stored_template_of_a_conversation_says_that_it_has_its_special_tokens(tmp_path):
+def test_the_stored_template_of_conversations_includes_the_special_tokens(tmp_path):
     data = loaded(tmp_path, "messages", chatml_tokenizer(bos="<s>"))
     assert data.templates.special_tokens is False
     assert data.templates.prompt == "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"

@@ -1,4 +1,4 @@
-"""Answers judged as the metrics say, and intervals that hold what Wilson's formula promises."""
+"""The built-in metrics, and Wilson's interval against its definition."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_first_choice_agrees_with_a_slow_search_on_real_answers():
         assert first_choice(record["output"], choices) == next(w for w in words if w in choices) == record["answer"]
 
 
-def test_what_is_expected_of_a_choice():
+def test_the_expected_choice_is_the_label_or_the_first_choice_in_the_completion():
     choices = ("true", "false")
     assert expected_answer("choice", "the correct answer is true", None, choices) == "true"
     assert expected_answer("choice", "yes", "false", choices) == "false"
@@ -109,7 +109,7 @@ def test_exact_match():
     assert is_right("exact_match", "x ", "x")
 
 
-def test_a_loss_judges_no_text():
+def test_loss_cannot_grade_a_text():
     with pytest.raises(ValueError, match="loss"):
         is_right("loss", "a", "a")
 
@@ -135,5 +135,5 @@ def test_wilson_interval_against_its_definition(right, count):
     assert 0 <= low <= share <= high <= 1  # exactly, rounding aside
 
 
-def test_wilson_interval_of_nothing():
+def test_wilson_interval_without_examples():
     assert wilson_interval(0, 0) == (0.0, 1.0)

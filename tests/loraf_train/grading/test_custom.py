@@ -1,9 +1,10 @@
-"""A metric of the user's own: found by its name, tried before training, and asked about every answer."""
+"""A metric of the user's own: imported by its name, tried before training, and applied to every answer."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,12 @@ import yaml
 
 from loraf.errors import ConfigError
 from loraf.tasksets import TaskSet
-from loraf_train.data.examples import load_task
-from loraf_train.grading.custom import MetricFault, find, graded, is_name, mean_grade
+from loraf_train.data.task_data import load_task
+from loraf_train.grading.custom import MetricFault, find, graded, is_name
 from loraf_train.scoring import evaluate
-from loraf_train.settings.config import DataConfig, Source, TaskConfig, draft
+from loraf_train.settings.config import TaskConfig
+from loraf_train.settings.data import DataConfig, RecordSource
+from loraf_train.settings.loading import draft
 from tests.loraf_train.command_line import run
 from tests.standins import byte_tokenizer
 
@@ -48,22 +51,22 @@ def write(folder: Path, name: str = "grading.py", text: str = LENGTHS) -> Path:
 
 
 @pytest.mark.parametrize("name", ["grading.grade", "grading:grade"])
-def test_a_file_beside_the_tasks_yaml(tmp_path, name):
+def test_a_function_in_a_file_next_to_the_tasks_yaml(tmp_path, name):
     assert find(name, write(tmp_path))("abc", {"length": 5}) == 0.8
     assert "grading" not in sys.modules and str(tmp_path) not in sys.path
 
 
 @pytest.mark.parametrize("name", ["grading.Grader.grade", "grading:Grader.grade"])
-def test_a_function_within_a_class(tmp_path, name):
+def test_a_function_in_a_class(tmp_path, name):
     assert find(name, write(tmp_path))("abc", {"prompt": "abc"}) is True
 
 
 @pytest.mark.parametrize("name", ["operator.eq", "operator:eq", "os.path.commonprefix.__call__"])
-def test_what_python_finds(tmp_path, name):
+def test_a_function_of_any_importable_module(tmp_path, name):
     assert callable(find(name, tmp_path))
 
 
-def test_a_file_comes_before_a_module_of_its_name_and_other_folders_keep_their_own(tmp_path):
+def test_a_file_takes_precedence_over_a_module_of_its_name_and_each_folder_has_its_own(tmp_path):
     one = write(tmp_path / "one", "json.py", "def grade(answer, record): return 1")
     two = write(tmp_path / "two", "json.py", "def grade(answer, record): return 0")
     assert [find("json.grade", folder)("", {}) for folder in (one, two, one)] == [1, 0, 1]
@@ -74,8 +77,8 @@ def test_a_file_may_import_its_neighbours_and_is_run_once_until_it_changes(tmp_p
     write(tmp_path, "neighbour_of_a_metric.py", "VALUE = 0.25")
     text = "from neighbour_of_a_metric import VALUE\nruns = []\ndef grade(answer, record): return VALUE"
     write(tmp_path, text=text)
-    found = find("grading.grade", tmp_path)
-    assert found("", {}) == 0.25 and find("grading.grade", tmp_path) is found
+    grade = find("grading.grade", tmp_path)
+    assert grade("", {}) == 0.25 and find("grading.grade", tmp_path) is grade
     write(tmp_path, text="def grade(answer, record): return 0.5")
     assert find("grading.grade", tmp_path)("", {}) == 0.5
 
@@ -85,10 +88,10 @@ def test_a_file_may_import_its_neighbours_and_is_run_once_until_it_changes(tmp_p
     [
         ("absent_module.grade", "there is no module absent_module"),
         ("absent_module:grade", "there is no module absent_module"),
-        ("json.absent.grade", "json.absent.grade is not there"),
+        ("json.absent.grade", "json.absent.grade does not exist"),
         ("grading.absent", "there is no absent in "),
         ("grading:Grader.absent", "there is no Grader.absent in "),
-        ("grading.text", "grading.text is no function but str"),
+        ("grading.text", "grading.text is not a function but of type str"),
         ("one.grade", r"one.grade cannot be called with an answer and a record \(too many positional"),
         ("broken.grade", r"importing broken fails \(ZeroDivisionError: division by zero, broken.py line 2\)"),
         (
@@ -100,7 +103,7 @@ def test_a_file_may_import_its_neighbours_and_is_run_once_until_it_changes(tmp_p
         ("typo.grade", r"importing typo fails \(SyntaxError"),
     ],
 )
-def test_what_cannot_be_used_is_told_with_the_rest_of_the_files_mistakes(tmp_path, name, message):
+def test_an_unusable_function_is_reported_with_the_other_mistakes_of_the_file(tmp_path, name, message):
     write(tmp_path)
     write(tmp_path, "one.py", "def grade(answer): return 1")
     write(tmp_path, "broken.py", "x = 1\nx / 0")
@@ -117,23 +120,22 @@ def test_what_cannot_be_used_is_told_with_the_rest_of_the_files_mistakes(tmp_pat
     }
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(content))
     _, problems = draft(tmp_path / "tasks.yaml")
-    found = {problem.field: problem for problem in problems}
-    assert set(found) == {"seed", "tasks[0].metric"}
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(found["tasks[0].metric"].message)
-    assert found["tasks[0].metric"].remedy
+    by_field = {problem.field: problem for problem in problems}
+    assert set(by_field) == {"seed", "tasks[0].metric"}
+    assert re.search(message, by_field["tasks[0].metric"].message)
+    assert by_field["tasks[0].metric"].remedy
 
 
 @pytest.mark.parametrize("name", ["gsm9k", "", ".grade", "a.", "a:b:c", "a b.c", "1.5", "a..b", "a:", "a/b.c"])
-def test_what_is_no_dotted_name(name):
+def test_texts_that_are_not_dotted_names(name):
     assert not is_name(name)
 
 
-# --- what it says -----------------------------------------------------------------------------------------------
+# --- what it returns -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("given", "score"),
+    ("returned", "score"),
     [
         (True, 1.0),
         (False, 0.0),
@@ -144,21 +146,21 @@ def test_what_is_no_dotted_name(name):
         (torch.tensor(0.5), 0.5),
     ],
 )
-def test_what_counts_as_a_score(given, score):
-    found = graded(lambda answer, record: given, "", {})
-    assert type(found) is float and found == score
+def test_values_that_count_as_a_score(returned, score):
+    value = graded(lambda answer, record: returned, "", {})
+    assert type(value) is float and value == score
 
 
-@pytest.mark.parametrize("given", [None, "1", 1.5, -0.1, float("nan"), [1], 1j, torch.tensor([0.5, 0.5])])
-def test_anything_else_is_refused(given):
+@pytest.mark.parametrize("returned", [None, "1", 1.5, -0.1, float("nan"), [1], 1j, torch.tensor([0.5, 0.5])])
+def test_any_other_value_is_refused(returned):
     with pytest.raises(MetricFault):
-        graded(lambda answer, record: given, "", {})
+        graded(lambda answer, record: returned, "", {})
 
 
 def evaluation(folder: Path, grade, records: list[dict], name: str = "own.grade"):
-    """(task, its data) with one evaluation set."""
+    """Returns a task with one evaluation set, and its data."""
     (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    source = Source(file=folder / "data.jsonl")
+    source = RecordSource(file=folder / "data.jsonl")
     data = DataConfig(train=(source,), eval={"e": {"file": source.file}})
     task = TaskConfig(name="t", alpha=1, sparsity=0.9, data=data, metric=name, grade=grade, max_new_tokens=3)
     return task, load_task(task, byte_tokenizer(), 0)
@@ -168,48 +170,50 @@ RECORDS = [{"prompt": f"{i}?", "completion": str(i), "length": i, "more": {"x": 
 
 
 def test_every_answer_is_graded_with_its_own_record(tmp_path, monkeypatch):
-    asked = []
+    calls = []
 
     def grade(answer: str, record: Mapping) -> float:
-        asked.append((answer, record["more"]["x"][0]))
+        calls.append((answer, record["more"]["x"][0]))
         return record["length"] / 4
 
     task, data = evaluation(tmp_path, grade, RECORDS)
-    assert asked == [("0", 0)]  # the first right answer, before anything is trained
-    asked.clear()
+    assert calls == [("0", 0)]  # the first right answer, before anything is trained
+    calls.clear()
     answers = [f"answer {i}" for i in range(5)]
     monkeypatch.setattr(evaluate, "generate", lambda *arguments: answers)
-    (score,) = evaluate.score(None, None, task, data.evaluation, TaskSet())
-    assert asked == [(f"answer {i}", i) for i in range(5)]
+    (score,) = evaluate.score(None, None, task, data, TaskSet())
+    assert calls == [(f"answer {i}", i) for i in range(5)]
     assert score.score == sum(i / 4 for i in range(5)) / 5 and score.metric == "own.grade" and score.count == 5
     assert evaluate.higher_is_better(score.metric)
 
 
 def test_a_function_that_fails_on_a_right_answer_fails_before_training(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"data.jsonl: record 1: the metric fails on it \(KeyError: 'absent', test_custom"
+        ConfigError, match=r"data.jsonl: record 1: the metric fails on this record \(KeyError: 'absent', test_custom"
     ):
         evaluation(tmp_path, lambda answer, record: record["absent"], RECORDS)
-    with pytest.raises(ConfigError, match=r"record 1: the metric gives None for it → let it return True, False or a"):
+    with pytest.raises(
+        ConfigError, match=r"record 1: the metric returns None for this record → return True, False or a"
+    ):
         evaluation(tmp_path, lambda answer, record: None, RECORDS)
 
 
-def test_records_on_which_it_fails_are_named(tmp_path):
+def test_records_on_which_a_metric_fails_are_named(tmp_path):
     def grade(answer: str, record: Mapping) -> float:
         return record["length"] if answer != "bad" else 7 // (record["length"] - 3)
 
     task, data = evaluation(tmp_path, grade, RECORDS[:2] + RECORDS[3:4] + RECORDS[1:2])
     with pytest.raises(ConfigError) as caught:
-        mean_grade(grade, ["ok", "ok", "bad", "bad"], data.evaluation["e"].examples)
+        evaluate.mean_grade(grade, ["ok", "ok", "bad", "bad"], data.evaluation["e"].examples)
     problems = caught.value.problems
     assert [(p.field, p.file) for p in problems] == [(f"record {n}", str(tmp_path / "data.jsonl")) for n in (3, 4)]
-    assert "ZeroDivisionError" in problems[0].message and "gives -4" in problems[1].message
+    assert "ZeroDivisionError" in problems[0].message and "returns -4" in problems[1].message
 
 
 # --- commands ---------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_checkpoint_is_scored_by_it_and_read_without_it(copied, capsys):
+def test_a_metric_is_imported_to_score_a_checkpoint_but_not_to_read_it(copied, capsys):
     text = (copied / "tasks.yaml").read_text().replace("metric: choice", "metric: grading.grade")
     (copied / "tasks.yaml").write_text(text)
     write(copied, text="def grade(answer, record):\n    return record['q'] in ('x1?', 'y0?', 'y6?')")

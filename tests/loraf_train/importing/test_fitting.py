@@ -1,4 +1,4 @@
-"""The fit of a sparse B to a foreign ΔW, against brute force over dense matrices."""
+"""Fitting a sparse B to a foreign ΔW, against brute force over dense matrices."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def normal(generator: np.random.Generator, *shape: int) -> torch.Tensor:
     return torch.from_numpy(generator.standard_normal(shape))
 
 
-def dense(flat: torch.Tensor, values: torch.Tensor, d_out: int, rank: int) -> np.ndarray:
+def dense(positions: torch.Tensor, values: torch.Tensor, d_out: int, rank: int) -> np.ndarray:
     b = np.zeros(d_out * rank)
-    b[flat.numpy()] = values.numpy()
+    b[positions.numpy()] = values.numpy()
     return b.reshape(d_out, rank)
 
 
@@ -31,7 +31,7 @@ def loss(delta: np.ndarray, scale: float, b: np.ndarray, a: np.ndarray) -> float
 
 
 def best_values(delta: np.ndarray, scale: float, a: np.ndarray, support: tuple[int, ...]) -> np.ndarray:
-    """Dense B with the least loss on these positions, row by row with NumPy's own least squares."""
+    """Dense B with the lowest loss on these positions, row by row with NumPy's least squares."""
     d_out, rank = len(delta), len(a)
     b = np.zeros((d_out, rank))
     for row in range(d_out):
@@ -42,7 +42,7 @@ def best_values(delta: np.ndarray, scale: float, a: np.ndarray, support: tuple[i
 
 
 class Case:
-    """A random small problem with taken positions."""
+    """A random small problem in which some positions are taken."""
 
     def __init__(self, seed: int, orthogonal: bool = False, d_out: int = 3, rank: int = 3, d_in: int = 6):
         generator = np.random.default_rng(seed)
@@ -68,39 +68,41 @@ class Case:
 
 
 @given(SEEDS)
-def test_values_are_the_best_on_their_positions_which_are_free_and_k(seed):
+def test_k_free_positions_get_the_values_with_the_lowest_loss(seed):
     case = Case(seed)
-    flat, values = case.fitted()
-    assert len(flat) == len(set(flat.tolist())) == case.k and set(flat.tolist()) <= set(case.free.tolist())
-    assert flat.tolist() == sorted(flat.tolist())
-    expected = best_values(case.delta, case.scale, case.a.numpy(), tuple(flat.tolist()))
-    np.testing.assert_allclose(dense(flat, values, *case.shape), expected, rtol=1e-7, atol=1e-9)
+    positions, values = case.fitted()
+    assert len(positions) == len(set(positions.tolist())) == case.k and set(positions.tolist()) <= set(
+        case.free.tolist()
+    )
+    assert positions.tolist() == sorted(positions.tolist())
+    expected = best_values(case.delta, case.scale, case.a.numpy(), tuple(positions.tolist()))
+    np.testing.assert_allclose(dense(positions, values, *case.shape), expected, rtol=1e-7, atol=1e-9)
 
 
 @given(SEEDS)
-def test_with_orthogonal_rows_no_choice_of_positions_is_better(seed):
+def test_with_orthogonal_rows_the_positions_are_optimal(seed):
     case = Case(seed, orthogonal=True)
-    flat, _ = case.fitted()
-    assert case.loss_on(tuple(flat.tolist())) == pytest.approx(case.least_loss(), rel=1e-9, abs=1e-9)
+    positions, _ = case.fitted()
+    assert case.loss_on(tuple(positions.tolist())) == pytest.approx(case.least_loss(), rel=1e-9, abs=1e-9)
 
 
 @given(SEEDS)
-def test_otherwise_the_choice_is_no_worse_than_either_simple_one(seed):
+def test_with_other_rows_the_positions_are_no_worse_than_either_starting_point(seed):
     case = Case(seed)
-    found = case.loss_on(tuple(case.fitted()[0].tolist()))
+    fitted_loss = case.loss_on(tuple(case.fitted()[0].tolist()))
     a = case.a.numpy()
     gram, target = a @ a.T, case.delta @ a.T / case.scale
     inverse = np.linalg.inv(gram)
     free = case.free.numpy()
     for size in (np.abs(target) / np.sqrt(np.diag(gram)), np.abs(target @ inverse) / np.sqrt(np.diag(inverse))):
         simple = np.sort(free[np.argsort(-size.reshape(-1)[free], kind="stable")[: case.k]])
-        assert found <= case.loss_on(tuple(simple.tolist())) + 1e-9
-    assert found >= case.least_loss() - 1e-9
+        assert fitted_loss <= case.loss_on(tuple(simple.tolist())) + 1e-9
+    assert fitted_loss >= case.least_loss() - 1e-9
 
 
 @given(SEEDS)
-def test_a_sparse_b_on_the_same_rows_is_found_again(seed):
-    """A_f = M·A with ΔW = c·B·A for a B of k values: nothing is lost, whatever M is."""
+def test_a_sparse_b_on_the_same_row_space_is_recovered(seed):
+    """A_f = M·A with ΔW = c·B·A for a B of k values: the fit is exact for every M."""
     generator = np.random.default_rng(seed)
     rank, d_in, d_out, k = 4, 96, 5, 6
     a, mix = normal(generator, rank, d_in), normal(generator, rank, rank)
@@ -111,44 +113,46 @@ def test_a_sparse_b_on_the_same_rows_is_found_again(seed):
     b = b.view(d_out, rank)
     factors = Factors(mix @ a, b @ torch.linalg.inv(mix), 3.0)
     geometry = Geometry.of(a, factors.a)
-    flat, values = fit(geometry, factors, 3.0, torch.arange(d_out * rank), k)
-    found = torch.from_numpy(dense(flat, values, d_out, rank))
-    torch.testing.assert_close(found, b, rtol=1e-6, atol=1e-6)
-    assert lengths(geometry, factors, found, 3.0).error < 1e-6
+    positions, values = fit(geometry, factors, 3.0, torch.arange(d_out * rank), k)
+    recovered = torch.from_numpy(dense(positions, values, d_out, rank))
+    torch.testing.assert_close(recovered, b, rtol=1e-6, atol=1e-6)
+    assert lengths(geometry, factors, recovered, 3.0).error < 1e-6
 
 
 @pytest.mark.parametrize("d_in", [6, 3, 2])  # in the last two, the stacked rows and A's own depend on each other
 @given(seed=SEEDS)
-def test_lengths_are_those_of_the_dense_matrices(d_in, seed):
+def test_lengths_equal_the_norms_of_the_dense_matrices(d_in, seed):
     case = Case(seed, d_in=d_in)
-    flat, values = case.fitted()
-    b, a = dense(flat, values, *case.shape), case.a.numpy()
-    found = lengths(Geometry.of(case.a, case.factors.a), case.factors, torch.from_numpy(b), case.scale)
+    positions, values = case.fitted()
+    b, a = dense(positions, values, *case.shape), case.a.numpy()
+    measured = lengths(Geometry.of(case.a, case.factors.a), case.factors, torch.from_numpy(b), case.scale)
     size = np.linalg.norm(case.delta)
     inside = case.delta @ np.linalg.pinv(a) @ a
-    assert found.delta**0.5 == pytest.approx(size)
-    assert found.error == pytest.approx(loss(case.delta, case.scale, b, a) / size, abs=1e-9)
-    assert found.least_error == pytest.approx(np.linalg.norm(case.delta - inside) / size, abs=1e-7)
-    assert found.error >= found.least_error - 1e-7
+    assert measured.delta**0.5 == pytest.approx(size)
+    assert measured.error == pytest.approx(loss(case.delta, case.scale, b, a) / size, abs=1e-9)
+    assert measured.least_error == pytest.approx(np.linalg.norm(case.delta - inside) / size, abs=1e-7)
+    assert measured.error >= measured.least_error - 1e-7
 
 
 @given(SEEDS)
-def test_more_rows_of_a_than_inputs_leave_no_value_unbounded(seed):
-    """Then small systems are singular: the shortest solution, as NumPy's."""
+def test_values_stay_bounded_if_a_has_more_rows_than_columns(seed):
+    """The small systems are singular then: the solution has the least norm, as NumPy's."""
     case = Case(seed, rank=5, d_in=2)
-    flat, values = case.fitted()
-    found = loss(case.delta, case.scale, dense(flat, values, *case.shape), case.a.numpy())
-    assert found == pytest.approx(case.loss_on(tuple(flat.tolist())), rel=1e-5, abs=1e-6 * np.linalg.norm(case.delta))
+    positions, values = case.fitted()
+    fitted_loss = loss(case.delta, case.scale, dense(positions, values, *case.shape), case.a.numpy())
+    assert fitted_loss == pytest.approx(
+        case.loss_on(tuple(positions.tolist())), rel=1e-5, abs=1e-6 * np.linalg.norm(case.delta)
+    )
     length = np.linalg.norm(case.a.numpy(), axis=1)  # shortest where every row of A counts alike
-    expected = best_values(case.delta, case.scale, case.a.numpy() / length[:, None], tuple(flat.tolist()))
-    np.testing.assert_allclose(dense(flat, values, *case.shape) * length, expected, rtol=1e-5, atol=1e-7)
+    expected = best_values(case.delta, case.scale, case.a.numpy() / length[:, None], tuple(positions.tolist()))
+    np.testing.assert_allclose(dense(positions, values, *case.shape) * length, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_nothing_to_hold_and_sums():
+def test_errors_of_a_zero_delta_and_of_sums():
     factors = Factors(torch.randn(2, 6), torch.zeros(3, 2), 1.0)
     geometry = Geometry.of(torch.randn(3, 6), factors.a)
-    flat, values = fit(geometry, factors, 1.0, torch.tensor([1, 4, 6, 7]), 3)
-    assert flat.tolist() == [1, 4, 6] and not values.any()
+    positions, values = fit(geometry, factors, 1.0, torch.tensor([1, 4, 6, 7]), 3)
+    assert positions.tolist() == [1, 4, 6] and not values.any()
     kept = lengths(geometry, factors, torch.zeros(3, 3), 1.0)
     assert (kept.error, kept.least_error) == (0.0, 0.0)
     assert lengths(geometry, factors, torch.ones(3, 3), 1.0).error == float("inf")

@@ -1,7 +1,7 @@
-"""Two processes train what one trains: the batch is divided, not doubled, and only one of them writes.
+"""Two processes train the same task as one: they share the batch, and only one of them writes.
 
-Stated tolerance, in float32: the same positions, and values within 1e-5 of those of one process (of values up to 0.25).
-Sums in another order are all that differs. A base divided by FSDP changes not even that.
+Tolerance, in float32: the same positions, and values within 1e-5 of those of one process (of values up to 0.25), since
+sums are taken in another order. Sharding the base with FSDP gives the same bits as two processes without it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Counter(runner.Observer):
 
 
 def make_config(model_folder: Path, output: Path) -> RunConfig:
-    """Epochs of 16 = 6 + 6 + 4 and 9 = 8 + 1 examples: last steps that two processes cannot share evenly."""
+    """Epochs of 16 = 6 + 6 + 4 and 9 = 8 + 1 examples, whose last steps two processes cannot share evenly."""
     one = {"batch_size": 6, "save_seconds": 0.0}
     two = {"micro_batch_size": 2, "packing": True, "gradient_checkpointing": True}
     tasks = [
@@ -63,33 +63,31 @@ DATA = {"one": toys.data(3, 16), "two": toys.data(50, 9)}
 
 
 def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> None:
-    """What the launcher sets, and nothing else. Leaves what this process chose and trained, before anything is written.
+    """One process of a run, with the environment that a launcher sets. Writes what it selected and trained to a file.
 
-    `stopped` ends after the third step of the first task; in `differing` one process chooses one other position.
+    `stopped` ends after the third step of the first task; in `differing` one process selects one other position.
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | KINDS[kind]
-    found: dict[str, list] = {"masks": [], "values": [], "divided": []}
-    adapt = runner.adapt
+    record: dict[str, list] = {"positions": [], "values": [], "shares": []}
+    train_task = runner.train_task
 
-    def calibrated(host, *rest, **parts):
-        chosen = runner.calibrate(host, *rest, **parts)
+    def calibrated(base, *arguments, **keywords):
+        positions = runner.calibrate(base, *arguments, **keywords)
         if kind == "differing" and rank == 1:
-            flat = next(iter(chosen.values()))
-            flat[-1] = next(i for i in range(int(flat[-1])) if i not in flat)
-        found["masks"].append({name: flat.tolist() for name, flat in chosen.items()})
-        weights = [sharding.local(base.weight) for base in host.targets.values()]
-        found["divided"].append(
-            [len(w) / base.out_features for w, base in zip(weights, host.targets.values(), strict=True)]
-        )
-        return chosen
+            first = next(iter(positions.values()))
+            first[-1] = next(i for i in range(int(first[-1])) if i not in first)
+        record["positions"].append({name: p.tolist() for name, p in positions.items()})
+        linears = base.targets.values()
+        record["shares"].append([len(sharding.local(linear.weight)) / linear.out_features for linear in linears])
+        return positions
 
-    def adapted(*rest, **parts):
-        trained, outcome = adapt(*rest, **parts)
-        found["values"].append({name: b.values.tolist() for name, b in trained.items()})
-        return trained, outcome
+    def trained(*arguments, **keywords):
+        values, outcome = train_task(*arguments, **keywords)
+        record["values"].append({name: b.values.tolist() for name, b in values.items()})
+        return values, outcome
 
-    runner.adapt = adapted
+    runner.train_task = trained
     if kind == "stopped":
         after_step = resume._Journal.after_step
 
@@ -101,18 +99,18 @@ def child(rank: int, port: int, kind: str, model_folder: Path, output: Path) -> 
         resume._Journal.after_step = stop
     counter = Counter()
     try:
-        runner.run(make_config(model_folder, output), DATA, counter, choose=calibrated)
+        runner.run(make_config(model_folder, output), DATA, counter, select_positions=calibrated)
     except Stopped:
         assert kind == "stopped"
     except ConfigError as error:
         assert kind == "differing"
-        found["refused"] = [str(error)]
-    output.with_name(f"{kind}-{rank}.json").write_text(json.dumps(found | {"losses": counter.losses}))
+        record["refused"] = [str(error)]
+    output.with_name(f"{kind}-{rank}.json").write_text(json.dumps(record | {"losses": counter.losses}))
     group.leave()
 
 
 def launch(kind: str, model_folder: Path, output: Path) -> int:
-    """Two forks of this process: one import of torch for both, and no threads of other tests."""
+    """Two forks of this process: torch is imported once for both, and no threads of other tests run."""
     torch.set_num_threads(1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -129,7 +127,7 @@ def launch(kind: str, model_folder: Path, output: Path) -> int:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
-    """A folder with a model, and what two processes of each kind left beside it; `one` is that of one process."""
+    """A folder with a model and the results of two processes of each kind; `one` is the result of one process."""
     folder = tmp_path_factory.mktemp("processes")
     model_folder = make_model("llama", folder / "model")
     done = subprocess.run(
@@ -146,49 +144,49 @@ def answers(folder: Path, kind: str) -> list[dict]:
     return [json.loads((folder / f"{kind}-{rank}.json").read_text()) for rank in range(2)]
 
 
-def require_same(found: Checkpoint, expected: Checkpoint, **within: float) -> None:
-    assert found.tasks.keys() == expected.tasks.keys() and found.tasks
+def require_same(actual: Checkpoint, expected: Checkpoint, **within: float) -> None:
+    assert actual.tasks.keys() == expected.tasks.keys() and actual.tasks
     for name, modules in expected.tasks.items():
         for module, b in modules.items():
-            other = found.tasks[name][module]
-            assert torch.equal(other.flat, b.flat)
+            other = actual.tasks[name][module]
+            assert torch.equal(other.positions, b.positions)
             torch.testing.assert_close(other.values, b.values, **within)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp-whole"])
-def test_two_processes_end_with_what_one_ends_with(ran, kind):
+def test_two_processes_train_the_same_positions_and_values_as_one(ran, kind):
     losses, alone = json.loads((ran / "one.json").read_text()), Checkpoint.open(ran / "one")
-    found, together = answers(ran, kind), Checkpoint.open(ran / kind)
-    assert len(losses) == 8 and found[1]["losses"] == []  # only the first reports
-    assert found[0]["losses"] == pytest.approx(losses, rel=1e-5)
-    for what in ("masks", "values"):
-        assert found[0][what] == found[1][what] and len(found[0][what]) == 2
+    records, together = answers(ran, kind), Checkpoint.open(ran / kind)
+    assert len(losses) == 8 and records[1]["losses"] == []  # only the first reports
+    assert records[0]["losses"] == pytest.approx(losses, rel=1e-5)
+    for part in ("positions", "values"):
+        assert records[0][part] == records[1][part] and len(records[0][part]) == 2
     assert together.manifest.task("two").training["processes"] == 2
     require_same(together, alone, **WITHIN)
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "fsdp-whole"])
-def test_a_divided_base_gives_the_same_bits(ran, kind):
+def test_a_sharded_base_gives_the_same_bits(ran, kind):
     assert (ran / kind / "tasks/two.safetensors").read_bytes() == (ran / "ddp/tasks/two.safetensors").read_bytes()
-    shares = [share for answer in answers(ran, kind) for task in answer["divided"] for share in task]
+    shares = [share for answer in answers(ran, kind) for task in answer["shares"] for share in task]
     assert shares and set(shares) == {0.5}
-    assert {share for answer in answers(ran, "ddp") for task in answer["divided"] for share in task} == {1.0}
+    assert {share for answer in answers(ran, "ddp") for task in answer["shares"] for share in task} == {1.0}
 
 
-def test_another_number_of_processes_goes_on_where_two_stopped(ran, tmp_path):
-    assert [len(answer["masks"]) for answer in answers(ran, "stopped")] == [1, 1]
+def test_another_number_of_processes_resumes_where_two_stopped(ran, tmp_path):
+    assert [len(answer["positions"]) for answer in answers(ran, "stopped")] == [1, 1]
     shutil.copytree(ran / "stopped", tmp_path / "ckpt")
     observer = Stopper()
     runner.run(make_config(ran / "model", tmp_path / "ckpt"), DATA, observer)
-    assert observer.heard[:2] == [("one", "goes on after training step 3 of 4"), ("one", "step 4")]
-    assert re.fullmatch(r"it goes on in another way, .* processes was 2, is 1", observer.remarks[0])
+    assert observer.events[:2] == [("one", "resumes after training step 3 of 4"), ("one", "step 4")]
+    assert re.fullmatch(r"the environment changed, .* processes was 2, is 1", observer.remarks[0])
     require_same(Checkpoint.open(tmp_path / "ckpt"), Checkpoint.open(ran / "one"), **WITHIN)
 
 
-def test_processes_that_choose_different_positions_train_nothing(ran):
+def test_processes_that_select_different_positions_train_nothing(ran):
     for answer in answers(ran, "differing"):
-        assert "task 'one': the processes of this run chose different positions" in answer["refused"][0]
-        assert answer["values"] == [] and len(answer["masks"]) == 1
+        assert "task 'one': the processes of this run selected different positions" in answer["refused"][0]
+        assert answer["values"] == [] and len(answer["positions"]) == 1
     assert Checkpoint.open(ran / "differing").tasks == {}
 
 
@@ -207,7 +205,7 @@ main_process_port: 0
 
 @pytest.mark.parametrize("kind", ["MULTI_GPU", "FSDP"])
 def test_the_command_under_accelerate_launch(kind, trained, tmp_path):
-    """Without GPUs the processes meet over gloo. Scores are those of the run in one process, and told once."""
+    """Without GPUs the processes communicate over gloo. Scores equal those of one process and are printed once."""
     make_model("llama", tmp_path / "base")
     write_data(tmp_path)
     (tmp_path / "tasks.yaml").write_text(TASKS)
@@ -228,27 +226,30 @@ def test_the_command_under_accelerate_launch(kind, trained, tmp_path):
     assert done.stdout.splitlines()[-1] == printed.splitlines()[-1]
 
 
-# --- what a launcher may ask for --------------------------------------------------------------------------------------
+# --- what a launcher may request --------------------------------------------------------------------------------------
 
 REFUSED = {
     "deepspeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "--use_deepspeed: DeepSpeed is not supported → launch with"),
     "fsdp 1": ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: FSDP version 1 is not supported → set fsdp_version: 2"),
-    "offload": (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: weights cannot be kept on the CPU → "),
+    "offload": (
+        FSDP | {"FSDP_OFFLOAD_PARAMS": "true"},
+        "fsdp_offload_params: offloading weights to the CPU is not supported → ",
+    ),
     "recompute": (
         FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
-        "fsdp_activation_checkpointing: is not obeyed here → ",
+        "fsdp_activation_checkpointing: is not supported → ",
     ),
-    "mixed": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision: bf16 is not obeyed here → .* precision: in"),
-    "compile": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: inductor is not obeyed here → set it to"),
+    "mixed": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision: bf16 is not supported → .* precision: in"),
+    "compile": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: inductor is not supported → set it to"),
     "parallel": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "--use_parallelism_config: tensor, context and hybrid"),
     "megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm: Megatron-LM is not supported → "),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_a_launcher_asks_for_in_vain_is_refused_before_training(copied, capsys, monkeypatch, kind):
-    asked, message = REFUSED[kind]
-    for name, value in asked.items():
+def test_unsupported_options_of_a_launcher_are_refused_before_training(copied, capsys, monkeypatch, kind):
+    environment, message = REFUSED[kind]
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     status, out, err = run(capsys, "run", "tasks.yaml")
     assert status == 2 and out == ""
@@ -258,22 +259,22 @@ def test_what_a_launcher_asks_for_in_vain_is_refused_before_training(copied, cap
         runner.load_model(config)
 
 
-def test_all_that_is_refused_is_told_at_once_with_the_mistakes_of_the_file(copied, monkeypatch):
+def test_unsupported_options_are_reported_together_with_mistakes_of_the_file(copied, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     (copied / "upper.jsonl").write_text("")
     _, problems, _ = survey("tasks.yaml")
     assert {problem.field for problem in problems} >= {"--use_deepspeed", "mixed_precision"}
-    assert any("holds no records" in problem.message for problem in problems)
+    assert any("has no records" in problem.message for problem in problems)
 
 
-def test_what_accelerate_sets_by_default_is_taken(monkeypatch):
+def test_what_accelerate_sets_by_default_is_accepted(monkeypatch):
     for name, value in {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "USE_CPU": "False"}.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     assert launcher.problems() == [] and launcher.sharding() is None
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
-    assert launcher.problems() == [] and launcher.sharding() is None  # one process has nothing to divide
+    assert launcher.problems() == [] and launcher.sharding() is None  # one process has nothing to shard
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launcher.sharding() == launcher.Sharding(True)
     with launcher.plain_data_parallel():
@@ -281,38 +282,38 @@ def test_what_accelerate_sets_by_default_is_taken(monkeypatch):
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"
 
 
-def test_the_configurations_of_the_documentation_are_those_of_accelerate(tmp_path):
+def test_accelerate_reads_the_configurations_in_the_documentation(tmp_path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    text = (ROOT / "docs/multi-process.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/how-to/several-processes.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    found = {}
+    configurations = {}
     for block in blocks:
         (tmp_path / "accelerate.yaml").write_text(block)
         config = load_config_from_file(str(tmp_path / "accelerate.yaml"))
-        found[config.distributed_type] = (config.num_processes, config.mixed_precision, config.fsdp_config)
-    assert found["MULTI_GPU"] == (8, "no", {})
-    assert found["FSDP"][:2] == (8, "no") and found["FSDP"][2]["fsdp_version"] == 2
+        configurations[config.distributed_type] = (config.num_processes, config.mixed_precision, config.fsdp_config)
+    assert configurations["MULTI_GPU"] == (8, "no", {})
+    assert configurations["FSDP"][:2] == (8, "no") and configurations["FSDP"][2]["fsdp_version"] == 2
 
 
-def test_scoring_alone_is_for_one_process(copied, capsys, monkeypatch):
+def test_eval_refuses_several_processes(copied, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, err = run(capsys, "eval", "tasks.yaml")
-    assert status == 2 and "eval runs in one process → run it without a launcher" in err
+    assert status == 2 and "eval runs in a single process → run it without a launcher" in err
 
 
 # --- the last step of an epoch ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "multiple"), [(9, 4), (8, 4), (1, 6), (5, 1)])
-def test_an_epoch_is_filled_with_blanks_that_change_no_loss(count, multiple):
+def test_an_epoch_is_padded_with_blanks_that_change_no_loss(count, multiple):
     examples = toys.examples(3, count)
-    filled = order.Filled(examples, toys.PAD)
-    indices = list(order.Order(count, 5, multiple))
-    assert len(indices) == len(order.Order(count, 5, multiple)) == -(-count // multiple) * multiple
-    assert sorted(indices[:count]) == list(range(count)) == sorted(order.Order(count, 5))
-    assert len(filled) == count and [filled[i] for i in range(count)] == examples
-    blanks = [filled[i] for i in indices[count:]]
+    padded = order.BlankPadded(examples, toys.PAD)
+    indices = list(order.EpochOrder(count, 5, multiple))
+    assert len(indices) == len(order.EpochOrder(count, 5, multiple)) == -(-count // multiple) * multiple
+    assert sorted(indices[:count]) == list(range(count)) == sorted(order.EpochOrder(count, 5))
+    assert len(padded) == count and [padded[i] for i in range(count)] == examples
+    blanks = [padded[i] for i in indices[count:]]
     assert len(blanks) < multiple
     if blanks:
         labels = loop.Collator(toys.PAD)(blanks)["labels"]

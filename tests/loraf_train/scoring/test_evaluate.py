@@ -1,4 +1,4 @@
-"""Scores against transformers' own answers and losses taken one example at a time, and the table they belong to."""
+"""Scores against transformers' own answers and losses, one example at a time; and the score table."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from loraf.delta import Merger
 from loraf.errors import CorruptCheckpoint
+from loraf.manifest import Templates
 from loraf.tasksets import TaskSet
-from loraf_train.data.examples import EvaluationExample, EvaluationSet, Example, TaskData
+from loraf_train.data.examples import EvaluationExample, EvaluationSet, Example
+from loraf_train.data.task_data import TaskData
 from loraf_train.grading.builtin import is_right
 from loraf_train.scoring import evaluate
 from loraf_train.scoring import table as scores
 from loraf_train.scoring.evaluate import Score, batches, completion_loss, generate, score
-from loraf_train.settings.config import DataConfig, TaskConfig
+from loraf_train.settings.config import TaskConfig
+from loraf_train.settings.data import DataConfig
 from tests.standins import make_model, random_checkpoint
 
 PROMPTS = ["a", "Say something long: " + "x" * 70, "2+2=", "b" * 33, "What is true?", "cc"] * 3
@@ -43,7 +46,7 @@ def checkpoint(folder, tmp_path_factory):
 
 
 def one_by_one(model, tokenizer, prompts, new_tokens, ends) -> list[str]:
-    """transformers alone: no batch, no padding."""
+    """The reference: transformers alone, without batches or padding."""
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=0)
     answers = []
     for prompt in prompts:
@@ -59,9 +62,13 @@ def example(tokenizer, prompt: str, completion: str, expected: str = "") -> Eval
     return EvaluationExample(Example([*head, *tail, tokenizer.eos_token_id], len(head)), expected or completion)
 
 
-def task(name: str, metric: str = "exact_match", **settings) -> TaskConfig:
+def task(name: str, **settings) -> TaskConfig:
     data = DataConfig(train="unused.jsonl")
-    return TaskConfig(name=name, alpha=1.0, sparsity=0.5, data=data, metric=metric, **settings)
+    return TaskConfig(name=name, alpha=1.0, sparsity=0.5, data=data, **settings)
+
+
+def task_data(sets: dict[str, EvaluationSet], metric: str = "exact_match") -> TaskData:
+    return TaskData(train=[], evaluation=sets, templates=Templates(), records=0, metric=metric)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -70,11 +77,11 @@ def task(name: str, metric: str = "exact_match", **settings) -> TaskConfig:
 def test_batched_answers_equal_single_ones(model, tokenizer, monkeypatch):
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     common = model.generate(torch.tensor([prompts[0]]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, -1].item()
-    ends = [tokenizer.eos_token_id, common]  # a token that does occur, so that some answers end early
+    ends = [tokenizer.eos_token_id, common]  # a token that occurs, so that some answers end early
     expected = one_by_one(model, tokenizer, prompts, 12, ends)
     assert len(set(expected)) > 3
     assert len({len(answer) for answer in expected}) > 1
-    monkeypatch.setattr(evaluate, "MAX_BATCH", 4)  # batches of unlike length, the last one partial
+    monkeypatch.setattr(evaluate, "MAX_BATCH", 4)  # batches of different lengths, the last one partial
     monkeypatch.setattr(model.generation_config, "eos_token_id", [common])
     seen = []
     assert generate(model, tokenizer, prompts, 12, seen.append) == [
@@ -83,7 +90,7 @@ def test_batched_answers_equal_single_ones(model, tokenizer, monkeypatch):
     assert seen[-1] == len(prompts) and seen == sorted(seen)
 
 
-def test_the_models_own_sampling_settings_do_not_act(model, tokenizer):
+def test_the_models_own_sampling_settings_have_no_effect(model, tokenizer):
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS[:4]]
     expected = generate(model, tokenizer, prompts, 10)
     before = model.generation_config
@@ -93,12 +100,12 @@ def test_the_models_own_sampling_settings_do_not_act(model, tokenizer):
         )
         odd = model.generation_config
         assert generate(model, tokenizer, prompts, 10) == expected
-        assert model.generation_config is odd  # and they come back
+        assert model.generation_config is odd  # and is restored
     finally:
         model.generation_config = before
 
 
-def test_dropout_is_off_meanwhile_and_the_mode_comes_back(model, tokenizer):
+def test_dropout_is_off_while_scoring_and_the_mode_is_restored(model, tokenizer):
     seen = []
     hook = model.register_forward_hook(lambda module, *_: seen.append(module.training))
     try:
@@ -112,13 +119,13 @@ def test_dropout_is_off_meanwhile_and_the_mode_comes_back(model, tokenizer):
     assert seen and not any(seen)
 
 
-def test_batches_hold_everything_once_within_their_budget(monkeypatch):
+def test_batches_hold_every_index_once_within_their_budget(monkeypatch):
     monkeypatch.setattr(evaluate, "MAX_BATCH", 5)
     monkeypatch.setattr(evaluate, "MAX_BATCH_TOKENS", 100)
     lengths = [3, 90, 200, 1, 40, 41, 7, 7, 7, 7, 7, 7, 7]
-    made = list(batches(lengths, 10))
-    assert sorted(i for batch in made for i in batch) == list(range(len(lengths)))
-    for batch in made:
+    split = list(batches(lengths, 10))
+    assert sorted(i for batch in split for i in batch) == list(range(len(lengths)))
+    for batch in split:
         assert len(batch) <= 5
         assert len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 10) <= 100
     assert list(batches([], 3)) == []
@@ -127,7 +134,7 @@ def test_batches_hold_everything_once_within_their_budget(monkeypatch):
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_loss_equals_transformers_own_one_example_at_a_time(model, tokenizer, monkeypatch):
+def test_loss_equals_transformers_loss_of_single_examples(model, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluate, "MAX_BATCH", 3)
     examples = [example(tokenizer, prompt, "yes" * (i % 4)) for i, prompt in enumerate(PROMPTS[:7])]
     total, count = 0.0, 0
@@ -142,7 +149,7 @@ def test_loss_equals_transformers_own_one_example_at_a_time(model, tokenizer, mo
     assert completion_loss(model, examples) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_every_example_counts_and_the_mean_is_plain(model, tokenizer, monkeypatch):
+def test_every_example_counts_and_the_mean_is_unweighted(model, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluate, "MAX_BATCH", 4)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS[:6]]
     answers = one_by_one(model, tokenizer, prompts, 5, [tokenizer.eos_token_id])
@@ -151,21 +158,21 @@ def test_every_example_counts_and_the_mean_is_plain(model, tokenizer, monkeypatc
         "half", [replace(e, expected="no such answer") for e in right.examples[:5]] + right.examples[5:]
     )
     seen = []
-    found = score(
+    measured = score(
         model,
         tokenizer,
         task("t", max_new_tokens=5),
-        {"right": right, "half": half},
+        task_data({"right": right, "half": half}),
         TaskSet((("a", 0.5),)),
         lambda *at: seen.append(at),
     )
-    assert found == [
+    assert measured == [
         Score("a:0.5", "t", "right", "exact_match", 1.0, 6),
         Score("a:0.5", "t", "half", "exact_match", 1 / 6, 6),
         Score("a:0.5", "t", "mean", "exact_match", (1 + 1 / 6) / 2, 12),
     ]
     assert seen == [(4, 12), (6, 12), (10, 12), (12, 12)]
-    (single,) = score(model, tokenizer, task("t", max_new_tokens=5), {"half": half}, TaskSet())
+    (single,) = score(model, tokenizer, task("t", max_new_tokens=5), task_data({"half": half}), TaskSet())
     assert (single.set, single.score) == ("base", 1 / 6)
 
 
@@ -174,9 +181,11 @@ def test_choice_and_loss_scores(model, tokenizer):
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS[:6]]
     answers = one_by_one(model, tokenizer, prompts, 32, [tokenizer.eos_token_id])
     examples = [example(tokenizer, text, "m", "m") for text in PROMPTS[:6]]
-    (found,) = score(model, tokenizer, task("t", "choice"), {"e": EvaluationSet("e", examples, letters)}, TaskSet())
-    assert found.score == sum(is_right("choice", answer, "m", letters) for answer in answers) / 6
-    (loss,) = score(model, tokenizer, task("t", "loss"), {"e": EvaluationSet("e", examples)}, TaskSet())
+    choices = task_data({"e": EvaluationSet("e", examples, letters)}, "choice")
+    (choice,) = score(model, tokenizer, task("t"), choices, TaskSet())
+    assert choice.score == sum(is_right("choice", answer, "m", letters) for answer in answers) / 6
+    losses = task_data({"e": EvaluationSet("e", examples)}, "loss")
+    (loss,) = score(model, tokenizer, task("t"), losses, TaskSet())
     assert (loss.metric, loss.score) == ("loss", completion_loss(model, examples))
 
 
@@ -185,48 +194,48 @@ def test_choice_and_loss_scores(model, tokenizer):
 
 @pytest.fixture
 def data(tokenizer) -> dict[str, TaskData]:
-    """Tasks a and b with evaluation sets (two for b), c without."""
+    """Tasks a and b with evaluation sets (two for b), and c without."""
 
     def of(*names: str) -> TaskData:
         sets = {n: EvaluationSet(n, [example(tokenizer, f"{n}{i}", "yes") for i in range(3)]) for n in names}
-        return TaskData(train=[], evaluation=sets, templates=None, records=0)
+        return task_data(sets, "loss" if names else "exact_match")
 
     return {"a": of("one"), "b": of("one", "two"), "c": of()}
 
 
-TASKS = (task("a", "loss"), task("b", "loss"), task("c"))
+TASKS = (task("a"), task("b"), task("c"))
 
 
 def test_the_table_holds_every_task_so_far_under_every_row(checkpoint, data):
     manifest = checkpoint.manifest
-    cells = [(str(cell.task_set), cell.task) for cell in scores.wanted(manifest, data)]
+    cells = [(str(cell.task_set), cell.task) for cell in scores.score_keys(manifest, data)]
     assert cells == [("a", "a"), ("a+b", "a"), ("a+b", "b"), ("a+b+c", "a"), ("a+b+c", "b")]
     alone = replace(manifest, tasks=tuple(replace(t, trained_with=()) for t in manifest.tasks))  # start: base
-    more = [(str(cell.task_set), cell.task) for cell in scores.wanted(alone, data)]
+    more = [(str(cell.task_set), cell.task) for cell in scores.score_keys(alone, data)]
     assert more == [*cells, ("b", "b")]
 
 
-def test_complete_measures_what_is_missing_and_leaves_the_model_alone(model, tokenizer, checkpoint, data):
+def test_complete_measures_the_missing_scores_and_restores_the_model(model, tokenizer, checkpoint, data):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = scores.complete(checkpoint, model, tokenizer, TASKS, data)
+    measured = scores.complete(checkpoint, model, tokenizer, TASKS, data)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert len(found) == 1 + 1 + 3 + 1 + 3
+    assert len(measured) == 1 + 1 + 3 + 1 + 3
     merger = Merger(model, checkpoint)
-    for s in found:
+    for s in measured:
         merger.merge(TaskSet.parse(s.set, checkpoint.manifest.task_names))
         if s.evaluation != "mean":
             assert s.score == pytest.approx(completion_loss(model, data[s.task].evaluation[s.evaluation].examples))
     merger.merge(TaskSet())
-    assert len({round(s.score, 6) for s in found if (s.task, s.evaluation) == ("a", "one")}) == 3  # the sets differ
+    assert len({round(s.score, 6) for s in measured if (s.task, s.evaluation) == ("a", "one")}) == 3  # the sets differ
     stored = checkpoint.manifest
-    assert sorted(map(str, scores.stored(stored))) == sorted(map(str, found))
-    assert scores.missing(stored, data, TASKS) == []
+    assert sorted(map(str, scores.stored(stored))) == sorted(map(str, measured))
+    assert scores.missing(stored, data) == []
     assert scores.complete(checkpoint, model, tokenizer, TASKS, data) == []
 
-    # Some scores are lost, as when a run is killed: the next one ends with the same manifest.
+    # Some scores are missing, as after a killed run: the next run ends with the same manifest.
     checkpoint.set_scores("a", [entry for entry in stored.task("a").scores if entry["set"] != "a+b"])
     checkpoint.set_scores("b", [])
-    assert {(str(c.task_set), c.task) for c in scores.missing(checkpoint.manifest, data, TASKS)} == {
+    assert {(str(c.task_set), c.task) for c in scores.missing(checkpoint.manifest, data)} == {
         ("a+b", "a"),
         ("a+b", "b"),
         ("a+b+c", "b"),
@@ -235,17 +244,17 @@ def test_complete_measures_what_is_missing_and_leaves_the_model_alone(model, tok
     assert checkpoint.manifest == stored
 
 
-def test_other_examples_or_another_metric_are_measured_again(model, tokenizer, checkpoint, data):
+def test_scores_of_other_examples_or_metrics_are_measured_again(model, tokenizer, checkpoint, data):
     scores.complete(checkpoint, model, tokenizer, TASKS, data)
     fewer = data | {
         "a": replace(data["a"], evaluation={"one": EvaluationSet("one", data["a"].evaluation["one"].examples[:2])})
     }
-    assert {c.task for c in scores.missing(checkpoint.manifest, fewer, TASKS)} == {"a"}
-    other = (TASKS[0], task("b", "exact_match"), TASKS[2])
-    assert {c.task for c in scores.missing(checkpoint.manifest, data, other)} == {"b"}
+    assert {c.task for c in scores.missing(checkpoint.manifest, fewer)} == {"a"}
+    other = data | {"b": replace(data["b"], metric="exact_match")}
+    assert {c.task for c in scores.missing(checkpoint.manifest, other)} == {"b"}
 
 
-def test_a_sequence_in_three_numbers(checkpoint):
+def test_the_summary_of_a_sequence(checkpoint):
     manifest = checkpoint.manifest
     r = {
         ("a", "a"): 0.9,
@@ -264,13 +273,13 @@ def test_a_sequence_in_three_numbers(checkpoint):
     assert scores.summary(manifest, [replace(s, metric="loss") for s in table]) is None
 
 
-def test_the_mean_is_a_tasks_one_number():
+def test_the_mean_stands_for_a_task():
     table = [Score("a", "a", name, "choice", value, 1) for name, value in (("x", 0.0), ("y", 1.0), ("mean", 0.5))]
     assert scores.headlines(table)["a", "a"].score == 0.5
     assert scores.headlines(table[:1])["a", "a"].score == 0.0
 
 
-def test_scores_that_are_malformed_are_refused(checkpoint):
+def test_malformed_scores_are_refused(checkpoint):
     bad = replace(checkpoint.manifest.tasks[0], scores=({"set": "a", "score": 1.0},))
     with pytest.raises(CorruptCheckpoint, match="tasks.a.scores"):
         scores.stored(replace(checkpoint.manifest, tasks=(bad,)))

@@ -1,4 +1,4 @@
-"""Calibration through a whole small model, against a dense B that plain autograd differentiates."""
+"""Calibration of a whole small model, against a dense B and plain autograd."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from loraf.delta import Merger, combined_b, task_scale
 from loraf.errors import ConfigError
-from loraf.manifest import positions
+from loraf.manifest import positions_per_matrix
 from loraf.tasksets import TaskSet
-from loraf_train.adapter.host import attached, earlier
+from loraf_train.adapter.trainable_base import attached, earlier_tasks
 from loraf_train.sequence.calibrate import calibrate
-from loraf_train.trainer import loop
+from loraf_train.trainer.order import EpochOrder
 from tests.loraf_train import toys
 from tests.standins import make_model
 
@@ -29,49 +29,49 @@ def model_folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def shared(model_folder, tmp_path_factory):
     """A float64 model, and a checkpoint with two tasks that own half of the positions."""
-    return toys.host(model_folder, tmp_path_factory.mktemp("ckpt"), one=(12.0, 0.75), two=(20.0, 0.75))
+    return toys.trainable_base(model_folder, tmp_path_factory.mktemp("ckpt"), one=(12.0, 0.75), two=(20.0, 0.75))
 
 
-def task(steps: int, optimizer: str, batch_size: int = COUNT, **training):
+def make_task(steps: int, optimizer: str, batch_size: int = COUNT, **training):
     calibration = {"steps": steps, "optimizer": optimizer, "batch_size": batch_size}
     return toys.task("new", alpha=24.0, sparsity=0.8, calibration=calibration, training=training)
 
 
-def calibrated(shared, chosen, on=("one", "two"), **hooks):
-    host, checkpoint = shared
-    before = {module: earlier(checkpoint, on, module) for module in host.targets}
-    return calibrate(host, chosen, toys.examples(4, COUNT), toys.taken(checkpoint), before, SEED, **hooks)
+def calibrated(shared, task, on=("one", "two"), **hooks):
+    base, checkpoint = shared
+    earlier = {module: earlier_tasks(checkpoint, on, module) for module in base.targets}
+    return calibrate(base, task, toys.examples(4, COUNT), toys.taken(checkpoint), earlier, SEED, **hooks)
 
 
-def slow_change(shared, chosen, on=("one", "two")) -> dict[str, torch.Tensor]:
-    """B − B⁰ of every module as Algorithm 1 writes it: dense B, gradients times Ω, whole batches, torch.optim."""
-    host, checkpoint = shared
+def reference_change(shared, task, on=("one", "two")) -> dict[str, torch.Tensor]:
+    """B − B⁰ of every module, written as Algorithm 1: dense B, gradients times Ω, whole batches, torch.optim."""
+    base, checkpoint = shared
     everything = TaskSet(tuple((name, 1.0) for name in on))
     dense, feasible = {}, {}
-    for module, base in host.targets.items():
+    for module, linear in base.targets.items():
         b0 = combined_b(checkpoint, module, everything).double()
-        dense[module] = toys.DenseLoraf(base, host.projections[module], task_scale(24.0, host.rank), b0)
-        omega = torch.ones(base.out_features, host.rank, dtype=torch.float64)
+        dense[module] = toys.DenseLoraf(linear, base.projections[module], task_scale(24.0, base.rank), b0)
+        omega = torch.ones(linear.out_features, base.rank, dtype=torch.float64)
         for values in checkpoint.tasks.values():
-            omega.view(-1)[values[module].flat] = 0
+            omega.view(-1)[values[module].positions] = 0
         feasible[module] = omega
     parameters = [layer.b for layer in dense.values()]
-    calibration = chosen.calibration
+    calibration = task.calibration
     if calibration.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=calibration.learning_rate)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=calibration.learning_rate, weight_decay=0.0)
     examples = toys.examples(4, COUNT)
-    order = loop.Order(COUNT, SEED)
+    order = EpochOrder(COUNT, SEED)
     indices: list[int] = []
-    with attached(host.model, dense):
+    with attached(base.model, dense):
         for step in range(calibration.steps):
             if not indices:
                 order.set_epoch(step * calibration.batch_size // COUNT)
                 indices = list(order)
             drawn, indices = indices[: calibration.batch_size], indices[calibration.batch_size :]
             optimizer.zero_grad()
-            host.model(**toys.batch([examples[i] for i in drawn])).loss.backward()
+            base.model(**toys.batch([examples[i] for i in drawn])).loss.backward()
             for module, layer in dense.items():
                 layer.b.grad *= feasible[module]
             optimizer.step()
@@ -84,47 +84,47 @@ def ranked(change: torch.Tensor, allowed: torch.Tensor, k: int) -> list[int]:
 
 
 def free(shared, module: str) -> torch.Tensor:
-    host, checkpoint = shared
-    owned = torch.cat([b[module].flat for b in checkpoint.tasks.values()])
-    everything = torch.arange(host.targets[module].out_features * host.rank)
+    base, checkpoint = shared
+    owned = torch.cat([b[module].positions for b in checkpoint.tasks.values()])
+    everything = torch.arange(base.targets[module].out_features * base.rank)
     return everything[~torch.isin(everything, owned)]
 
 
 @pytest.mark.parametrize("training", [{}, {"micro_batch_size": 5}, {"gradient_checkpointing": True}])
-def test_one_gradient_step_gives_the_top_k_of_the_gradient_on_free_positions(shared, training):
-    chosen = task(1, "sgd", **training)
-    found = calibrated(shared, chosen)
-    gradient = slow_change(shared, chosen)  # −learning rate · ∇B ⊙ Ω
-    for module, flat in found.items():
-        k = positions(0.8, shared[0].targets[module].out_features, shared[0].rank)
-        assert flat.dtype == torch.int64
-        assert flat.tolist() == ranked(gradient[module], free(shared, module), k)
+def test_one_step_of_sgd_selects_the_largest_gradients_at_free_positions(shared, training):
+    task = make_task(1, "sgd", **training)
+    selected = calibrated(shared, task)
+    gradient = reference_change(shared, task)  # −learning rate · ∇B ⊙ Ω
+    for module, positions in selected.items():
+        k = positions_per_matrix(0.8, shared[0].targets[module].out_features, shared[0].rank)
+        assert positions.dtype == torch.int64
+        assert positions.tolist() == ranked(gradient[module], free(shared, module), k)
 
 
 @pytest.mark.parametrize(("optimizer", "steps", "batch_size"), [("sgd", 3, COUNT), ("sgd", 3, 6), ("adamw", 4, 6)])
-def test_more_steps_give_the_top_k_of_what_training_dense_moves(shared, optimizer, steps, batch_size):
-    """AdamW moves many entries by nearly the same amount, so entries at the border may trade places by rounding."""
-    chosen = task(steps, optimizer, batch_size)
-    found = calibrated(shared, chosen)
-    change = slow_change(shared, chosen)
-    for module, flat in found.items():
-        k = positions(0.8, shared[0].targets[module].out_features, shared[0].rank)
+def test_more_steps_select_the_largest_changes_of_a_dense_b(shared, optimizer, steps, batch_size):
+    """AdamW changes many entries by nearly the same amount, so rounding may swap entries at the threshold."""
+    task = make_task(steps, optimizer, batch_size)
+    selected = calibrated(shared, task)
+    change = reference_change(shared, task)
+    for module, positions in selected.items():
+        k = positions_per_matrix(0.8, shared[0].targets[module].out_features, shared[0].rank)
         expected = set(ranked(change[module], free(shared, module), k))
         border = min(abs(change[module][i].item()) for i in expected)
-        assert len(set(flat.tolist())) == k
-        for i in expected ^ set(flat.tolist()):
+        assert len(set(positions.tolist())) == k
+        for i in expected ^ set(positions.tolist()):
             assert abs(change[module][i].item()) == pytest.approx(border, rel=1e-4)
-        assert len(expected ^ set(flat.tolist())) <= k // 20
+        assert len(expected ^ set(positions.tolist())) <= k // 20
 
 
-def test_positions_of_earlier_tasks_never_move_and_act_all_the_time(shared):
-    host, checkpoint = shared
+def test_values_of_earlier_tasks_stay_fixed_and_active(shared):
+    base, checkpoint = shared
     seen, losses = [], []
 
     def look(loss, step, total):
         losses.append(loss)
-        for module in host.targets:
-            layer = host.model.get_submodule(module)
+        for module in base.targets:
+            layer = base.model.get_submodule(module)
             b = layer.b(layer.values.detach(), torch.float64)
             outside = torch.ones(b.numel(), dtype=torch.bool)
             outside[free(shared, module)] = False
@@ -133,51 +133,51 @@ def test_positions_of_earlier_tasks_never_move_and_act_all_the_time(shared):
             assert not torch.equal(b.view(-1)[~outside], before[~outside])
         seen.append((step, total))
 
-    found = calibrated(shared, task(3, "adamw"), on_step=look)
+    selected = calibrated(shared, make_task(3, "adamw"), on_step=look)
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    for module, flat in found.items():
-        assert set(flat.tolist()) <= set(free(shared, module).tolist())
-    merger = Merger(host.model, checkpoint)
+    for module, positions in selected.items():
+        assert set(positions.tolist()) <= set(free(shared, module).tolist())
+    merger = Merger(base.model, checkpoint)
     merger.merge(checkpoint.manifest.all_tasks())
     batch = toys.batch(toys.examples(4, COUNT))
-    assert host.model(**batch).loss.item() == pytest.approx(losses[0], rel=1e-5)
+    assert base.model(**batch).loss.item() == pytest.approx(losses[0], rel=1e-5)
     merger.merge(TaskSet())
-    assert host.model(**batch).loss.item() != pytest.approx(losses[0], rel=1e-3)
+    assert base.model(**batch).loss.item() != pytest.approx(losses[0], rel=1e-3)
 
 
-def test_from_base_earlier_tasks_do_not_act_and_their_positions_stay_taken(shared):
-    chosen = task(1, "sgd")
-    found = calibrated(shared, chosen, on=())
-    gradient = slow_change(shared, chosen, on=())
-    for module, flat in found.items():
-        k = positions(0.8, shared[0].targets[module].out_features, shared[0].rank)
-        assert flat.tolist() == ranked(gradient[module], free(shared, module), k)
+def test_with_start_base_earlier_tasks_are_inactive_and_keep_their_positions(shared):
+    task = make_task(1, "sgd")
+    selected = calibrated(shared, task, on=())
+    gradient = reference_change(shared, task, on=())
+    for module, positions in selected.items():
+        k = positions_per_matrix(0.8, shared[0].targets[module].out_features, shared[0].rank)
+        assert positions.tolist() == ranked(gradient[module], free(shared, module), k)
 
 
-def test_without_any_gradient_the_lowest_free_positions_are_taken(shared):
-    host, checkpoint = shared
-    silent = dataclasses.replace(host, projections={m: torch.zeros_like(a) for m, a in host.projections.items()})
-    found = calibrated((silent, checkpoint), task(2, "adamw"))
-    for module, flat in found.items():
-        assert flat.tolist() == free(shared, module)[: len(flat)].tolist()
-        assert len(flat) == positions(0.8, host.targets[module].out_features, host.rank)
+def test_without_any_gradient_the_lowest_free_positions_are_selected(shared):
+    base, checkpoint = shared
+    silent = dataclasses.replace(base, projections={m: torch.zeros_like(a) for m, a in base.projections.items()})
+    selected = calibrated((silent, checkpoint), make_task(2, "adamw"))
+    for module, positions in selected.items():
+        assert positions.tolist() == free(shared, module)[: len(positions)].tolist()
+        assert len(positions) == positions_per_matrix(0.8, base.targets[module].out_features, base.rank)
 
 
 def test_calibration_has_no_dropout_and_depends_on_the_seed_through_its_mini_batches(shared):
-    host, checkpoint = shared
-    plain = calibrated(shared, task(1, "sgd", 4))
-    dropped = calibrated(shared, task(1, "sgd", 4, dropout=0.5))
-    before = {module: earlier(checkpoint, ("one", "two"), module) for module in host.targets}
+    base, checkpoint = shared
+    plain = calibrated(shared, make_task(1, "sgd", 4))
+    dropped = calibrated(shared, make_task(1, "sgd", 4, dropout=0.5))
+    earlier = {module: earlier_tasks(checkpoint, ("one", "two"), module) for module in base.targets}
     data = toys.examples(4, COUNT)
-    other = calibrate(host, task(1, "sgd", 4), data, toys.taken(checkpoint), before, SEED + 1)
+    other = calibrate(base, make_task(1, "sgd", 4), data, toys.taken(checkpoint), earlier, SEED + 1)
     assert all(torch.equal(plain[m], dropped[m]) for m in plain)
     assert not all(torch.equal(plain[m], other[m]) for m in plain)
 
 
-def test_the_learning_rate_and_batch_are_the_trainings_where_calibration_has_none(shared):
+def test_learning_rate_and_batch_size_default_to_those_of_training(shared):
     losses = {}
     for name, calibration in {"own": {"learning_rate": 0.3, "batch_size": 4}, "left out": {}}.items():
-        chosen = toys.task(
+        task = toys.task(
             "new",
             alpha=24.0,
             sparsity=0.8,
@@ -185,12 +185,12 @@ def test_the_learning_rate_and_batch_are_the_trainings_where_calibration_has_non
             training={"learning_rate": 0.3, "batch_size": 4},
         )
         losses[name] = []
-        calibrated(shared, chosen, on_step=lambda loss, *_, name=name: losses[name].append(loss))
+        calibrated(shared, task, on_step=lambda loss, *_, name=name: losses[name].append(loss))
     assert losses["own"] == losses["left out"]
 
 
-def test_a_rate_that_destroys_b_is_refused_by_name(shared):
+def test_a_learning_rate_that_makes_b_infinite_is_refused_with_the_modules_name(shared):
     calibration = {"steps": 1, "optimizer": "sgd", "learning_rate": 1e200}
-    chosen = toys.task("new", alpha=1e200, sparsity=0.8, calibration=calibration)
+    task = toys.task("new", alpha=1e200, sparsity=0.8, calibration=calibration)
     with pytest.raises(ConfigError, match="calibration of task 'new': B in .* is not finite"):
-        calibrated(shared, chosen)
+        calibrated(shared, task)

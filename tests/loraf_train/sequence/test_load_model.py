@@ -1,4 +1,4 @@
-"""The base model as training takes it: whole, frozen, in the precision asked for."""
+"""Loading the base model for training: complete, frozen, in the configured precision."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model_folder(tmp_path_factory):
     return make_model("mistral", tmp_path_factory.mktemp("mistral"))
 
 
-def test_load_model_gives_frozen_float32_on_a_cpu_and_bfloat16_where_asked(model_folder, tmp_path, capfd):
+def test_the_model_is_frozen_and_float32_on_a_cpu_or_bfloat16_if_configured(model_folder, tmp_path, capfd):
     config = toys.run_config(model_folder, tmp_path / "ckpt", toys.task("one"))
     for precision, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         if precision == "auto" and torch.cuda.is_available():
@@ -30,7 +30,7 @@ def test_load_model_gives_frozen_float32_on_a_cpu_and_bfloat16_where_asked(model
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_model_without_all_of_its_weights_is_refused(model_folder, tmp_path):
+def test_a_model_with_missing_weights_is_refused(model_folder, tmp_path):
     broken = shutil.copytree(model_folder, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.self_attn.q_proj.weight"]

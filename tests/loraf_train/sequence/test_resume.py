@@ -1,4 +1,4 @@
-"""A run that stops anywhere and is started again ends with the bytes of one that never stopped."""
+"""A run that stops anywhere and is restarted ends with the same bytes as one that never stopped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(model_folder, tmp_path_factory):
-    """(what is loaded once, the files of an undisturbed run that kept nothing, its observer)"""
+    """(loaded model, the files of an uninterrupted run that saved no state, its observer)"""
     config = run_config(model_folder, tmp_path_factory.mktemp("whole") / "ckpt", seconds=1e6)
     loaded = runner.load_model(config)
     observer = Stopper()
@@ -39,9 +39,9 @@ def whole(model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(whole, model_folder, tmp_path_factory):
-    """(what is loaded once, the files of an undisturbed run of the first task alone)"""
+    """(loaded model, the files of an uninterrupted run of the first task alone)"""
     config = run_config(model_folder, tmp_path_factory.mktemp("alone") / "ckpt", 1e6, ("one",))
-    go_on(config, whole[0])
+    resume_run(config, whole[0])
     return whole[0], contents(config.output)
 
 
@@ -50,9 +50,9 @@ def stop(config, loaded, *at: str) -> None:
         runner.run(config, data(), Stopper(*at), loaded)
 
 
-def go_on(config, loaded, given=None) -> Stopper:
+def resume_run(config, loaded, other_data=None) -> Stopper:
     observer = Stopper()
-    runner.run(config, given or data(), observer, loaded)
+    runner.run(config, other_data or data(), observer, loaded)
     return observer
 
 
@@ -69,40 +69,41 @@ def single(model_folder, tmp_path):
 
 # --- anywhere --------------------------------------------------------------------------------------------------------
 
-# A step is told before its state is kept, so of a run that stops there the step before is what the next one finds.
+# A step is reported before its state is saved, so a run that stops there resumes from the step before.
 PLACES = {
     ("one", "calibration 1"): ["calibration 1", "calibration 2"],
-    ("one", "calibrated"): ["goes on after calibration", "step 1"],
-    ("one", "step 2"): ["goes on after training step 1 of 6", "step 2"],
-    ("one", "step 3"): ["goes on after training step 2 of 6", "step 3"],
-    ("one", "step 4"): ["goes on after training step 3 of 6", "step 4"],
-    ("two", "calibration 2"): ["goes on after calibration step 1 of 2", "calibration 2"],
-    ("two", "step 1"): ["goes on after calibration", "step 1"],
-    ("two", "step 6"): ["goes on after training step 5 of 6", "step 6"],
-    ("two", "adapted"): ["goes on after training step 6 of 6", "adapted"],
+    ("one", "calibrated"): ["resumes after calibration", "step 1"],
+    ("one", "step 2"): ["resumes after training step 1 of 6", "step 2"],
+    ("one", "step 3"): ["resumes after training step 2 of 6", "step 3"],
+    ("one", "step 4"): ["resumes after training step 3 of 6", "step 4"],
+    ("two", "calibration 2"): ["resumes after calibration step 1 of 2", "calibration 2"],
+    ("two", "step 1"): ["resumes after calibration", "step 1"],
+    ("two", "step 6"): ["resumes after training step 5 of 6", "step 6"],
+    ("two", "trained"): ["resumes after training step 6 of 6", "trained"],
     ("two", "finished"): [],
 }
 
 
 @pytest.mark.parametrize("at", PLACES, ids="-".join)
-def test_a_run_stopped_at_a_place_goes_on_there_and_ends_with_the_same_bytes(whole, config, at):
-    loaded, files, undisturbed = whole
+def test_a_stopped_run_resumes_there_and_ends_with_the_same_bytes(whole, config, at):
+    loaded, files, uninterrupted = whole
     stop(config, loaded, *at)
-    found = go_on(config, loaded)
+    observer = resume_run(config, loaded)
     assert contents(config.output) == files
-    assert [event for _, event in found.heard[:2]] == PLACES[at]
-    assert found.remarks == []
-    told = [pair for pair in found.heard if not pair[1].startswith("goes on")]
-    assert told == undisturbed.heard[len(undisturbed.heard) - len(told) :]  # nothing twice, nothing left out
+    assert [event for _, event in observer.events[:2]] == PLACES[at]
+    assert observer.remarks == []
+    events = [event for event in observer.events if not event[1].startswith("resumes")]
+    expected = uninterrupted.events
+    assert events == expected[len(expected) - len(events) :]  # nothing twice, nothing left out
 
 
-def test_a_run_stopped_again_and_again(whole, config):
-    loaded, files, undisturbed = whole
+def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(whole, config):
+    loaded, files, uninterrupted = whole
 
     class Impatient(Stopper):
-        def hear(self, event):
-            super().hear(event)
-            if len(self.heard) == 3:  # "goes on", and two more
+        def record(self, event):
+            super().record(event)
+            if len(self.events) == 3:  # "resumes", and two more
                 raise Stopped
 
     attempts = 0
@@ -114,22 +115,22 @@ def test_a_run_stopped_again_and_again(whole, config):
             finished = True
         except Stopped:
             pass
-    assert attempts > len(undisturbed.heard) // 3
+    assert attempts > len(uninterrupted.events) // 3
     assert contents(config.output) == files
 
 
-def test_between_saves_a_run_goes_back_to_the_end_of_the_phase_before(alone, model_folder, tmp_path):
+def test_a_run_stopped_between_saves_resumes_from_the_end_of_the_phase_before(alone, model_folder, tmp_path):
     loaded, files = alone
     config = run_config(model_folder, tmp_path / "ckpt", 3600, ("one",))
     stop(config, loaded, "one", "step 5")
-    found = go_on(config, loaded)
-    assert [event for _, event in found.heard[:2]] == ["goes on after calibration", "step 1"]
+    observer = resume_run(config, loaded)
+    assert [event for _, event in observer.events[:2]] == ["resumes after calibration", "step 1"]
     assert contents(config.output) == files
 
 
 @pytest.mark.parametrize("forgotten", ["optimizer", "schedule", "position", "dropout"])
-def test_these_tests_would_see_what_is_forgotten(alone, single, monkeypatch, forgotten):
-    """Each part of what a run goes on with is needed for the same bytes."""
+def test_bytes_differ_if_any_part_of_the_state_is_not_restored(alone, single, monkeypatch, forgotten):
+    """So the tests above would fail if it were forgotten."""
     loaded, files = alone
     stop(single, loaded, "one", "step 5")
     trainer = loop._Trainer
@@ -141,7 +142,7 @@ def test_these_tests_would_see_what_is_forgotten(alone, single, monkeypatch, for
         monkeypatch.setattr("transformers.trainer.skip_first_batches", lambda batches, count: batches)
     else:
         monkeypatch.setattr(loop._Report, "on_step_begin", lambda *parts, **keywords: None)
-    go_on(single, loaded)
+    resume_run(single, loaded)
     assert contents(single.output).keys() == files.keys()
     assert contents(single.output)["tasks/one.safetensors"] != files["tasks/one.safetensors"]
 
@@ -149,7 +150,7 @@ def test_these_tests_would_see_what_is_forgotten(alone, single, monkeypatch, for
 # --- in the middle of a write ----------------------------------------------------------------------------------------
 
 
-def test_between_a_tasks_file_and_the_manifest(alone, single, monkeypatch):
+def test_a_run_stopped_between_a_tasks_file_and_the_manifest_commits_it_again(alone, single, monkeypatch):
     loaded, files = alone
     write = checkpoints.write_durably
 
@@ -163,8 +164,8 @@ def test_between_a_tasks_file_and_the_manifest(alone, single, monkeypatch):
         stop(single, loaded)
     assert Checkpoint.open(single.output).manifest.tasks == ()
     assert (single.output / "tasks/one.safetensors").read_bytes() == files["tasks/one.safetensors"]
-    found = go_on(single, loaded)
-    assert found.heard[0] == ("one", "goes on after training step 6 of 6")
+    observer = resume_run(single, loaded)
+    assert observer.events[0] == ("one", "resumes after training step 6 of 6")
     assert contents(single.output) == files
 
 
@@ -172,29 +173,30 @@ def full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_at_any_write(alone, model_folder, tmp_path):
-    """At some of the system calls that write: told with the file; the next run ends as if nothing had been."""
+@pytest.mark.slow
+def test_a_full_disk_is_reported_with_the_file_and_the_run_can_be_resumed(alone, model_folder, tmp_path):
+    """At a sample of the system calls that write."""
     loaded, files = alone
     counted = run_config(model_folder, tmp_path / "counted", names=("one",))
     with stopped_at(0, full) as steps:
-        go_on(counted, loaded)
+        resume_run(counted, loaded)
     assert contents(counted.output) == files
     assert len(steps.names) > 150
     for at in range(7, len(steps.names), len(steps.names) // 5):
         config = run_config(model_folder, tmp_path / str(at), names=("one",))
         with stopped_at(at, full), pytest.raises(CheckpointError) as caught:
-            go_on(config, loaded)
+            resume_run(config, loaded)
         (problem,) = caught.value.problems
         assert "No space left on device" in problem.message and str(config.output) in problem.file
-        assert "make room" in problem.remedy and "run the same command again" in problem.remedy
+        assert "free disk space" in problem.remedy and "run the same command again" in problem.remedy
         assert not list(config.output.rglob("*.tmp"))
         if (config.output / "loraf.json").exists():
             Checkpoint.open(config.output)
-        go_on(config, loaded)
+        resume_run(config, loaded)
         assert contents(config.output) == files, steps.names[at - 1]
 
 
-def test_what_killed_writes_leave_is_removed(alone, single):
+def test_leftovers_of_killed_writes_are_removed(alone, single):
     loaded, files = alone
     stop(single, loaded, "one", "step 4")
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -204,34 +206,34 @@ def test_what_killed_writes_leave_is_removed(alone, single):
     for name in leftovers:
         (single.output / name).write_bytes(b"half")
     (single.output / f".loraf.json.{os.getppid()}.tmp").write_bytes(b"of one that lives")
-    go_on(single, loaded)
+    resume_run(single, loaded)
     now = contents(single.output)
     assert now.pop(f".loraf.json.{os.getppid()}.tmp") == b"of one that lives"
     assert now == files
 
 
-def test_the_state_of_a_finished_task_goes_when_nothing_else_is_to_be_done(whole, config):
+def test_the_state_of_a_finished_task_is_removed_by_a_run_with_nothing_to_do(whole, config):
     loaded, files, _ = whole
-    stop(config, loaded, "two", "adapted")
+    stop(config, loaded, "two", "trained")
     kept = contents(config.output / resume.FOLDER)
-    go_on(config, loaded)
+    resume_run(config, loaded)
     (config.output / resume.FOLDER).mkdir()
     for name, content in kept.items():  # as if the run had been killed right after the commit
         (config.output / resume.FOLDER / name).write_bytes(content)
     resume.tidy(config.output, ["one"])
-    assert contents(config.output / resume.FOLDER) == kept  # another run's, whose task is to come
-    go_on(config, loaded)
+    assert contents(config.output / resume.FOLDER) == kept  # of another run, whose task is not finished
+    resume_run(config, loaded)
     assert contents(config.output) == files
 
 
-# --- states that are not to be used ----------------------------------------------------------------------------------
+# --- states that cannot be used --------------------------------------------------------------------------------------
 
 
 def state_files(config) -> list:
     return sorted((config.output / resume.FOLDER).iterdir(), key=lambda path: (int(path.stem.split("-")[1]), path.name))
 
 
-def test_two_states_are_kept_and_nothing_else_sees_them(whole, config):
+def test_two_states_are_kept_and_are_not_part_of_the_checkpoint(whole, config):
     loaded, files, _ = whole
     stop(config, loaded, "two", "step 4")
     states = state_files(config)
@@ -249,7 +251,7 @@ def flip(path) -> None:
 
 
 def exchange(path) -> None:
-    """Another state's tensors."""
+    """Overwrites it with another state's tensors."""
     path.write_bytes(path.with_name("state-7.safetensors").read_bytes())
 
 
@@ -264,80 +266,82 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_state_is_passed_over_for_the_one_before(alone, single, kind):
+def test_a_damaged_state_is_skipped_and_the_one_before_is_used(alone, single, kind):
     loaded, files = alone
     stop(single, loaded, "one", "step 6")
     states = state_files(single)
     assert states[0].name == "state-7.json"  # 3 of calibration, and then of step 4 and 5
     DAMAGE[kind](*states[2:])
-    found = go_on(single, loaded)
-    assert found.heard[0] == ("one", "goes on after training step 4 of 6")
-    (remark,) = found.remarks
-    assert "state-8.json is of no use" in remark
+    observer = resume_run(single, loaded)
+    assert observer.events[0] == ("one", "resumes after training step 4 of 6")
+    (remark,) = observer.remarks
+    assert "state-8.json cannot be used" in remark
     assert contents(single.output) == files
 
 
-def test_without_any_good_state_the_task_starts_anew(alone, single):
+def test_without_a_usable_state_the_task_starts_from_the_beginning(alone, single):
     loaded, files = alone
     stop(single, loaded, "one", "step 6")
     for path in state_files(single):
         flip(path)
-    found = go_on(single, loaded)
-    assert found.heard[0] == ("one", "calibration 1") and len(found.remarks) == 2
+    observer = resume_run(single, loaded)
+    assert observer.events[0] == ("one", "calibration 1") and len(observer.remarks) == 2
     assert contents(single.output) == files
 
 
-def first_of(config, loaded, given=None) -> Stopper:
-    """What is told up to the second task's first step."""
+def run_until_task_two(config, loaded, other_data=None) -> Stopper:
+    """The observer of a run that stops at the second task's first step."""
     observer = Stopper("two", "calibration 1")
     with pytest.raises(Stopped):
-        runner.run(config, given or data(), observer, loaded)
+        runner.run(config, other_data or data(), observer, loaded)
     return observer
 
 
-def test_a_state_made_otherwise_is_not_used_and_the_reason_is_told(whole, model_folder, config, monkeypatch):
+def test_a_state_of_other_settings_data_or_versions_is_not_used_and_the_reason_is_reported(
+    whole, model_folder, config, monkeypatch
+):
     loaded, _, _ = whole
     stop(config, loaded, "two", "step 4")
     faster = run_config(model_folder, config.output, learning_rate=0.03, epochs=3.0)
     faster = faster.model_copy(update={"tasks": (config.tasks[0], faster.tasks[1])})
-    (remark,) = first_of(faster, loaded).remarks
+    (remark,) = run_until_task_two(faster, loaded).remarks
     assert remark == (
-        "what the interrupted training left cannot be used: training.learning_rate was 0.02, is 0.03; "
+        "the saved state of the interrupted training cannot be used: training.learning_rate was 0.02, is 0.03; "
         "training.epochs was 2.0, is 3.0"
     )
     more = data() | {"two": toys.data(50, 19)}
-    (remark,) = first_of(config, loaded, more).remarks
+    (remark,) = run_until_task_two(config, loaded, more).remarks
     assert remark.endswith("cannot be used: the training data changed")
     with monkeypatch.context() as patched:
         patched.setattr(loraf, "__version__", "99.0")
-        (remark,) = first_of(config, loaded).remarks
+        (remark,) = run_until_task_two(config, loaded).remarks
     assert remark.endswith(f"cannot be used: versions.loraf was {loraf.__version__!r}, is '99.0'")
     renamed = config.tasks[1].model_copy(update={"name": "two-b"})
     other = config.model_copy(update={"tasks": (config.tasks[0], renamed)})
     observer = Stopper("two-b", "calibration 1")
     with pytest.raises(Stopped):
         runner.run(other, data() | {"two-b": data()["two"]}, observer, loaded)
-    assert observer.remarks == ["what the interrupted training of task 'two' left is given up"]
-    assert go_on(config, loaded).heard[0][1] == "goes on after training step 3 of 6"  # it was only looked at
+    assert observer.remarks == ["the saved state of the interrupted task 'two' is discarded"]
+    assert resume_run(config, loaded).events[0][1] == "resumes after training step 3 of 6"  # the state was only read
 
 
-def test_edited_settings_end_as_if_they_had_always_been_so(alone, model_folder, single, tmp_path):
+def test_after_an_edit_the_result_is_that_of_a_fresh_run(alone, model_folder, single, tmp_path):
     loaded, files = alone
     stop(single, loaded, "one", "step 4")
     edited = run_config(model_folder, single.output, names=("one",), learning_rate=0.03)
-    found = go_on(edited, loaded)
-    assert found.heard[0] == ("one", "calibration 1") and "learning_rate" in found.remarks[0]
+    observer = resume_run(edited, loaded)
+    assert observer.events[0] == ("one", "calibration 1") and "learning_rate" in observer.remarks[0]
     fresh = run_config(model_folder, tmp_path / "fresh", names=("one",), learning_rate=0.03)
-    go_on(fresh, loaded)
+    resume_run(fresh, loaded)
     assert contents(single.output) == contents(fresh.output) != files
 
 
-def test_smaller_micro_batches_may_go_on_and_it_is_told(alone, model_folder, single):
-    """What one does when memory ran out."""
+def test_a_run_may_resume_with_smaller_micro_batches_and_remarks_on_it(alone, model_folder, single):
+    """As users do when memory runs out."""
     loaded, files = alone
     stop(single, loaded, "one", "step 4")
     smaller = run_config(model_folder, single.output, names=("one",), micro_batch_size=1)
-    found = go_on(smaller, loaded)
-    assert found.heard[0] == ("one", "goes on after training step 3 of 6")
-    assert found.remarks == ["it goes on in another way, so the last bits may differ: micro_batch_size was 4, is 1"]
+    observer = resume_run(smaller, loaded)
+    assert observer.events[0] == ("one", "resumes after training step 3 of 6")
+    assert observer.remarks == ["the environment changed, so the last bits may differ: micro_batch_size was 4, is 1"]
     assert contents(single.output).keys() == files.keys()

@@ -1,4 +1,4 @@
-"""The command that is stopped: killed at random moments, one of two processes killed, a full disk, an interrupt."""
+"""The command when it is stopped: killed at random moments, one of two processes killed, full disk, interrupt."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def run_module(*arguments: str) -> str:
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_kills_at_random_moments():
-    """More of them: python -m tests.loraf_train.kill_runs --kills 50 --seed 0"""
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes():
+    """For more kills: python -m tests.loraf_train.kill_runs --kills 50 --seed 0"""
     out = run_module("tests.loraf_train.kill_runs", "--kills", "4", "--seed", "3")
-    found = json.loads(out.splitlines()[-1])
-    assert sum(found["kills"].values()) == sum(found["left"].values()) == 4
-    assert found["runs"] == out.count("the same bytes") >= 1
+    counts = json.loads(out.splitlines()[-1])
+    assert sum(counts["kills"].values()) == sum(counts["left"].values()) == 4
+    assert counts["runs"] == out.count("the same bytes") >= 1
 
 
 # --- what the user sees ----------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_and_an_interrupt_are_told_and_the_same_command_goes_on(copied, capsys):
+def test_after_a_full_disk_or_an_interrupt_the_same_command_resumes(copied, capsys):
     expected = digests(copied / "ckpt")
     shutil.rmtree(copied / "ckpt")
     command = ("run", "tasks.yaml", "--set", "training.save_seconds=0", "--no-eval")
@@ -63,9 +63,9 @@ def test_a_full_disk_and_an_interrupt_are_told_and_the_same_command_goes_on(copi
     assert "ckpt/.resume/state-" in err and "No space left on device" in err and "run the same command again" in err
     with stopped_at(100, interrupt):
         status, out, err = run(capsys, *command)
-    assert status == 130 and "interrupted" in err and "upper: goes on after training step" in out
+    assert status == 130 and "interrupted" in err and "upper: resumes after training step" in out
     status, out, _ = run(capsys, *command)
-    assert status == 0 and "upper: goes on after training step" in out
+    assert status == 0 and "upper: resumes after training step" in out
     now = digests(copied / "ckpt")
     assert now.keys() == expected.keys()
     assert all(now[name] == expected[name] for name in now if name.startswith("tasks/"))
@@ -75,26 +75,26 @@ def test_a_full_disk_and_an_interrupt_are_told_and_the_same_command_goes_on(copi
 
 
 class Deadly(Stopper):
-    """Ends its process as nothing else does."""
+    """Kills its process at a step."""
 
-    def hear(self, event):
-        super().hear(event)
-        if (self._task, event) == ("one", "step 5") and "goes on" not in str(self.heard[0]):
+    def record(self, event):
+        super().record(event)
+        if (self._task, event) == ("one", "step 5") and "resumes" not in str(self.events[0]):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def child(rank: int, port: int, model_folder: Path, output: Path, deadly: bool) -> None:
-    """What torchrun sets, and nothing else."""
+    """One process of a run, with the environment that torchrun sets."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = run_config(model_folder, output, names=("one",), micro_batch_size=2)
     observer = Deadly() if deadly else Stopper()
     runner.run(config, data(), observer)
-    output.with_name(f"{output.name}-{rank}.json").write_text(json.dumps(observer.heard))
+    output.with_name(f"{output.name}-{rank}.json").write_text(json.dumps(observer.events))
 
 
 def launch(model_folder: Path, output: Path, deadly: bool) -> list[int]:
-    """Two forks of this process; how each ended. When one has died, the other is ended, as torchrun does."""
+    """Runs two forks of this process; returns their exit codes. Kills one when the other dies, as torchrun does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,15 +111,15 @@ def launch(model_folder: Path, output: Path, deadly: bool) -> list[int]:
     return [process.exitcode for process in children]
 
 
-def test_two_processes_of_which_one_is_killed(tmp_path):
-    """Each has its own part of every batch and its own dropout; both find the same state again."""
+def test_two_processes_resume_after_one_is_killed(tmp_path):
+    """Each has its own part of every batch and its own dropout; both resume from the same state."""
     make_model("llama", tmp_path / "base")
     ends = json.loads(run_module(__name__, str(tmp_path)).splitlines()[-1])
     assert ends["whole"] == [0, 0] and ends["again"] == [0, 0]
     assert ends["killed"][0] == -signal.SIGKILL and ends["killed"][1] != 0
-    heard = json.loads((tmp_path / "ckpt-0.json").read_text())
-    assert heard[:2] == [["one", "goes on after training step 4 of 6"], ["one", "step 5"]]
-    assert json.loads((tmp_path / "ckpt-1.json").read_text()) == []  # only the first tells
+    events = json.loads((tmp_path / "ckpt-0.json").read_text())
+    assert events[:2] == [["one", "resumes after training step 4 of 6"], ["one", "step 5"]]
+    assert json.loads((tmp_path / "ckpt-1.json").read_text()) == []  # only the first one reports
     assert contents(tmp_path / "ckpt") == contents(tmp_path / "whole")
     assert sorted(contents(tmp_path / "ckpt")) == ["loraf.json", "tasks/one.safetensors"]
 

@@ -1,4 +1,4 @@
-"""Whole runs on small random models: what is written, kept and refused, and that it is what was trained."""
+"""Whole runs on small random models: what is written, kept and refused, and that the files hold what was trained."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 from loraf.checkpoint import Checkpoint
 from loraf.delta import Merger
 from loraf.errors import ConfigError
-from loraf.manifest import positions
+from loraf.manifest import positions_per_matrix
 from loraf.tasksets import TaskSet
 from loraf_train.adapter.layer import LorafLinear
 from loraf_train.sequence import runner
-from loraf_train.sequence.provenance import conflicts
-from loraf_train.settings.config import AdapterConfig, Source
+from loraf_train.sequence.conflicts import conflicts
+from loraf_train.settings.data import RecordSource
+from loraf_train.settings.parts import AdapterConfig
 from tests.loraf_train import toys
 from tests.standins import make_model
 
@@ -53,13 +54,13 @@ def logits(model) -> torch.Tensor:
 
 
 class NoTokenizer:
-    """One that has nothing to pad with."""
+    """A tokenizer without a padding token."""
 
     pad_token_id = eos_token_id = None
 
 
 class Watcher(runner.Observer):
-    """Writes down what it is told, and what the model answers at that moment."""
+    """Records the events of a run, and the model's logits at each."""
 
     def __init__(self):
         self.events: list[str] = []
@@ -87,8 +88,8 @@ class Watcher(runner.Observer):
         self.events.append(f"step {step}/{total}")
         list(self.losses.values())[-1].append(loss)
 
-    def adapted(self, task, model):
-        self.events.append(f"adapted {task.name}")
+    def trained(self, task, model):
+        self.events.append(f"trained {task.name}")
         assert any(isinstance(m, LorafLinear) for m in model.modules())
         self.with_layers[task.name] = logits(model)
 
@@ -119,7 +120,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(model_folder, tmp_path_factory):
-    """Three tasks trained one on top of another."""
+    """A run of three tasks, each trained on top of the ones before."""
     config = toys.run_config(model_folder, tmp_path_factory.mktemp("run") / "ckpt", *tasks())
     loaded = runner.load_model(config)
     weights = {name: tensor.clone() for name, tensor in loaded[0].state_dict().items()}
@@ -128,7 +129,7 @@ def finished(model_folder, tmp_path_factory):
     return Finished(config, checkpoint, watcher, loaded[0], weights)
 
 
-def test_every_matrix_of_every_task_has_exactly_k_positions_that_no_other_has(finished):
+def test_every_task_owns_exactly_k_positions_of_each_matrix_that_no_other_owns(finished):
     manifest = Checkpoint.open(finished.config.output).manifest
     assert manifest.task_names == NAMES
     assert len(manifest.modules) == 6 and {m.rsplit(".", 1)[-1] for m in manifest.modules} == {
@@ -139,9 +140,13 @@ def test_every_matrix_of_every_task_has_exactly_k_positions_that_no_other_has(fi
     for module, spec in manifest.modules.items():
         owned = []
         for task in finished.config.tasks:
-            flat = finished.checkpoint.tasks[task.name][module].flat.tolist()
-            assert len(flat) == manifest.task(task.name).k[module] == positions(task.sparsity, spec.d_out, 8)
-            owned += flat
+            positions = finished.checkpoint.tasks[task.name][module].positions.tolist()
+            assert (
+                len(positions)
+                == manifest.task(task.name).k[module]
+                == positions_per_matrix(task.sparsity, spec.d_out, 8)
+            )
+            owned += positions
         assert len(owned) == len(set(owned)) and max(owned) < spec.d_out * 8
 
 
@@ -152,7 +157,7 @@ def test_every_task_learned_something(finished):
         assert values.dtype == torch.bfloat16 and (values != 0).float().mean() > 0.9
 
 
-def test_training_a_task_changes_no_byte_of_earlier_files(finished):
+def test_training_a_task_leaves_earlier_files_unchanged(finished):
     files = finished.watcher.files
     for i, name in enumerate(NAMES):
         assert set(files[name]) == {f"tasks/{n}.safetensors" for n in NAMES[: i + 1]}
@@ -161,15 +166,15 @@ def test_training_a_task_changes_no_byte_of_earlier_files(finished):
     assert files["three"] == digests(finished.config.output)
 
 
-def test_the_base_keeps_its_bytes(finished):
+def test_the_base_model_is_unchanged(finished):
     state = finished.model.state_dict()
     assert state.keys() == finished.weights.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in finished.weights.items())
     assert all(torch.equal(bare, finished.watcher.bare["one"]) for bare in finished.watcher.bare.values())
 
 
-def test_as_trained_is_the_model_that_training_ended_with_then_and_later(finished):
-    """Layers in training against weights merged at that time; merged then against merged now, from the files."""
+def test_as_trained_gives_the_model_that_training_ended_with(finished):
+    """Layers in training against weights merged right after it, and those against weights merged from the files now."""
     merger = Merger(finished.model, Checkpoint.open(finished.config.output))
     try:
         for name in NAMES:
@@ -182,15 +187,15 @@ def test_as_trained_is_the_model_that_training_ended_with_then_and_later(finishe
         merger.merge(TaskSet())
 
 
-def test_the_observer_hears_everything_in_order(finished):
+def test_the_observer_receives_all_events_in_order(finished):
     expected = []
     for name in NAMES:
         expected += [f"started {name}", "calibration 1/2", "calibration 2/2", f"calibrated {name}"]
-        expected += [*(f"step {i}/4" for i in range(1, 5)), f"adapted {name}", f"finished {name}"]
+        expected += [*(f"step {i}/4" for i in range(1, 5)), f"trained {name}", f"finished {name}"]
     assert finished.watcher.events == expected
 
 
-def test_the_manifest_says_how_each_task_was_trained(finished):
+def test_the_manifest_records_how_each_task_was_trained(finished):
     manifest = finished.checkpoint.manifest
     assert [task.trained_with for task in manifest.tasks] == [(), ("one",), ("one", "two")]
     assert manifest.base_model.name == finished.config.model
@@ -206,9 +211,9 @@ def test_the_manifest_says_how_each_task_was_trained(finished):
         assert settings["data"]["train"] == [{"file": f"{task.name}.jsonl"}]
 
 
-def test_two_runs_from_scratch_write_the_same_files_and_another_seed_others(finished, tmp_path):
+def test_a_repeated_run_writes_the_same_files_and_another_seed_others(finished, tmp_path):
     again = finished.config.model_copy(update={"output": tmp_path / "again", "tasks": finished.config.tasks[:2]})
-    torch.rand(5)  # whatever was drawn before is not a cause
+    torch.rand(5)  # numbers drawn before have no effect
     runner.run(again, all_data())
     assert digests(again.output) == finished.watcher.files["two"]
     other = again.model_copy(update={"output": tmp_path / "other", "seed": 1, "tasks": again.tasks[:1]})
@@ -216,8 +221,8 @@ def test_two_runs_from_scratch_write_the_same_files_and_another_seed_others(fini
     assert digests(other.output) != finished.watcher.files["one"]
 
 
-def test_a_checkpoint_goes_on_where_it_stopped(finished, tmp_path):
-    """One task, then the whole file: the first is kept unread, and the rest comes out as in one go."""
+def test_a_run_adds_the_missing_tasks_to_a_checkpoint(finished, tmp_path):
+    """One task, then the whole file: the first one's data are not read, and the result equals that of a single run."""
     first = finished.config.model_copy(update={"output": tmp_path / "ckpt", "tasks": finished.config.tasks[:1]})
     runner.run(first, all_data())
     watcher, asked = Watcher(), []
@@ -238,7 +243,7 @@ def test_a_checkpoint_goes_on_where_it_stopped(finished, tmp_path):
 
 
 def refused(config, finished, loaded=None) -> str:
-    """The message of a run that must not touch anything."""
+    """The message of a refused run, which must not write anything."""
     before = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
     watcher = Watcher()
     model = loaded or (finished.model, runner.load_model(config)[1], Path(config.model))
@@ -250,7 +255,7 @@ def refused(config, finished, loaded=None) -> str:
 
 
 def edited(config, name: str, **changes):
-    """The configuration with one task changed; `training` and `calibration` given as mappings of what differs."""
+    """The configuration with one task changed; `training`, `calibration` and `data` are mappings of the changes."""
 
     def change(task):
         update = dict(changes)
@@ -262,10 +267,10 @@ def edited(config, name: str, **changes):
     return config.model_copy(update={"tasks": tuple(change(t) if t.name == name else t for t in config.tasks)})
 
 
-def test_edited_settings_of_finished_tasks_are_refused_each_by_name(finished):
+def test_each_edited_setting_of_a_finished_task_is_refused_by_name(finished):
     config = edited(finished.config, "one", alpha=17.0, training={"learning_rate": 0.5, "epochs": 9.0})
     config = edited(config, "two", calibration={"steps": 5}, start="base")
-    config = edited(config, "three", data={"train": (Source(file=Path("/data/more.jsonl")),), "prompt": "{q}"})
+    config = edited(config, "three", data={"train": (RecordSource(file=Path("/data/more.jsonl")),), "prompt": "{q}"})
     text = refused(config, finished)
     for part in (
         "tasks[0].alpha: task 'one' was trained with 16.0, the file says 17.0",
@@ -275,26 +280,26 @@ def test_edited_settings_of_finished_tasks_are_refused_each_by_name(finished):
         "tasks[1].start: task 'two' was trained with 'previous', the file says 'base'",
         "tasks[2].data.train: task 'three' was trained with [three.jsonl], the file says [more.jsonl]",
         "tasks[2].data.prompt: task 'three' was trained with none, the file says '{q}'",
-        "say 16.0, give the task another name, or name another output folder",
+        "set it to 16.0, give the task another name, or name another output folder",
     ):
         assert part in text, text
     assert len(re.findall(r"^\d+\.", text, re.M)) == 7
 
 
-def test_settings_that_do_not_decide_the_values_may_change(finished):
+def test_settings_that_do_not_affect_the_values_may_change(finished):
     config = edited(
         finished.config, "one", metric="loss", training={"micro_batch_size": 1, "gradient_checkpointing": True}
     )
     moved = config.model_copy(update={"file": Path("/elsewhere/tasks.yaml")})
     for name in NAMES:
-        moved = edited(moved, name, data={"train": (Source(file=Path(f"/elsewhere/{name}.jsonl")),)})
+        moved = edited(moved, name, data={"train": (RecordSource(file=Path(f"/elsewhere/{name}.jsonl")),)})
     watcher = Watcher()
     loaded = (finished.model, None, Path(config.model))
     runner.run(moved, all_data(), watcher, loaded)
     assert watcher.events == ["kept one", "kept two", "kept three"]
 
 
-def test_a_setting_that_an_old_record_lacks_had_its_default(finished):
+def test_a_setting_missing_from_an_old_record_counts_as_its_default(finished):
     record = finished.checkpoint.manifest.task("one").training
     del record["settings"]["training"]["weight_decay"]
     try:
@@ -308,7 +313,7 @@ def test_a_setting_that_an_old_record_lacks_had_its_default(finished):
         record["settings"]["training"]["weight_decay"] = 0.0
 
 
-def test_another_base_rank_seed_std_or_target_is_refused_with_all_differences(finished, tmp_path):
+def test_another_base_rank_seed_std_and_target_are_all_reported(finished, tmp_path):
     other = make_model("mistral", tmp_path / "other", seed=1)
     adapter = AdapterConfig(rank=9, sparsity=0.75, target_modules=("q_proj", "up_proj"), init_std=0.5)
     config = finished.config.model_copy(update={"model": str(other), "seed": 4, "adapter": adapter})
@@ -334,11 +339,11 @@ def test_a_new_task_before_a_finished_one_is_refused(finished):
     one, two, three = finished.config.tasks
     for order in ((new, one, two, three), (one, three, two)):
         text = refused(finished.config.model_copy(update={"tasks": order}), finished)
-        assert "write the tasks in the order one, two, three" in text
-    assert "tasks[1]: 'three' stands where 'two' was trained" in text
+        assert "list the tasks in the order one, two, three" in text
+    assert "tasks[1]: 'three' is listed where 'two' was trained" in text
 
 
-def test_too_few_positions_for_a_later_task_are_found_before_the_first_is_trained(model_folder, finished, tmp_path):
+def test_too_few_positions_for_a_later_task_are_reported_before_any_training(model_folder, finished, tmp_path):
     config = toys.run_config(
         model_folder,
         tmp_path / "ckpt",
@@ -351,13 +356,13 @@ def test_too_few_positions_for_a_later_task_are_found_before_the_first_is_traine
     assert not config.output.exists()
 
 
-def test_no_room_beside_the_tasks_of_a_checkpoint_is_found_too(finished):
+def test_too_few_positions_left_by_the_tasks_of_a_checkpoint_are_reported(finished):
     tasks_of = (*finished.config.tasks, toys.task("four", sparsity=0.5))
     text = refused(finished.config.model_copy(update={"tasks": tasks_of}), finished)
     assert "tasks[3].sparsity: task 'four' needs 512 positions in" in text and "257 of 1024 are left there" in text
 
 
-def test_unknown_and_odd_target_modules_are_refused_with_what_there_is(finished, tmp_path):
+def test_unknown_and_unsupported_target_modules_are_refused_with_the_choices(finished, tmp_path):
     config = toys.run_config(
         finished.config.model,
         tmp_path / "x",
@@ -371,13 +376,13 @@ def test_unknown_and_odd_target_modules_are_refused_with_what_there_is(finished,
     assert "'self_attn' is a MistralAttention, not a torch.nn.Linear" in text
 
 
-def test_start_base_trains_on_the_bare_model_at_positions_nobody_owns(model_folder, finished, tmp_path):
+def test_start_base_trains_on_the_bare_model_at_positions_that_no_task_owns(model_folder, finished, tmp_path):
     config = toys.run_config(model_folder, tmp_path / "ckpt", *tasks(start="base")[:2])
     watcher = Watcher()
     checkpoint = runner.run(config, all_data(), watcher, (finished.model, NoTokenizer(), model_folder))
     assert [task.trained_with for task in checkpoint.manifest.tasks] == [(), ()]
     for module in checkpoint.manifest.modules:
-        one, two = (set(checkpoint.tasks[name][module].flat.tolist()) for name in ("one", "two"))
+        one, two = (set(checkpoint.tasks[name][module].positions.tolist()) for name in ("one", "two"))
         assert not one & two
     for name in ("one", "two"):
         batch = toys.batch(all_data()[name].train)
@@ -388,7 +393,7 @@ def test_start_base_trains_on_the_bare_model_at_positions_nobody_owns(model_fold
 
 
 def test_values_are_rounded_before_the_next_task_starts(finished, tmp_path):
-    """With float32 values on disk the same first task is not rounded, and a second one starts from somewhere else."""
+    """With float32 values in the checkpoint the first task is not rounded, so the second starts from other values."""
     adapter = finished.config.adapter.model_copy(update={"dtype": "float32"})
     config = finished.config.model_copy(
         update={"output": tmp_path / "ckpt", "adapter": adapter, "tasks": finished.config.tasks[:2]}
@@ -398,7 +403,7 @@ def test_values_are_rounded_before_the_next_task_starts(finished, tmp_path):
     for module, b in exact.tasks["one"].items():
         assert b.values.dtype == torch.float32
         rounded = finished.checkpoint.tasks["one"][module]
-        assert torch.equal(b.flat, rounded.flat) and torch.equal(b.values.bfloat16(), rounded.values)
+        assert torch.equal(b.positions, rounded.positions) and torch.equal(b.values.bfloat16(), rounded.values)
         assert not torch.equal(b.values, rounded.values.float())
     assert watcher.losses["one"] == finished.watcher.losses["one"]
     assert watcher.losses["two"] != finished.watcher.losses["two"]
@@ -416,7 +421,7 @@ def test_values_beyond_the_stored_dtype_are_refused(model_folder, finished, tmp_
     assert Checkpoint.open(config.output).manifest.tasks == ()
 
 
-def test_an_observer_that_leaves_a_merge_behind_is_noticed(model_folder, tmp_path):
+def test_an_observer_that_leaves_weights_merged_is_an_error(model_folder, tmp_path):
     class Careless(runner.Observer):
         def task_finished(self, checkpoint, task, model):
             Merger(model, checkpoint).merge(checkpoint.manifest.all_tasks())

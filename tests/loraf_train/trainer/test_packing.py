@@ -1,4 +1,4 @@
-"""Packed rows against the same examples alone: losses, steps, whole tasks; and models that cannot keep them apart."""
+"""Packed rows against the same examples alone: losses, steps, whole tasks; and models that mix packed examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError
-from loraf_train.adapter.host import attached, earlier
+from loraf_train.adapter.trainable_base import attached, earlier_tasks
 from loraf_train.data.examples import Example
 from loraf_train.sequence import runner
 from loraf_train.trainer import loop
@@ -31,7 +31,7 @@ def plain(folder, **options) -> transformers.PreTrainedModel:
 
 
 def windowed(folder, **options) -> transformers.PreTrainedModel:
-    """The model with a sliding window of five tokens, in Qwen2 in its second layer only."""
+    """The model with a sliding window of five tokens; Qwen2 has it in its second layer only."""
     config = transformers.AutoConfig.from_pretrained(folder)
     config.sliding_window = 5
     if config.model_type == "qwen2":
@@ -44,26 +44,26 @@ def losses(model, batch: dict[str, torch.Tensor], rows: list[list[int]], example
     """Mean loss of each example, (examples,), in their order."""
     with torch.no_grad():
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits.float()
-    found = torch.zeros(len(examples))
+    of_examples = torch.zeros(len(examples))
     for r, row in enumerate(rows):
         begin = 0
         for i in row:
             end = begin + len(examples[i].input_ids)
             labels = batch["labels"][r, begin + 1 : end]
-            found[i] = torch.nn.functional.cross_entropy(logits[r, begin : end - 1], labels)
+            of_examples[i] = torch.nn.functional.cross_entropy(logits[r, begin : end - 1], labels)
             begin = end
-    return found
+    return of_examples
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 32))
-def test_first_fit_against_the_definition(lengths, capacity):
+def test_first_fit_follows_its_definition(lengths, capacity):
     rows = first_fit(lengths, capacity)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     used = []
-    for i, length in enumerate(lengths):  # every example stands in the first row that had room when its turn came
+    for i, length in enumerate(lengths):  # every example is in the first row that had room at its turn
         place = next(r for r, row in enumerate(rows) if i in row)
         assert all(full + length > capacity for full in used[:place])
         if place == len(used):
@@ -73,7 +73,7 @@ def test_first_fit_against_the_definition(lengths, capacity):
             used[place] += length
 
 
-def test_a_row_is_filled_positions_begin_anew_and_padding_is_a_sequence_of_its_own():
+def test_rows_are_filled_and_position_ids_restart_for_each_example_and_the_padding():
     examples = [
         Example([1, 5, 6, 2], 2),
         Example([4, 3, 2], 0),
@@ -92,7 +92,7 @@ def test_a_row_is_filled_positions_begin_anew_and_padding_is_a_sequence_of_its_o
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral-window", "qwen2-window"])
-def test_every_example_has_the_loss_that_it_has_alone(folders, architecture, attention):
+def test_every_packed_example_has_the_same_loss_as_alone(folders, architecture, attention):
     options = {"dtype": torch.float32, "attn_implementation": attention}
     name, window, _ = architecture.partition("-window")
     load = windowed if window else plain
@@ -103,11 +103,11 @@ def test_every_example_has_the_loss_that_it_has_alone(folders, architecture, att
     packed = losses(model, PackingCollator(toys.PAD, ROW)(examples), rows, examples)
     alone = torch.cat([losses(model, toys.batch([e]), [[0]], [e]) for e in examples])
     assert (packed - alone).abs().max() < 1e-5
-    if window:  # it does act
+    if window:  # the window has an effect
         unbounded = plain(folders[name], **options)
         free = torch.cat([losses(unbounded, toys.batch([e]), [[0]], [e]) for e in examples])
         assert (free - alone).abs().max() > 1e-2
-    # The comparison can fail: without new positions examples see those before them.
+    # The comparison can fail: with continuous position ids, examples attend to those before them.
     mixed = PackingCollator(toys.PAD, ROW)(examples)
     mixed["position_ids"] = torch.arange(mixed["input_ids"].shape[1]).expand_as(mixed["input_ids"])
     assert (losses(model, mixed, rows, examples) - alone).abs().max() > 1e-2
@@ -118,45 +118,45 @@ def test_every_example_has_the_loss_that_it_has_alone(folders, architecture, att
 
 @pytest.fixture(scope="module")
 def shared(folders, tmp_path_factory):
-    """A float64 model with an earlier task acting on it, and positions for a new one."""
-    host, checkpoint = toys.host(folders["mistral"], tmp_path_factory.mktemp("ckpt"), old=(12.0, 0.75))
-    before = {module: earlier(checkpoint, ["old"], module) for module in host.targets}
-    return host, before, {m: torch.arange(0, base.out_features * 8, 3) for m, base in host.targets.items()}
+    """A float64 model with an active earlier task, and positions for a new one."""
+    base, checkpoint = toys.trainable_base(folders["mistral"], tmp_path_factory.mktemp("ckpt"), old=(12.0, 0.75))
+    earlier = {module: earlier_tasks(checkpoint, ["old"], module) for module in base.targets}
+    return base, earlier, {m: torch.arange(0, linear.out_features * 8, 3) for m, linear in base.targets.items()}
 
 
 def fitted(shared, **changes) -> tuple[torch.Tensor, list[float]]:
     """Values of all modules after four steps of 8 of 20 examples, and the losses of the steps."""
-    host, before, positions = shared
-    fields = {"name": "toy", "learning_rate": 3e-2, "batch_size": 8, "seed": 11, "max_grad_norm": 1.0, "steps": 4}
-    layers, seen = host.layers(positions, 2.0, before), []
-    with attached(host.model, layers):
-        phase = loop.Phase(**(fields | changes))
-        loop.fit(host.model, toys.examples(1, 20), phase, host.pad_id, lambda loss, *_: seen.append(loss))
+    base, earlier, positions = shared
+    settings = {"learning_rate": 3e-2, "batch_size": 8, "seed": 11, "max_steps": 4}
+    layers, seen = base.layers(positions, 2.0, earlier), []
+    with attached(base.model, layers):
+        phase = toys.phase(**(settings | changes))
+        loop.fit(base.model, toys.examples(1, 20), phase, base.pad_id, lambda loss, *_: seen.append(loss))
     return torch.cat([layer.values.detach() for layer in layers.values()]), seen
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"packed_length": ROW},
-        {"packed_length": ROW, "micro_batch_size": 3},
-        {"packed_length": 512, "micro_batch_size": 2, "gradient_checkpointing": True},
-        {"packed_length": ROW, "optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0},
+        {"packing": True, "max_length": ROW},
+        {"packing": True, "max_length": ROW, "micro_batch_size": 3},
+        {"packing": True, "max_length": 512, "micro_batch_size": 2, "gradient_checkpointing": True},
+        {"packing": True, "max_length": ROW, "optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0},
         {"micro_batch_size": 2},
         {"micro_batch_size": 1},
         {"gradient_checkpointing": True},
     ],
     ids=lambda changes: "-".join(changes),
 )
-def test_packing_accumulation_and_checkpointing_give_the_step_of_the_whole_batch(shared, changes):
-    """In float64, so that nothing but rounding is left; 20 examples in batches of 8, so that the third step has 4."""
-    how = {"packed_length", "micro_batch_size", "gradient_checkpointing"}
-    expected, expected_losses = fitted(shared, **{key: v for key, v in changes.items() if key not in how})
-    found, found_losses = fitted(shared, **changes)
+def test_packing_accumulation_and_checkpointing_give_the_same_steps_as_the_whole_batch(shared, changes):
+    """In float64, so that only rounding differs; 20 examples in batches of 8, so that the third step has 4."""
+    without_effect = {"packing", "max_length", "micro_batch_size", "gradient_checkpointing"}
+    expected, expected_losses = fitted(shared, **{key: v for key, v in changes.items() if key not in without_effect})
+    actual, actual_losses = fitted(shared, **changes)
     assert expected.abs().max() > 1e-3
-    # AdamW divides by the root of a square: where a gradient is all but zero, rounding decides on it.
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-    assert found_losses == pytest.approx(expected_losses, rel=1e-6)
+    # AdamW divides by the root of a square: where a gradient is almost zero, rounding determines the step.
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+    assert actual_losses == pytest.approx(expected_losses, rel=1e-6)
 
 
 def test_the_loss_is_divided_by_the_tokens_of_the_step_not_of_the_row(folders):
@@ -171,7 +171,7 @@ def test_the_loss_is_divided_by_the_tokens_of_the_step_not_of_the_row(folders):
     torch.testing.assert_close(*values)
 
 
-def test_whole_tasks_choose_the_same_positions_and_end_in_the_same_values(folders, tmp_path):
+def test_whole_tasks_get_the_same_positions_and_values(folders, tmp_path):
     ends = []
     for packing in (False, True):
         task = toys.task("t", training={"packing": packing, "max_length": ROW, "micro_batch_size": 4})
@@ -179,9 +179,9 @@ def test_whole_tasks_choose_the_same_positions_and_end_in_the_same_values(folder
         ends.append(runner.run(config, {"t": toys.data(7)}).tasks["t"])
     for module, plain in ends[0].items():
         packed = ends[1][module]
-        common = torch.isin(plain.flat, packed.flat)
+        common = torch.isin(plain.positions, packed.positions)
         assert common.float().mean() >= 0.99  # a tie within rounding may fall the other way
-        at_same = packed.values[torch.isin(packed.flat, plain.flat)]
+        at_same = packed.values[torch.isin(packed.positions, plain.positions)]
         torch.testing.assert_close(at_same, plain.values[common], rtol=1e-2, atol=1e-4)
     assert Checkpoint.open(tmp_path / "True").manifest.task("t").training["settings"]["training"].get("packing") is None
 
@@ -198,12 +198,12 @@ def test_packed_training_in_bfloat16_stays_near_float32(folders, tmp_path):
     assert ends["float32"]["loss"]["last"] < ends["float32"]["loss"]["first"]
 
 
-# --- models that cannot ----------------------------------------------------------------------------------------------
+# --- models that mix them --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_models_that_keep_examples_apart_pass_the_trial(folders, architecture, dtype):
+def test_models_that_separate_examples_pass_the_test(folders, architecture, dtype):
     model = toys.load(folders[architecture], dtype)
     model.train()
     require_separate(model)
@@ -212,7 +212,7 @@ def test_models_that_keep_examples_apart_pass_the_trial(folders, architecture, d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_mask_that_knows_no_positions_is_found(folders, monkeypatch, architecture, dtype):
+def test_an_attention_mask_that_ignores_position_ids_is_refused(folders, monkeypatch, architecture, dtype):
     model = toys.load(folders[architecture], dtype)
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(ConfigError, match="training.packing: .* mixes the examples .* → set packing: false"):
@@ -230,10 +230,10 @@ def test_a_recurrent_model_is_refused():
         require_separate(recurrent())
 
 
-def test_training_refuses_before_its_first_step(shared, monkeypatch):
+def test_training_refuses_such_a_model_before_its_first_step(shared, monkeypatch):
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     seen = []
     monkeypatch.setattr(loop._Trainer, "train", lambda *a, **k: seen.append(a))
     with pytest.raises(ConfigError, match="set packing: false"):
-        fitted(shared, packed_length=ROW)
+        fitted(shared, packing=True, max_length=ROW)
     assert not seen

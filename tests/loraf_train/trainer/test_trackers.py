@@ -1,4 +1,4 @@
-"""Trackers: every phase of every task is a run of its own, with the very losses that the run reports."""
+"""Trackers: each phase of a task is one tracked run, with the losses that the observer receives."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tests.standins import make_model
 
 class Losses(runner.Observer):
     def __init__(self):
-        self.found: dict[str, list[float]] = {}
+        self.by_phase: dict[str, list[float]] = {}
         self._task = ""
 
     def task_started(self, task):
         self._task = task.name
 
     def calibration_step(self, loss, step, total):
-        self.found.setdefault(f"{self._task}/calibration", []).append(loss)
+        self.by_phase.setdefault(f"{self._task}/calibration", []).append(loss)
 
     def step(self, loss, lr, step, total):
-        self.found.setdefault(f"{self._task}/training", []).append(loss)
+        self.by_phase.setdefault(f"{self._task}/training", []).append(loss)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,14 @@ def train(model_folder, output, *report_to: str, names=("one", "two"), **trainin
     observer = Losses()
     data = {name: toys.data(3 + i) for i, name in enumerate(names)}
     runner.run(toys.run_config(model_folder, output, *tasks), data, observer)
-    return observer.found
+    return observer.by_phase
 
 
-def test_tensorboard_has_a_run_for_each_phase_and_the_checkpoint_is_the_same(model_folder, tmp_path):
-    losses = train(model_folder, tmp_path / "told", "tensorboard")
-    train(model_folder, tmp_path / "quiet")
-    runs = tmp_path / "told" / trackers.RUNS
+@pytest.mark.slow
+def test_tensorboard_has_a_run_for_each_phase_and_the_checkpoint_does_not_change(model_folder, tmp_path):
+    losses = train(model_folder, tmp_path / "tracked", "tensorboard")
+    train(model_folder, tmp_path / "untracked")
+    runs = tmp_path / "tracked" / trackers.RUNS
     folders = {str(file.parent.relative_to(runs)) for file in runs.rglob("events.out.*")}
     assert (
         folders
@@ -59,15 +60,17 @@ def test_tensorboard_has_a_run_for_each_phase_and_the_checkpoint_is_the_same(mod
     )
     for name, expected in losses.items():
         events = EventAccumulator(str(runs / name)).Reload()
-        found = events.Scalars("train/loss")
-        assert [event.step for event in found] == list(range(1, len(expected) + 1))
-        assert [event.value for event in found] == pytest.approx(expected, rel=1e-4)  # float32, and rounded by Trainer
+        scalars = events.Scalars("train/loss")
+        assert [event.step for event in scalars] == list(range(1, len(expected) + 1))
+        assert [event.value for event in scalars] == pytest.approx(
+            expected, rel=1e-4
+        )  # float32, and rounded by Trainer
         assert len(events.Scalars("train/learning_rate")) == len(expected)
-    told, quiet = (Checkpoint.open(tmp_path / name).manifest for name in ("told", "quiet"))
-    assert told.adapter_digest == quiet.adapter_digest
-    assert not (tmp_path / "quiet" / trackers.RUNS).exists()
-    kept = {name for name in digests(tmp_path / "told") if not name.startswith("runs/")}
-    assert kept == set(digests(tmp_path / "quiet"))
+    tracked, untracked = (Checkpoint.open(tmp_path / name).manifest for name in ("tracked", "untracked"))
+    assert tracked.adapter_digest == untracked.adapter_digest
+    assert not (tmp_path / "untracked" / trackers.RUNS).exists()
+    kept = {name for name in digests(tmp_path / "tracked") if not name.startswith("runs/")}
+    assert kept == set(digests(tmp_path / "untracked"))
 
 
 def test_only_the_first_process_writes(model_folder, tmp_path, monkeypatch):
@@ -79,9 +82,9 @@ def test_only_the_first_process_writes(model_folder, tmp_path, monkeypatch):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in for the package: what of it `WandbCallback` and this project use, and what they said to it.
+    """A fake of the package: the part that `WandbCallback` and this project use, recording their calls.
 
-    It finds a phase that is logged into the run of another, and a run that is never finished.
+    It fails on a phase that is logged into another's run, and on a run that is finished twice.
     """
     module = types.ModuleType("wandb")
     module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
@@ -103,7 +106,7 @@ def wandb(monkeypatch):
             self.exit_code, module.run = exit_code, None
 
     def init(**settings):
-        assert module.run is None, "the run before is still open"
+        assert module.run is None, "the previous run is still open"
         module.run = Run(settings)
         module.config = Config()
         module.runs.append(module.run)
@@ -123,6 +126,7 @@ def wandb(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_wandb_has_a_run_for_each_phase(model_folder, tmp_path, wandb, monkeypatch):
     monkeypatch.setenv("WANDB_LOG_MODEL", "end")  # must not upload the base model
     losses = train(model_folder, tmp_path / "ckpt", "wandb")
@@ -135,7 +139,7 @@ def test_wandb_has_a_run_for_each_phase(model_folder, tmp_path, wandb, monkeypat
         assert logged == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_run_that_fails_is_closed_as_failed(model_folder, tmp_path, wandb, monkeypatch):
+def test_the_run_of_a_failed_phase_is_closed_as_failed(model_folder, tmp_path, wandb, monkeypatch):
     def broken(*step):
         raise RuntimeError("pulled")
 
@@ -147,7 +151,8 @@ def test_a_run_that_fails_is_closed_as_failed(model_folder, tmp_path, wandb, mon
     assert wandb.run is None
 
 
-def test_a_tracker_that_is_not_installed_is_named_once(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_tracker_that_is_not_installed_is_reported_once(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
     config = toys.run_config(
         tmp_path,

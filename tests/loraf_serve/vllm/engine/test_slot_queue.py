@@ -1,4 +1,4 @@
-"""Slots: never more sets than slots, no set starves, nothing is lost when requests give up."""
+"""The slot queue: never more sets than slots, no set starves, and cancelled requests leave nothing behind."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_only_as_many_sets_are_closed_as_wait() -> None:
     late = {key: Request(slots, key) for key in "abc"}
     await settle()
     assert {key for key, request in late.items() if request.admitted} == {"a", "b"}
-    await waiting.cancel()  # nobody waits for the slot any more
+    await waiting.cancel()  # no set waits for the slot any more
     assert late["c"].admitted
     for request in [*running["a"], *running["b"], *running["c"], *late.values()]:
         await request.finish()
@@ -128,7 +128,7 @@ async def test_a_request_cancelled_while_it_is_admitted_gives_the_slot_back() ->
 
 
 @on_a_loop
-async def test_who_waits_is_told_when_the_backend_stops() -> None:
+async def test_waiting_requests_fail_when_the_backend_stops() -> None:
     slots = SlotAdmission(1)
     running = Request(slots, "a")
     await settle()
@@ -145,8 +145,8 @@ async def test_who_waits_is_told_when_the_backend_stops() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 @on_a_loop
-async def test_any_traffic(seed: int) -> None:
-    """Random arrivals, ends and cancels: never too many sets, everybody who stays is served."""
+async def test_random_traffic(seed: int) -> None:
+    """Random arrivals, ends and cancellations: never too many sets, and every request that stays is served."""
     rng = random.Random(seed)
     count = rng.randint(1, 4)
     slots = SlotAdmission(count)

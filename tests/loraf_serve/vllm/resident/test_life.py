@@ -1,4 +1,4 @@
-"""Adapters come, change and go under traffic, on a resident engine: no wrong answer, and memory comes back."""
+"""Adapters are loaded, replaced and unloaded under traffic on a resident engine: no wrong answer, no memory leak."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def engine(vllm_pool: Pool) -> Engine:
 
 
 def test_two_hundred_changes_under_traffic(engine: Engine, tmp_path: Path) -> None:
-    """One name, four contents in turn. Each request keeps the content that the name meant when it began."""
+    """One name stands for four contents in turn. Each request keeps the content of the time when it began."""
     versions = []
     for i in range(4):
         random_checkpoint(tmp_path / str(i), engine.folder, rank=8 * (i + 1), seed=50 + i)
@@ -40,7 +40,7 @@ def test_two_hundred_changes_under_traffic(engine: Engine, tmp_path: Path) -> No
         for text in SETS
     }
     expected["main"] = Merged(engine.folder, engine.adapter.checkpoint).greedy("all", PROMPT, 6)
-    assert len({tuple(tokens) for tokens in expected.values()}) > 12  # else nothing is shown
+    assert len({tuple(tokens) for tokens in expected.values()}) > 12  # otherwise the test shows nothing
     backend, sizes, wrong = engine.backend, [], []
     before = dict(backend._bytes)
     asked = 0
@@ -69,7 +69,7 @@ def test_two_hundred_changes_under_traffic(engine: Engine, tmp_path: Path) -> No
             adapter = versions[i % len(versions)]
             await backend.add_adapter(adapter)
             running[adapter.digest] = [asyncio.ensure_future(ask(adapter, next(texts))) for _ in range(2)]
-            if i >= 2:  # two versions are there at any time
+            if i >= 2:  # two versions are loaded at any time
                 gone = versions[(i - 2) % len(versions)]
                 await asyncio.gather(*running.pop(gone.digest))
                 await backend.remove_adapter(gone)
@@ -84,8 +84,8 @@ def test_two_hundred_changes_under_traffic(engine: Engine, tmp_path: Path) -> No
     engine.loop.run(scenario(), timeout=550)
     assert wrong == [] and asked >= 2 * ROUNDS
     assert backend._bytes == before
-    # An allocator takes 5 MB more at some time, once; what is kept of every version makes each twenty rounds larger.
-    # A version of 0.3 MB a round would be 6 MB, a tenth of one 0.6; 0.1 to 0.3 MB were seen.
+    # The allocator may once take 5 MB more. A leak in every round would make each twenty rounds larger: by 6 MB for a
+    # whole version of 0.3 MB, by 0.6 MB for a tenth of one. 0.1 to 0.3 MB were measured.
     assert statistics.median(b - a for a, b in itertools.pairwise(sizes)) < 0.5e6, sizes
     assert sizes[-1] - sizes[0] < 12e6, sizes
 
@@ -97,15 +97,15 @@ def worker_bytes(engine: Engine) -> int:
 
 
 def test_a_large_adapter_gives_its_memory_back_each_time(engine: Engine, tmp_path: Path) -> None:
-    """The first loads also pay once for what stays: scratch memory of threads, and their arenas. These take turns, and
-    hold now more and now less, by a third of this adapter."""
-    several = []
+    """The first loads also allocate memory that stays: the threads' scratch memory and arenas. Their size varies by a
+    third of this adapter."""
+    adapters = []
     for i in range(3):
         random_checkpoint(tmp_path / str(i), engine.folder, ("math", "nlu"), 2048, 0.5, seed=60 + i)
-        several.append(open_adapter("large", tmp_path / str(i)))
+        adapters.append(open_adapter("large", tmp_path / str(i)))
     loaded = []
     for i in range(24):
-        large, before = several[i % 3], worker_bytes(engine)
+        large, before = adapters[i % 3], worker_bytes(engine)
         engine.loop.run(engine.backend.add_adapter(large))
         (answer,) = engine.ask(engine.request("all", PROMPT, large))
         held = engine.backend.adapter_bytes(large)
@@ -115,16 +115,16 @@ def test_a_large_adapter_gives_its_memory_back_each_time(engine: Engine, tmp_pat
         assert i or loaded[0] - before > 0.8 * held
         engine.loop.run(engine.backend.remove_adapter(large))
         assert engine.backend.adapter_bytes(large) == 0
-        deadline = time.monotonic() + 10  # memory is given back by a thread
+        deadline = time.monotonic() + 10  # a thread returns the memory
         while loaded[-1] - worker_bytes(engine) < 0.8 * held:
             assert time.monotonic() < deadline, (loaded[-1], worker_bytes(engine), held)
             time.sleep(0.05)
-    # A tenth of an adapter left by each of these fourteen loads would be nearly three times as much.
+    # If each of these fourteen loads left a tenth of an adapter, the difference would be nearly three times as much.
     assert statistics.median(loaded[-8:]) - statistics.median(loaded[2:10]) < 0.5 * held, loaded
 
 
-def test_the_same_content_again_after_it_was_unloaded(engine: Engine, tmp_path: Path) -> None:
-    """Its sets get new ids; what the prefix cache holds of it is still right."""
+def test_the_same_content_can_be_loaded_again(engine: Engine, tmp_path: Path) -> None:
+    """Its sets get new ids, and its entries in the prefix cache are still valid."""
     adapter = open_adapter("again", random_checkpoint(tmp_path / "again", engine.folder, seed=61).path)
     prompt = random_prompt(300, seed=62)
     expected = Merged(engine.folder, adapter.checkpoint).greedy("all", prompt, 8)

@@ -1,5 +1,5 @@
-"""The resident backend in other ways than one process in float32: two tensor-parallel workers, half precision, and an
-engine whose kernel is wrong. Each engine is started for its own test."""
+"""The resident backend with two tensor-parallel workers, in half precision, and with a wrong kernel. Each test starts
+its own engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.standins import make_model, random_checkpoint
 STEPS = 4
 SETS = ("math", "nlu", "code", "all", "math:0.5+nlu:-2", "base")
 
-# What a process of the engine runs when it starts, found through PYTHONPATH: every operand adds a little too much.
+# A sitecustomize module, found through PYTHONPATH by each of the engine's processes: every operand adds too much.
 FAULT = """
 import loraf_serve.kernels as kernels
 
@@ -46,7 +46,7 @@ kernels.prepare = wrong
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    """Starts an engine on a small random Mistral; stopped at the end."""
+    """Starts engines on a small random Mistral, and stops them at the end."""
     folder = make_model("mistral", tmp_path / "mistral")
     random_checkpoint(tmp_path / "ckpt", folder)
     loop = Loop()
@@ -61,8 +61,8 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
         yield start
 
 
-def mixed(engine: Engine, merged: Merged) -> None:
-    """Sixteen weightings and two base rows in one batch, token for token."""
+def assert_mixed_batch(engine: Engine, merged: Merged) -> None:
+    """Sixteen weightings and two base rows in one batch answer like merged weights, token for token."""
     drawn = random.Random(6)
     texts = ["+".join(f"{task}:{drawn.uniform(-2, 2):.3f}" for task in engine.adapter.tasks) for _ in range(16)]
     texts = [*texts[:8], "base", *texts[8:], "base"]
@@ -73,7 +73,7 @@ def mixed(engine: Engine, merged: Merged) -> None:
 
 
 def test_two_tensor_parallel_workers_answer_as_one(started, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each holds half of the heads and half of the rows or columns of every layer, of A, B and the masks too."""
+    """Each holds half of the heads and half of the rows or columns of every layer, including A and B."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("two workers of vLLM's CPU back end need two processors")
@@ -81,13 +81,13 @@ def test_two_tensor_parallel_workers_answer_as_one(started, monkeypatch: pytest.
     monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     engine = started(options=(*COMMON, "--enforce-eager", "--tensor-parallel-size", "2"))
     assert len(engine.loop.run(engine.backend._call_workers("loraf_layers"))) == 2
-    mixed(engine, Merged(engine.folder, engine.adapter.checkpoint))
+    assert_mixed_batch(engine, Merged(engine.folder, engine.adapter.checkpoint))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_half_precision_each_row_gets_its_own_delta(started, dtype: str) -> None:
-    """Logits of a mixed batch against the formula in float64. Half precision rounds at every layer, so no token is
-    compared: a row may be as far off as twice what merged weights in transformers are in that precision."""
+    """Logits of a mixed batch against the formula in float64. Half precision rounds at every layer, so tokens are not
+    compared. A row may have twice the error of merged weights in transformers in the same precision."""
     engine = started(options=(*COMMON, "--enforce-eager", "--dtype", dtype))
     prompt = random_prompt(40, seed=7)
     formula = Formula(engine.folder, engine.adapter.checkpoint)
@@ -96,30 +96,31 @@ def test_in_half_precision_each_row_gets_its_own_delta(started, dtype: str) -> N
     rounding = max(_error(merged.logits(text, prompt)[-1], expected[text]) for text in SETS)
     answers = engine.ask(*(engine.request(text, prompt, max_tokens=1, logprobs=-1) for text in SETS * 2))
     for text, answer in zip(SETS * 2, answers, strict=True):
-        found = torch.full_like(expected[text], torch.nan)
+        actual = torch.full_like(expected[text], torch.nan)
         for token in answer.logprobs[0].top:
-            found[token.token_id] = token.logprob
-        errors = {other: _error(found, logits) for other, logits in expected.items()}
+            actual[token.token_id] = token.logprob
+        errors = {other: _error(actual, logits) for other, logits in expected.items()}
         assert errors[text] <= 2 * rounding, (errors, rounding)
         assert min(error for other, error in errors.items() if other != text) > 4 * rounding, (errors, rounding)
 
 
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest, relative to the largest logit."""
-    return float((found - expected).abs().max() / expected.abs().max())
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the largest error relative to the largest logit."""
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def test_a_wrong_kernel_is_found_at_start_and_slots_serve_instead(started, tmp_path, monkeypatch) -> None:
+def test_a_wrong_kernel_is_detected_at_start_and_slots_serve_instead(started, tmp_path, monkeypatch) -> None:
     (tmp_path / "fault").mkdir()
     (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fault"), prepend=os.pathsep)
-    said: list[str] = []
+    messages: list[str] = []
 
     def auto(folder: Path, options: tuple[str, ...], rank: int):
-        return choose_backend.choose("auto", folder, options, rank, said.append).backend
+        return choose_backend.choose("auto", folder, options, rank, messages.append).backend
 
     engine = started(auto)
     assert engine.backend.name == "slots"
-    assert "resident backend failed its self-check" in said[0] and "model.layers.0.self_attn.qkv_proj" in said[0]
-    assert said[1] == "serving with the slots backend instead"
-    mixed(engine, Merged(engine.folder, engine.adapter.checkpoint))
+    assert "resident backend failed its self-check" in messages[0]
+    assert "model.layers.0.self_attn.qkv_proj" in messages[0]
+    assert messages[1] == "serving with the slots backend instead"
+    assert_mixed_batch(engine, Merged(engine.folder, engine.adapter.checkpoint))

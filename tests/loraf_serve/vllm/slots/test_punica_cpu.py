@@ -12,7 +12,7 @@ IDS = [None, 11, 12, 13]  # slot 0 is free
 
 
 def wrapper_for(ids: list[int]) -> GroupedPunicaWrapperCPU:
-    """A wrapper that has been told the adapter id of each row (0: none)."""
+    """Returns a wrapper with the adapter id of each row (0 for none) as its mapping."""
     wrapper = GroupedPunicaWrapperCPU(256, max_batches=64, device="cpu")
     mapping = LoRAMapping(tuple(ids), tuple(ids), is_prefill=True)
     wrapper.update_metadata(mapping, IDS, len(IDS) + 1, 100)
@@ -20,7 +20,7 @@ def wrapper_for(ids: list[int]) -> GroupedPunicaWrapperCPU:
 
 
 def by_rows(y, x, a, b, slices, ids, scale=1.0):
-    """y + scale · x Aᵀ Bᵀ, row by row and slice by slice, in float64."""
+    """Returns y + scale · x Aᵀ Bᵀ, row by row and slice by slice, in float64."""
     y = y.double().clone()
     for row, adapter in enumerate(ids):
         if adapter == 0:
@@ -45,14 +45,14 @@ BATCHES = {
     "one adapter": [11] * 6,
     "prefills": [11] * 4 + [0] * 3 + [12] * 5 + [13],
     "decodes, mixed": [11, 0, 12, 11, 0, 13, 12, 11],
-    "last slot beside base": [0, 13, 0],
+    "last slot next to base": [0, 13, 0],
     "a single row": [12],
 }
 
 
 @pytest.mark.parametrize("slices", [(16,), (32, 16, 16), (20, 20)], ids=["o_proj", "qkv_proj", "gate_up_proj"])
 @pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
-def test_linear_layers(ids: list[int], slices: tuple[int, ...]) -> None:
+def test_linear_layers_get_each_rows_delta(ids: list[int], slices: tuple[int, ...]) -> None:
     wrapper = wrapper_for(ids)
     a, b = random_layers(slices)
     x, y = torch.randn(len(ids), 24), torch.randn(len(ids), sum(slices))
@@ -61,12 +61,12 @@ def test_linear_layers(ids: list[int], slices: tuple[int, ...]) -> None:
     untouched = y[base].clone()
     wrapper.add_lora_linear(y, x, a, b, 0.5, slices)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(y[base], untouched)  # not a bit of a row without an adapter
+    assert torch.equal(y[base], untouched)  # rows without an adapter keep every bit
 
 
 @pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
-def test_shrink_then_expand_is_the_same(ids: list[int]) -> None:
-    """vLLM calls the two halves apart where LoRA is fully sharded over processes."""
+def test_shrink_then_expand_gives_the_same(ids: list[int]) -> None:
+    """vLLM calls the two halves separately if LoRA is fully sharded over processes."""
     slices = (12, 8)
     wrapper = wrapper_for(ids)
     a, b = random_layers(slices)
@@ -88,7 +88,7 @@ def test_bfloat16_stays_close_to_exact_products() -> None:
     assert (y.double() - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
-def test_rows_are_slices_where_they_can_be() -> None:
-    found = dict(group_rows(torch.tensor([2, 2, -1, 0, 1, 0])))
-    assert found[2] == slice(0, 2) and found[1] == slice(4, 5)
-    assert found[0].tolist() == [3, 5] and len(found) == 3
+def test_contiguous_rows_are_a_slice() -> None:
+    groups = dict(group_rows(torch.tensor([2, 2, -1, 0, 1, 0])))
+    assert groups[2] == slice(0, 2) and groups[1] == slice(4, 5)
+    assert groups[0].tolist() == [3, 5] and len(groups) == 3

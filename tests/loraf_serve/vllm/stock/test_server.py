@@ -1,4 +1,4 @@
-"""A stock `vllm serve` with loraf installed, asked by the `openai` client: task sets are models."""
+"""A stock `vllm serve` with loraf installed, with requests from the `openai` client: task sets are models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.loraf_serve.vllm_engines import BLOCK, random_prompt
 from tests.standins import make_model, random_checkpoint
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "stock-vllm" / "ask.py"
-# Model → the set of ./ckpt that it is.
+# Model → its task set of ./ckpt.
 MODELS = {
     "base": "base",
     "math": "math",
@@ -54,21 +54,21 @@ def still_answers(server: StockServer) -> Iterator[None]:
     assert server.alive()
 
 
-def of_other_content(server: StockServer, name: str) -> Merged:
+def merged_of(server: StockServer, name: str) -> Merged:
     return Merged(server.root / "model", Checkpoint.open(server.root / name))
 
 
-def test_every_name_answers_as_the_merged_model(server: StockServer, merged: Merged) -> None:
+def test_every_model_answers_like_the_merged_weights(server: StockServer, merged: Merged) -> None:
     prompt = random_prompt(40, seed=1)
     answers = server.ask(*((model, prompt) for model in MODELS))
     expected = {text: merged.greedy(text, prompt, 8) for text in set(MODELS.values())}
-    assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)  # else nothing was shown
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)  # otherwise the test shows nothing
     for (model, text), answer in zip(MODELS.items(), answers, strict=True):
         assert (model, answer.model, answer.token_ids) == (model, model, expected[text])
 
 
-def test_sets_and_base_rows_of_one_batch_keep_to_themselves(server: StockServer, merged: Merged) -> None:
-    """As many sets as there are slots, base rows between them: vLLM's own CPU path gives those another's delta."""
+def test_sets_and_base_rows_of_one_batch_do_not_affect_each_other(server: StockServer, merged: Merged) -> None:
+    """As many sets as slots, with base rows between them, which get another set's delta in vLLM's own CPU path."""
     models = ["base", "math", "base", "ckpt@math:0.5+nlu", "base", "ckpt@nlu", "base", "ckpt"]
     assert len(set(models) - {"base"}) == SLOTS
     prompts = [random_prompt(length, seed=100 + length) for length in (1, 3, 17, 60, 61, 80, 5, 130)]
@@ -78,7 +78,7 @@ def test_sets_and_base_rows_of_one_batch_keep_to_themselves(server: StockServer,
             assert answer.token_ids == merged.greedy(MODELS[model], prompt, 24), model
 
 
-def test_the_prefix_cache_mixes_no_sets(server: StockServer, merged: Merged) -> None:
+def test_the_prefix_cache_does_not_mix_sets(server: StockServer, merged: Merged) -> None:
     prompt = random_prompt(2 * BLOCK + 50, seed=2)
     for model in ("math", "base", "ckpt@nlu", "ckpt@math:0.5+nlu"):
         for cached in (0, 2 * BLOCK):
@@ -87,22 +87,22 @@ def test_the_prefix_cache_mixes_no_sets(server: StockServer, merged: Merged) -> 
             assert answer.token_ids == merged.greedy(MODELS[model], prompt, 8)
 
 
-def test_a_set_has_one_meaning_however_it_is_written(server: StockServer, merged: Merged) -> None:
+def test_equivalent_spellings_of_a_set_are_one_set(server: StockServer, merged: Merged) -> None:
     prompt = random_prompt(20, seed=3)
-    written = ("ckpt@nlu+math", "ckpt@math:1+nlu:1.0", "ckpt@code:0+math+nlu", "ckpt@as_trained=nlu")
-    for answer in server.ask(*((model, prompt) for model in written)):
+    spellings = ("ckpt@nlu+math", "ckpt@math:1+nlu:1.0", "ckpt@code:0+math+nlu", "ckpt@as_trained=nlu")
+    for answer in server.ask(*((model, prompt) for model in spellings)):
         assert answer.token_ids == merged.greedy("math+nlu", prompt, 8)
     roots = {model.id: model.model_extra["root"] for model in server.client.models.list().data}
     digest = Checkpoint.open(server.root / "ckpt").manifest.adapter_digest
-    assert {roots[model] for model in written} == {f"loraf:{digest}:math+nlu"} == {roots["trained"]}
+    assert {roots[model] for model in spellings} == {f"loraf:{digest}:math+nlu"} == {roots["trained"]}
 
 
-def test_chat(server: StockServer) -> None:
+def test_chat_uses_the_task_set(server: StockServer) -> None:
     def ask(model: str) -> str:
         messages = [{"role": "user", "content": "What is 2 + 2?"}]
-        made = server.client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
-        assert made.model == model
-        return made.choices[0].message.content
+        completion = server.client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
+        assert completion.model == model
+        return completion.choices[0].message.content
 
     assert ask("ckpt@math") == ask("math") != ask("base")
 
@@ -118,13 +118,15 @@ def test_chat(server: StockServer) -> None:
         ("nope", openai.NotFoundError, ["The model `nope` does not exist"]),
         ("ckpt@math:17", openai.BadRequestError, ["weight 17.0 is out of range"]),
         ("ckpt@math:nan", openai.BadRequestError, ["weight nan is out of range"]),
-        ("ckpt@math:x", openai.BadRequestError, ["'x' is no weight", "math:0.5"]),
+        ("ckpt@math:x", openai.BadRequestError, ["weight 'x' is not a number", "math:0.5"]),
         ("ckpt@math+math", openai.BadRequestError, ["task 'math' is named twice"]),
         ("ckpt@", openai.NotFoundError, ["there is no task ''"]),
     ],
 )
 @pytest.mark.usefixtures("still_answers")
-def test_a_name_that_means_nothing(server: StockServer, model: str, kind: type, words: list[str]) -> None:
+def test_an_unknown_name_is_refused_with_the_reason(
+    server: StockServer, model: str, kind: type, words: list[str]
+) -> None:
     with pytest.raises(kind) as caught:
         server.ask((model, [1, 5]))
     for word in words:
@@ -132,14 +134,14 @@ def test_a_name_that_means_nothing(server: StockServer, model: str, kind: type, 
 
 
 @pytest.mark.usefixtures("still_answers")
-def test_a_changed_folder_is_refused_and_what_was_named_before_stays(server: StockServer) -> None:
+def test_a_changed_folder_is_refused_and_earlier_names_stay(server: StockServer) -> None:
     prompt = random_prompt(30, seed=4)
-    before = of_other_content(server, "moving").greedy("math", prompt, 8)
+    before = merged_of(server, "moving").greedy("math", prompt, 8)
     assert server.ask(("moving@math", prompt))[0].token_ids == before
-    kept = server.root / "moving"
-    kept.rename(server.root / "moved")
-    random_checkpoint(kept, server.root / "model", seed=9)
-    assert of_other_content(server, "moving").greedy("math", prompt, 8) != before
+    folder = server.root / "moving"
+    folder.rename(server.root / "moved")
+    random_checkpoint(folder, server.root / "model", seed=9)
+    assert merged_of(server, "moving").greedy("math", prompt, 8) != before
 
     assert server.ask(("moving@math", prompt))[0].token_ids == before
     with pytest.raises(openai.BadRequestError, match="was changed since this server read it"):
@@ -147,16 +149,16 @@ def test_a_changed_folder_is_refused_and_what_was_named_before_stays(server: Sto
     status, text = server.post("/v1/load_lora_adapter", lora_name="again", lora_path="./moving@math")
     assert (status, "was changed since this server read it" in text) == (400, True)
 
-    shutil.rmtree(kept)
-    (server.root / "moved").rename(kept)
-    expected = of_other_content(server, "moving").greedy("nlu", prompt, 8)
+    shutil.rmtree(folder)
+    (server.root / "moved").rename(folder)
+    expected = merged_of(server, "moving").greedy("nlu", prompt, 8)
     assert server.ask(("moving@nlu", prompt))[0].token_ids == expected
 
 
 @pytest.mark.usefixtures("still_answers")
 def test_a_checkpoint_loaded_while_serving(server: StockServer) -> None:
     prompt = random_prompt(30, seed=5)
-    expected = of_other_content(server, "spare")
+    expected = merged_of(server, "spare")
     load = {"lora_name": "late", "lora_path": "./spare"}
     assert server.post("/v1/load_lora_adapter", **load)[0] == 200
     for model, text in (("late", "all"), ("late@code", "code")):
@@ -172,13 +174,13 @@ def test_a_checkpoint_loaded_while_serving(server: StockServer) -> None:
     with pytest.raises(openai.NotFoundError, match="there is no checkpoint 'late'"):
         server.ask(("late@math", prompt))
     status, text = server.post("/v1/load_lora_adapter", lora_name="late", lora_path="./ckpt")
-    assert (status, "'late' has meant" in text) == (400, True)
+    assert (status, "'late' already stands for" in text) == (400, True)
     assert server.post("/v1/load_lora_adapter", **load)[0] == 200
     assert server.ask(("late", prompt))[0].token_ids == expected.greedy("all", prompt, 8)
 
 
 @pytest.mark.usefixtures("still_answers")
-def test_what_cannot_be_served_is_refused(server: StockServer, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_served_is_refused(server: StockServer, tmp_path: Path) -> None:
     root = server.root
     other = make_model("mistral", tmp_path / "other-model", seed=1)
     random_checkpoint(tmp_path / "other", other)
@@ -190,13 +192,13 @@ def test_what_cannot_be_served_is_refused(server: StockServer, tmp_path: Path) -
     refused = {
         f"{tmp_path}/other": (400, "other weights", "LORAF_ALLOW_OTHER_BASE=1"),
         f"{tmp_path}/large": (400, "rank 32 is beyond the engine's largest, 16", "--max-lora-rank"),
-        f"{tmp_path}/damaged": (400, "is not the file that the manifest names"),
-        f"{tmp_path}/damaged@math": (400, "is not the file that the manifest names"),
+        f"{tmp_path}/damaged": (400, "is not the file that the manifest lists"),
+        f"{tmp_path}/damaged@math": (400, "is not the file that the manifest lists"),
         f"{tmp_path}/empty@math": (400, "there is no loraf.json"),
         "./nowhere@math": (400, "there is no checkpoint './nowhere'"),
         "./spare@maths": (404, "there is no task 'maths'"),
         "@math": (400, "names no checkpoint"),
-        "loraf:0123:math": (400, "is what the server itself calls a task set"),
+        "loraf:0123:math": (400, "is reserved for the server itself"),
     }
     for path, (expected, *words) in refused.items():
         status, text = server.post("/v1/load_lora_adapter", lora_name="refused", lora_path=path)
@@ -207,7 +209,7 @@ def test_what_cannot_be_served_is_refused(server: StockServer, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("still_answers")
-def test_adapters_of_vllm_s_own_kind_are_served_beside(server: StockServer, merged: Merged) -> None:
+def test_peft_adapters_are_served_too(server: StockServer, merged: Merged) -> None:
     checkpoint = Checkpoint.open(server.root / "ckpt")
     export_peft(checkpoint, TaskSet.parse("nlu:-1+code", checkpoint.manifest.task_names), server.root / "peft")
     assert server.post("/v1/load_lora_adapter", lora_name="plain", lora_path="./peft")[0] == 200
@@ -215,10 +217,10 @@ def test_adapters_of_vllm_s_own_kind_are_served_beside(server: StockServer, merg
     models = {"plain": "nlu:-1+code", "base": "base", "math": "math"}
     for (model, text), answer in zip(models.items(), server.ask(*((m, prompt) for m in models)), strict=True):
         assert (model, answer.token_ids) == (model, merged.greedy(text, prompt, 8))
-    # A name has one meaning, whatever kind it is of.
+    # A name stands for one content, LoRAF's or vLLM's.
     for name, path in (("plain", "./ckpt@math"), ("math", "./peft")):
         again = server.post("/v1/load_lora_adapter", lora_name=name, lora_path=path, load_inplace=True)
-        assert (again[0], "since this server started" in again[1]) == (400, True)
+        assert (again[0], "already stands for" in again[1]) == (400, True)
 
 
 def test_the_example(server: StockServer) -> None:

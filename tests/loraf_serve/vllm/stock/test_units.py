@@ -1,4 +1,4 @@
-"""A stock `vllm serve` with loraf installed, without an engine: what names mean, what is refused, what is left."""
+"""A stock `vllm serve` with loraf installed, tested without an engine: names, refusals, and what stays unchanged."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from tests.loraf_serve.vllm.slots.test_punica_cpu import BATCHES, by_rows, rando
 from tests.loraf_serve.vllm.slots.test_punica_cpu import wrapper_for as grouped_wrapper_for
 from tests.standins import linear_shapes, make_model, random_checkpoint, random_values
 
-FACTS = dict(relied_on.stock_facts())
+FACTS = relied_on.STOCK_FACTS
 SERVER = UsageContext.OPENAI_API_SERVER
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model`, `ckpt` (math, nlu, code), and a folder of vLLM's own kind."""
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, `ckpt` (math, nlu, code), and a PEFT adapter whose name contains an @."""
     root = tmp_path_factory.mktemp("stock-units")
     random_checkpoint(root / "ckpt", make_model("mistral", root / "model"))
     (root / "peft@home").mkdir()
@@ -47,29 +47,29 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def root(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to work in, and the working directory."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+def root(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `originals`, as the working directory."""
+    shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("statement", FACTS)
-def test_vllm_still_does_what_serving_from_it_relies_on(statement: str) -> None:
+def test_vllm_still_does_what_loraf_relies_on(statement: str) -> None:
     assert FACTS[statement](), f"no longer true of the installed vLLM: {statement}"
 
 
 # --- names ------------------------------------------------------------------------------------------------------
 
 
-def test_paths(root: Path) -> None:
+def test_paths_are_split_into_checkpoint_and_set(root: Path) -> None:
     shutil.copytree("ckpt", "odd@name")
     expected = {
         "./ckpt": ("./ckpt", "all"),
         "ckpt/": ("ckpt/", "all"),
         "./ckpt@math:0.5+nlu": ("./ckpt", "math:0.5+nlu"),
         f"{root}/ckpt@as_trained=nlu": (f"{root}/ckpt", "as_trained=nlu"),
-        "odd@name": ("odd@name", "all"),  # what exists is never taken apart
+        "odd@name": ("odd@name", "all"),  # an existing path is never split
         "odd@name@math": ("odd@name", "math"),
         "org/name@all": ("org/name", "all"),
         "./nowhere@math": ("./nowhere", "math"),
@@ -85,8 +85,8 @@ def test_paths(root: Path) -> None:
             split_path(path)
 
 
-def test_sets(made: Path) -> None:
-    manifest = Checkpoint.open(made / "ckpt").manifest
+def test_a_task_set_is_parsed_in_every_form(originals: Path) -> None:
+    manifest = Checkpoint.open(originals / "ckpt").manifest
     same = ("math+nlu", "nlu+math", " nlu + math", "math:1+nlu:1.0", "code:0+math+nlu", "as_trained=nlu")
     assert {str(read_set(text, manifest)) for text in same} == {"math+nlu"}
     assert str(read_set("all", manifest)) == str(read_set("as_trained=code", manifest)) == "math+nlu+code"
@@ -107,40 +107,39 @@ def checkpoints(rank: int = 16) -> StockCheckpoints:
 
 
 def test_one_folder_is_one_checkpoint_however_it_is_written(root: Path) -> None:
-    known = checkpoints()
-    first = known.read("./ckpt")
-    known.keep(first)
+    store = checkpoints()
+    first = store.read("./ckpt")
+    store.keep(first)
     (root / "link").symlink_to("ckpt")
     assert first.folder == root.resolve() / "ckpt"
-    assert all(known.read(name) is first for name in ("ckpt", f"{root}/ckpt/", "./model/../ckpt", "link"))
+    assert all(store.read(name) is first for name in ("ckpt", f"{root}/ckpt/", "./model/../ckpt", "link"))
 
 
-def test_tasks_that_are_added_do_no_harm(root: Path) -> None:
+def test_added_tasks_are_accepted_but_not_served(root: Path) -> None:
     shapes, tasks = linear_shapes(root / "model"), ("math", "nlu", "later")
     drawn = random_values(shapes, 16, tasks, 0.75, seed=0)
     growing = Checkpoint.create("growing", describe("model", root / "model"), 16, shapes, seed=0)
     for task in tasks[:2]:
         growing.add_task(task, drawn[task], alpha=16.0, sparsity=0.75)
-    known = checkpoints()
-    source = known.read("./growing")
-    known.keep(source)
+    store = checkpoints()
+    checkpoint = store.read("./growing")
+    store.keep(checkpoint)
     growing.add_task("later", drawn["later"], alpha=16.0, sparsity=0.75)
     growing.set_scores("math", [{"score": 1.0}])
-    assert known.read("./growing") is source
-    assert source.tasks == ("math", "nlu")  # no more than what the workers have
+    assert store.read("./growing") is checkpoint
+    assert checkpoint.tasks == ("math", "nlu")  # those that the workers have loaded
 
 
 @pytest.mark.parametrize("change", ["other contents", "fewer tasks", "no checkpoint"])
-def test_a_change_is_refused(root: Path, change: str) -> None:
-    known = checkpoints()
-    source = known.read("./ckpt")
-    known.keep(source)
+def test_a_changed_checkpoint_is_refused(root: Path, change: str) -> None:
+    store = checkpoints()
+    store.keep(store.read("./ckpt"))
     shutil.rmtree("ckpt")
     if change != "no checkpoint":
         tasks, seed = (("math", "nlu"), 0) if change == "fewer tasks" else (("math", "nlu", "code"), 1)
         random_checkpoint(root / "ckpt", root / "model", tasks, seed=seed)
     with pytest.raises(CheckpointError, match="there is no loraf.json" if change == "no checkpoint" else "was changed"):
-        known.read("./ckpt")
+        store.read("./ckpt")
 
 
 def test_everything_is_checked_outside_of_the_engine(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,28 +155,28 @@ def test_everything_is_checked_outside_of_the_engine(root: Path, monkeypatch: py
 
 
 def test_a_checkpoint_on_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    downloads = []
 
     def snapshot_download(name: str, **options: object) -> str:
-        asked.append(name)
+        downloads.append(name)
         return str(root / "ckpt")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    known = checkpoints()
-    source = known.read("org/name")
-    known.keep(source)
-    assert known.read("org/name") is known.read("./ckpt") is source
-    assert asked == ["org/name"] * 2
+    store = checkpoints()
+    checkpoint = store.read("org/name")
+    store.keep(checkpoint)
+    assert store.read("org/name") is store.read("./ckpt") is checkpoint
+    assert downloads == ["org/name"] * 2
 
 
 # --- models -----------------------------------------------------------------------------------------------------
 
 
 class FakeEngine:
-    """An engine client that notes what it is asked, with one worker that loads at once.
+    """An engine client that records its calls, with one worker that loads at once.
 
-    It prevents: a name or an id with two meanings, a set that the engine hears of before its checkpoint is in memory,
-    a checkpoint that is loaded twice or kept after the worker refused it.
+    It catches: a name or an id with two meanings, a set that reaches the engine before its checkpoint is in memory, a
+    checkpoint that is loaded twice or kept after the worker refused it.
     """
 
     def __init__(self, refusal: dict | None = None, **parallel: object):
@@ -199,7 +198,7 @@ class FakeEngine:
         if method == "loraf_begin_load":
             self.notice = args[-1]
         if method in ("loraf_begin_load", "loraf_load_state"):
-            give(self.notice)  # the second time it is true
+            give(self.notice)  # the first notice is spurious
         if method == "loraf_load_state":
             return [None if self.calls.count(method) == 1 else self.refusal or {"bytes": 1}]
         return [{"layer": [1, 1]} if method == "loraf_layers" else None]
@@ -226,9 +225,9 @@ def test_a_content_has_one_id_and_a_name_one_content() -> None:
         served = models(engine, "math=./ckpt@math", "ckpt=./ckpt")
         await served.init_static_loras()
         names = ("ckpt@math", "ckpt@nlu+math", "ckpt@math+nlu", "ckpt@as_trained=nlu", "ckpt@all", "ckpt@math:0.5")
-        found = await asyncio.gather(*(served.resolve_lora(name) for name in names * 2))
-        ids = dict(zip(names * 2, [request.lora_int_id for request in found], strict=True))
-        assert [request.lora_name for request in found] == list(names * 2)
+        resolved = await asyncio.gather(*(served.resolve_lora(name) for name in names * 2))
+        ids = dict(zip(names * 2, [request.lora_int_id for request in resolved], strict=True))
+        assert [request.lora_name for request in resolved] == list(names * 2)
         math, everything = (served.lora_requests[name].lora_int_id for name in ("math", "ckpt"))
         assert ids["ckpt@math"] == math and ids["ckpt@all"] == everything
         assert ids["ckpt@nlu+math"] == ids["ckpt@math+nlu"] == ids["ckpt@as_trained=nlu"]
@@ -239,7 +238,7 @@ def test_a_content_has_one_id_and_a_name_one_content() -> None:
         assert engine.calls.count("loraf_begin_load") == 1
 
         answer = await served.load_lora_adapter(load("math", "./ckpt@nlu", load_inplace=True))
-        assert answer.error.code == 400 and "'math' has meant" in answer.error.message
+        assert answer.error.code == 400 and "'math' already stands for" in answer.error.message
         assert served.lora_requests["math"].lora_int_id == math
 
     asyncio.run(run())
@@ -259,7 +258,7 @@ def test_at_the_start_a_bad_path_is_an_error_that_names_it() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_what_a_worker_refuses_is_not_kept() -> None:
+def test_a_checkpoint_that_a_worker_refuses_is_not_kept() -> None:
     async def run() -> None:
         refusal = {"kind": "BaseMismatch", "problems": [["vLLM applies no LoRA to this layer", "layer", "ckpt", ""]]}
         engine = FakeEngine(refusal)
@@ -278,11 +277,14 @@ def test_what_a_worker_refuses_is_not_kept() -> None:
     ("parallel", "words"),
     [
         ({"worker_extension_cls": "mine.Extension"}, "--worker-extension-cls: LoRAF brings its own"),
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size: LoRAF checkpoints cannot be served split this way"),
-        ({"data_parallel_size": 2}, "--data-parallel-size: LoRAF checkpoints cannot be served split this way"),
+        (
+            {"pipeline_parallel_size": 2},
+            "--pipeline-parallel-size: LoRAF does not support a model",
+        ),
+        ({"data_parallel_size": 2}, "--data-parallel-size: LoRAF does not support a model"),
     ],
 )
-def test_servers_that_cannot_say_so(parallel: dict, words: str) -> None:
+def test_a_server_that_cannot_serve_loraf_gives_the_reason(parallel: dict, words: str) -> None:
     engine = FakeEngine(**parallel)
     with pytest.raises(ValueError, match=words):
         asyncio.run(models(engine, "math=./ckpt@math").init_static_loras())
@@ -290,7 +292,7 @@ def test_servers_that_cannot_say_so(parallel: dict, words: str) -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_vllm_s_own_adapters_take_vllm_s_own_way() -> None:
+def test_vllm_loads_its_own_adapters_itself() -> None:
     async def run() -> None:
         engine = FakeEngine(worker_extension_cls="mine.Extension")
         served = models(engine, "plain=peft@home")
@@ -316,15 +318,15 @@ def test_a_checkpoint_that_was_unloaded_is_not_found() -> None:
     asyncio.run(run())
 
 
-# --- what is put in the place of vLLM's parts -------------------------------------------------------------------
+# --- replaced parts of vLLM -------------------------------------------------------------------
 
 
 @pytest.fixture
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `install` and `prepare` change is undone."""
-    stock_way = getattr(arg_utils.EngineArgs.create_engine_config, "__wrapped__", None)
+    """Undoes what `install` and `prepare` change."""
+    stock = getattr(arg_utils.EngineArgs.create_engine_config, "__wrapped__", None)
     monkeypatch.setattr(
-        arg_utils.EngineArgs, "create_engine_config", stock_way or arg_utils.EngineArgs.create_engine_config
+        arg_utils.EngineArgs, "create_engine_config", stock or arg_utils.EngineArgs.create_engine_config
     )
     monkeypatch.setattr(app_state, "OpenAIServingModels", OpenAIServingModels)
 
@@ -351,40 +353,40 @@ def test_only_a_server_with_lora_is_changed(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("untouched")
 def test_the_plugin_acts_once_and_not_in_loraf_serve_s_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    way = arg_utils.EngineArgs.create_engine_config
+    stock = arg_utils.EngineArgs.create_engine_config
     monkeypatch.setenv(naming.ENGINE_OWNER, "1")
     plugin.register()
-    assert arg_utils.EngineArgs.create_engine_config is way
+    assert arg_utils.EngineArgs.create_engine_config is stock
     monkeypatch.delenv(naming.ENGINE_OWNER)
-    with monkeypatch.context() as elsewhere:  # a process that makes no configuration
+    with monkeypatch.context() as elsewhere:  # a process that creates no configuration
         elsewhere.delitem(sys.modules, "vllm.engine.arg_utils")
         plugin.register()
         assert "vllm.engine.arg_utils" not in sys.modules
     plugin.register()
     ours = arg_utils.EngineArgs.create_engine_config
     plugin.register()
-    assert ours is arg_utils.EngineArgs.create_engine_config is not way
-    assert ours.__wrapped__ is way
+    assert ours is arg_utils.EngineArgs.create_engine_config is not stock
+    assert ours.__wrapped__ is stock
 
 
 def test_products_on_the_cpu_are_vllm_s_own_until_a_checkpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from loraf_serve.vllm.stock.worker import StockPunicaWrapperCPU
 
-    ids, slices = BATCHES["last slot beside base"], (16,)
+    ids, slices = BATCHES["last slot next to base"], (16,)
     a, b = random_layers(slices)
     x, y = torch.randn(len(ids), 24), torch.randn(len(ids), sum(slices))
-    mapped = grouped_wrapper_for(ids)  # knows the batch; only its class is replaced below
+    wrapper = grouped_wrapper_for(ids)  # holds the batch's mapping; only its class is replaced below
 
     def products(wrapper_class: type) -> torch.Tensor:
-        mapped.__class__ = wrapper_class
+        wrapper.__class__ = wrapper_class
         out = y.clone()
-        mapped.add_lora_linear(out, x, a, b, 1.0, slices)
+        wrapper.add_lora_linear(out, x, a, b, 1.0, slices)
         return out
 
     expected = by_rows(y, x, a, b, slices, ids)
-    stock_way = products(PunicaWrapperCPU)
-    assert not torch.allclose(stock_way.double(), expected, atol=1e-4)  # base rows get the last slot's delta
+    stock = products(PunicaWrapperCPU)
+    assert not torch.allclose(stock.double(), expected, atol=1e-4)  # base rows get the last slot's delta
     monkeypatch.setattr(StockPunicaWrapperCPU, "grouped", False)
-    assert torch.equal(products(StockPunicaWrapperCPU), stock_way)
+    assert torch.equal(products(StockPunicaWrapperCPU), stock)
     monkeypatch.setattr(StockPunicaWrapperCPU, "grouped", True)
     torch.testing.assert_close(products(StockPunicaWrapperCPU).double(), expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Loading in a worker: threads that step back for the engine, notice when it is over, errors as plain values."""
+"""Loading in a worker: thread priorities, notice at the end, errors as plain values."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ from tests.loraf_serve.harness import checkpoint_folder, eventually
 
 
 class Stand:
-    """A store whose preparing waits until it may go on; `niceness`: of the loading thread and of one of its pool."""
+    """A store whose `prepare` waits for an event.
+
+    Attributes:
+        niceness: (of the loading thread, of a thread of its pool) of each load.
+    """
 
     def __init__(self):
         self.go_on = threading.Event()
         self.reached = threading.Event()
         self.niceness: list[tuple[int, int]] = []
-        self.store = CheckpointStore(self._opened, self._prepare, sorted(os.sched_getaffinity(0)))
+        self.store = CheckpointStore(self._open, self._prepare, sorted(os.sched_getaffinity(0)))
         self.folder = checkpoint_folder()
         self.digest = manifest.read(self.folder).adapter_digest
 
-    def _opened(self, folder: str, tasks):
+    def _open(self, folder: str, tasks):
         return nullcontext(Checkpoint.open(folder, tasks))
 
     def _prepare(self, checkpoint, pool: ThreadPoolExecutor) -> str:
@@ -51,12 +55,12 @@ class Stand:
 
 @pytest.fixture
 def stand():
-    made = Stand()
-    yield made
-    made.go_on.set()
+    stand = Stand()
+    yield stand
+    stand.go_on.set()
 
 
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities only on Linux")
 
 
 def part_digest(stand: Stand) -> str:
@@ -64,7 +68,7 @@ def part_digest(stand: Stand) -> str:
 
 
 @needs_linux
-def test_threads_that_load_step_back_at_the_first_step_and_come_forward_for_the_next_load(stand):
+def test_loading_threads_lower_their_priority_at_the_first_step_until_the_next_load(stand):
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     digest = part_digest(stand)
     for steps, expected in ((0, usual), (1, 10), (0, usual)):
@@ -81,7 +85,7 @@ def test_threads_that_load_step_back_at_the_first_step_and_come_forward_for_the_
     assert os.getpriority(os.PRIO_PROCESS, 0) == usual
 
 
-def test_a_checkpoint_is_there_once_it_is_prepared_and_unknown_once_it_is_dropped(stand):
+def test_a_checkpoint_is_available_from_its_preparation_until_it_is_dropped(stand):
     digest = part_digest(stand)
     stand.begin(digest)
     assert stand.store.state(digest) is None
@@ -89,14 +93,14 @@ def test_a_checkpoint_is_there_once_it_is_prepared_and_unknown_once_it_is_droppe
         stand.store.get(digest)
     stand.go_on.set()
     assert eventually(lambda: stand.store.state(digest) == {})
-    stand.begin(digest)  # it is there already
+    stand.begin(digest)  # it is loaded already
     assert stand.store.get(digest) == "2 tasks" and len(stand.niceness) == 1
     stand.store.drop(digest)
     with pytest.raises(KeyError):
         stand.store.get(digest)
 
 
-def test_a_failed_load_gives_notice_and_is_tried_again(stand):
+def test_a_failed_load_gives_notice_and_can_be_repeated(stand):
     stand.go_on.set()
 
     async def run() -> None:
@@ -114,8 +118,8 @@ def test_a_failed_load_gives_notice_and_is_tried_again(stand):
     assert not stand.niceness
 
 
-def test_notice_of_several_loads_of_one_content(stand):
-    """Who comes later is told as well, also when all is over already."""
+def test_every_load_of_the_same_content_gets_notice(stand):
+    """Also a request that comes later, even after the load is over."""
 
     async def run() -> None:
         with Notice() as first, Notice() as second:
@@ -134,19 +138,19 @@ def test_notice_of_several_loads_of_one_content(stand):
     asyncio.run(run())
 
 
-def test_notice_is_waited_for_and_leaves_nothing():
+def test_waiting_for_notice_ends_and_leaves_no_files():
     async def run() -> None:
         with Notice() as notice:
             begin = time.monotonic()
             await notice.wait(0.05)
             assert time.monotonic() - begin >= 0.05
             await asyncio.to_thread(give, notice.path)
-            await notice.wait(20)  # given before
+            await notice.wait(20)  # given before the wait
             giving = asyncio.get_running_loop().call_later(0.05, give, notice.path)
             await notice.wait(20)
             assert time.monotonic() - begin < 10 and giving.when() <= asyncio.get_running_loop().time()
             path = notice.path
         assert not os.path.exists(os.path.dirname(path))
-        give(path)  # to nobody
+        give(path)  # there is no waiter
 
     asyncio.run(run())

@@ -1,0 +1,290 @@
+"""A task's data, ready to train and to score.
+
+    sources → records (data.records) → prompts and completions (data.forms) → token ids (data.examples)
+
+Each source is read once. The records also decide what the settings leave open: their form and, with `recipe: lori`,
+metric and choices. Training examples longer than max_length lose their end.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loraf.errors import ConfigError, Problem
+from loraf.manifest import Templates
+from loraf_train.data import lori
+from loraf_train.data.examples import EvaluationExample, EvaluationSet, Example, RecordText, tokenize
+from loraf_train.data.forms import Form, RecordFault, form_of, plain_text
+from loraf_train.data.records import Faults, Record, read
+from loraf_train.grading.builtin import DEFAULT_METRIC, expected_answer
+from loraf_train.grading.custom import MetricFault, graded
+from loraf_train.settings.config import RunConfig, TaskConfig
+from loraf_train.settings.data import RecordSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NumberedRecord = tuple[int, Record]  # number in its source, from 1
+Read = Callable[[RecordSource, str], list[Record]]  # with the arguments of `records.read`
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What a task trains on and is scored on.
+
+    Attributes:
+        records: number of training records (after `limit`).
+        metric: the metric of the settings, or the one that the records decide.
+        cut: number of examples that lost their end to max_length.
+        dropped: number of examples left out because nothing of their completion fits.
+        longest: tokens of the longest example before any was cut.
+    """
+
+    train: list[Example]
+    evaluation: dict[str, EvaluationSet]
+    templates: Templates
+    records: int
+    metric: str
+    cut: int = 0
+    dropped: int = 0
+    longest: int = 0
+
+
+@dataclass(frozen=True)
+class _EvaluationTexts:
+    texts: list[RecordText]
+    choices: tuple[str, ...]
+
+
+def load_all(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, eval_limit: int | None = None
+) -> tuple[dict[str, TaskData], list[Problem]]:
+    """Loads the data of all tasks.
+
+    Args:
+        tokenizer: None if it could not be loaded: the records are still checked, as far as possible without it.
+        eval_limit: an upper bound on `data.eval_limit` of every task.
+
+    Returns:
+        The data of each task without mistakes (none without a tokenizer), and all mistakes.
+    """
+    loaded: dict[str, TaskData] = {}
+    problems = [] if tokenizer is None else require_eos(tokenizer)
+    for task in config.tasks:
+        data, problems_of_task = _load(task, tokenizer, config.seed, eval_limit, read)
+        problems += [problem for problem in problems_of_task if problem not in problems]
+        if data is not None:
+            loaded.setdefault(task.name, data)  # a name that occurs twice is reported with the settings
+    return loaded, problems
+
+
+def load_task(
+    task: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    eval_limit: int | None = None,
+    read_source: Read = read,
+) -> TaskData:
+    """Reads, formats and tokenizes a task's training and evaluation records.
+
+    Args:
+        seed: determines the sample that `limit` and `eval_limit` take.
+        eval_limit: see `load_all`.
+        read_source: reads a source's records.
+
+    Raises:
+        ConfigError: sources that cannot be read, records without a field that a template names, answers that the
+            metric cannot read, a tokenizer without an end of sequence, nothing left to train on. Holds all of the
+            task's mistakes, but only the first few of each source.
+    """
+    problems = require_eos(tokenizer)
+    data, problems_of_task = _load(task, tokenizer, seed, eval_limit, read_source)
+    if problems or data is None:
+        raise ConfigError([*problems, *problems_of_task])
+    return data
+
+
+def _load(
+    task: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    eval_limit: int | None,
+    read_source: Read,
+) -> tuple[TaskData | None, list[Problem]]:
+    """Returns the task's data, None if there are mistakes or no tokenizer; and the mistakes."""
+    problems: list[Problem] = []
+    sources = _read_all(task.data.train, "train", problems, read_source)
+    metric = _metric(task, sources[0][1][0]) if sources else DEFAULT_METRIC
+    form: Form | None = None
+    train: list[RecordText] = []
+    for source, records in _sampled(sources, task.data.limit, seed):
+        faults = Faults(str(source))
+        form = form or _form(task, *records[0], tokenizer, faults)
+        train += [] if form is None else _texts(form, source, records, faults)
+        problems += faults.problems
+        if form is None:
+            break
+    limit = min((n for n in (task.data.eval_limit, eval_limit) if n is not None), default=None)
+    evaluation = _evaluation_texts(task, form, metric, limit, seed, problems, read_source)
+    if problems or tokenizer is None or form is None:
+        return None, problems
+    special_tokens = form.templates.special_tokens
+    try:
+        examples = [example for sequences in tokenize(train, tokenizer, special_tokens) for example in sequences]
+        sets = {
+            name: EvaluationSet(name, _evaluation_examples(task, part.texts, tokenizer, special_tokens), part.choices)
+            for name, part in evaluation.items()
+        }
+    except ConfigError as error:
+        return None, list(error.problems)
+    max_length = task.training.max_length
+    kept = [
+        Example(e.input_ids[:max_length], e.prompt_length, e.silent) for e in examples if e.prompt_length < max_length
+    ]
+    if not kept:
+        shortest = min(e.prompt_length for e in examples)
+        message = (
+            f"every prompt of task {task.name!r} fills max_length {max_length}: "
+            f"all {len(examples)} examples would be dropped"
+        )
+        remedy = f"set max_length to at least {shortest + 1}, one more than the shortest prompt"
+        return None, [Problem(message, "training.max_length", str(task.data.train[0]), remedy)]
+    return TaskData(
+        train=kept,
+        evaluation=sets,
+        templates=form.templates,
+        records=len(train),
+        metric=metric,
+        cut=sum(len(e.input_ids) > max_length > e.prompt_length for e in examples),
+        dropped=len(examples) - len(kept),
+        longest=max(len(e.input_ids) for e in examples),
+    ), []
+
+
+def require_eos(tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    """Returns the problem of a tokenizer without an end of sequence, or no problem."""
+    if tokenizer.eos_token_id is not None:
+        return []
+    message = "the tokenizer has no end-of-sequence token, so the model could not learn to end its answers"
+    remedy = 'set "eos_token" in the model\'s tokenizer_config.json'
+    return [Problem(message, "eos_token", tokenizer.name_or_path, remedy)]
+
+
+def _read_all(
+    sources: Sequence[RecordSource], split: str, problems: list[Problem], read_source: Read
+) -> list[tuple[RecordSource, list[Record]]]:
+    """Returns each readable source with its records, at least one; appends what is wrong with the others."""
+    readable = []
+    for source in sources:
+        try:
+            readable.append((source, read_source(source, split)))
+        except ConfigError as error:
+            problems += error.problems
+    return readable
+
+
+def _sampled(
+    sources: list[tuple[RecordSource, list[Record]]], limit: int | None, seed: int
+) -> list[tuple[RecordSource, list[NumberedRecord]]]:
+    """Draws at most `limit` records from all sources together by the seed; they stay in file order."""
+    places = [(s, n) for s, (_, records) in enumerate(sources) for n in range(len(records))]
+    if limit is not None and limit < len(places):
+        places = sorted(random.Random(seed).sample(places, limit))
+    sampled: dict[int, list[NumberedRecord]] = {}
+    for s, n in places:
+        sampled.setdefault(s, []).append((n + 1, sources[s][1][n]))
+    return [(sources[s][0], records) for s, records in sampled.items()]
+
+
+def _metric(task: TaskConfig, first: Record) -> str:
+    """Returns the task's metric; `first` is its first training record."""
+    by_recipe = lori.metric_of(first) if task.recipe == "lori" else None
+    return task.metric or by_recipe or DEFAULT_METRIC
+
+
+def _form(
+    task: TaskConfig, number: int, first: Record, tokenizer: PreTrainedTokenizerBase | None, faults: Faults
+) -> Form | None:
+    try:
+        return (lori.form_of if task.recipe == "lori" else form_of)(task.data, first, tokenizer)
+    except RecordFault as fault:
+        faults.add(f"record {number}", fault.message, fault.remedy)
+        return None
+
+
+def _texts(form: Form, source: RecordSource, records: list[NumberedRecord], faults: Faults) -> list[RecordText]:
+    """Formats records; those that cannot become text are added to `faults`."""
+    texts = []
+    for number, record in records:
+        try:
+            texts.append(RecordText(form.texts(record), "", source, number, record))
+        except RecordFault as fault:
+            faults.add(f"record {number}", fault.message, fault.remedy)
+    return texts
+
+
+def _evaluation_texts(
+    task: TaskConfig,
+    form: Form | None,
+    metric: str,
+    limit: int | None,
+    seed: int,
+    problems: list[Problem],
+    read_source: Read,
+) -> dict[str, _EvaluationTexts]:
+    """Reads and formats every evaluation set, by name; appends the mistakes. Without a form, sources are only read."""
+    sets = {}
+    for name, source in task.data.eval.items():
+        for _, records in _sampled(_read_all([source], "test", problems, read_source), limit, seed):
+            faults = Faults(str(source))
+            choices = source.choices or (lori.choices_of(records[0][1]) if task.recipe == "lori" else ())
+            texts = [] if form is None else _texts(form, source, records, faults)
+            texts = _with_answers(texts, metric, choices, faults)
+            _try_grade(task, texts[:1], faults)
+            sets[name] = _EvaluationTexts(texts, choices)
+            problems += faults.problems
+    return sets
+
+
+def _with_answers(
+    texts: Sequence[RecordText], metric: str, choices: tuple[str, ...], faults: Faults
+) -> list[RecordText]:
+    """Adds the right answer to each text; records from which it does not follow are added to `faults`."""
+    answered = []
+    for text in texts:
+        answer = plain_text(text.record.get("answer"))
+        expected = expected_answer(metric, text.turns[-1][1], answer, choices)
+        if expected is None:
+            reason = "names none of the choices" if metric == "choice" else "states no number"
+            remedy = f"fix the record or the choices, or use a metric other than {metric}"
+            faults.add(f"record {text.number}", f"has no right answer: its completion {reason}", remedy)
+        else:
+            answered.append(replace(text, expected=expected))
+    return answered
+
+
+def _try_grade(task: TaskConfig, texts: list[RecordText], faults: Faults) -> None:
+    """Runs a metric of the user's own on right answers: what fails here would fail after the training."""
+    if task.grade is None:
+        return
+    for text in texts:
+        try:
+            graded(task.grade, text.turns[-1][1], text.record)
+        except MetricFault as fault:
+            faults.add(f"record {text.number}", fault.message, fault.remedy)
+
+
+def _evaluation_examples(
+    task: TaskConfig, texts: list[RecordText], tokenizer: PreTrainedTokenizerBase, special_tokens: bool
+) -> list[EvaluationExample]:
+    last_answers = [replace(text, turns=text.turns[-1:]) for text in texts]
+    examples = []
+    for (example,), text in zip(tokenize(last_answers, tokenizer, special_tokens), texts, strict=True):
+        if task.grade is None:
+            examples.append(EvaluationExample(example, text.expected))
+        else:
+            examples.append(EvaluationExample(example, text.expected, text.record, str(text.source), text.number))
+    return examples
