@@ -1,8 +1,8 @@
-"""What pyproject.toml cannot say: gRPC stubs are generated, and C++ libraries compiled, when the package is built.
+"""The parts of the build that pyproject.toml cannot express: generated gRPC stubs and compiled C++ libraries.
 
-The libraries are plain shared objects, called through ctypes: no Python header and no torch header is needed, and one
-build serves every Python. They are optional: without a compiler the package is installed without them, and says so.
-CXX chooses the compiler (c++, g++ or clang++ otherwise).
+The libraries are plain shared objects, called through ctypes. They use neither Python's headers nor torch's, so one
+build serves every Python version. They are optional: if a library cannot be compiled, the build prints a warning and
+leaves it out. CXX selects the compiler (default: c++, g++ or clang++).
 """
 
 import os
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -28,16 +29,18 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16
 
 
 @dataclass(frozen=True)
-class Library:
-    """Attributes:
-    folder: all its *.cpp are compiled and linked.
-    wished: flags for compiling and linking, each used if the compiler knows it.
-    variants: file → name → flags: the file is compiled once for each, with LORAF_VARIANT=name. The other files
-        are told by a LORAF_WITH_name which of them there are.
+class CompiledLibrary:
+    """A shared library and how it is compiled.
+
+    Attributes:
+        folder: every *.cpp in it is compiled and linked.
+        optional_flags: flags for compiling and linking; each is used if the compiler accepts it.
+        variants: pairs of a file and its (name, flags) pairs. The file is compiled once per name, with
+            LORAF_VARIANT=name. The other files see LORAF_WITH_name for each variant that was compiled.
     """
 
     folder: str
-    wished: tuple[str, ...] = ()
+    optional_flags: tuple[str, ...] = ()
     variants: tuple[tuple[str, tuple[tuple[str, list[str]], ...]], ...] = ()
 
 
@@ -55,43 +58,32 @@ VARIANTS = (
 )
 
 LIBRARIES = {
-    "loraf._native": Library("loraf/csrc"),
-    "loraf_serve.kernels._cpu": Library("loraf_serve/kernels/csrc", ("-fopenmp",), (("delta.cpp", VARIANTS),)),
+    "loraf._native": CompiledLibrary("loraf/csrc"),
+    "loraf_serve.kernels._cpu": CompiledLibrary("loraf_serve/kernels/csrc", ("-fopenmp",), (("delta.cpp", VARIANTS),)),
 }
 
 
 class BuildWithStubs(build_py):
+    """Adds the gRPC stubs: to the build, or to the source tree for an editable installation."""
+
     def run(self):
-        from grpc_tools import protoc
-
-        # protoc maps the folder, so that the stubs import each other as loraf_serve.v1.
-        arguments = [
-            "protoc",
-            f"-Iloraf_serve/v1={PROTO}",
-            f"--python_out={ROOT}",
-            f"--pyi_out={ROOT}",
-            f"--grpc_python_out={ROOT}",
-            *(f"loraf_serve/v1/{file.name}" for file in sorted(PROTO.glob("*.proto"))),
-        ]
-        if protoc.main(arguments) != 0:
-            raise SystemExit("protoc could not generate the gRPC stubs")
         super().run()
-
-
-class CannotBuild(Exception):
-    pass
+        generate_stubs(ROOT if self.editable_mode else Path(self.build_lib))
 
 
 class BuildLibraries(build_ext):
-    """Compiles each library; one that fails is left out with one line."""
+    """Compiles each library. One that fails is left out with a warning and listed in `failed`."""
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.failed = []
 
     def get_ext_filename(self, fullname):
-        return str(Path(*fullname.split("."))) + ".so"  # no tag of a Python: no Python is linked
+        return str(Path(*fullname.split("."))) + ".so"  # no Python version in the name: no Python is linked
 
     def run(self):
-        self.failed = []
         super().run()
-        if self.inplace:  # no library of older sources stays beside the package
+        if self.inplace:  # do not leave a library of older sources behind
             for extension in self.failed:
                 (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
 
@@ -100,26 +92,61 @@ class BuildLibraries(build_ext):
             target = Path(self.get_ext_fullpath(extension.name))
             try:
                 compile_library(LIBRARIES[extension.name], target)
-            except CannotBuild as error:
+            except BuildError as error:
                 self.failed.append(extension)
                 target.unlink(missing_ok=True)
-                message = f"{extension.name} was not compiled, so slower ways without it are taken: {error}"
+                message = f"{extension.name} was not compiled, a slower implementation is used instead: {error}"
                 print(f"loraf: WARNING: {message}", file=sys.stderr)
 
 
-def compile_library(library: Library, target: Path) -> None:
-    """Raises CannotBuild with what the compiler said."""
+class TaggedWheel(bdist_wheel):
+    """Tags the wheel with what it requires: Python 3, and the platform if it contains a compiled library."""
+
+    def get_tag(self):
+        build_libraries = self.get_finalized_command("build_ext")
+        self.root_is_pure = len(build_libraries.failed) == len(self.distribution.ext_modules or [])
+        _, _, platform_tag = super().get_tag()
+        return "py3", "none", platform_tag
+
+
+class BuildError(Exception):
+    """A compiler is missing, or it failed."""
+
+
+def generate_stubs(target: Path) -> None:
+    """Writes the stubs of the gRPC services below `target`/loraf_serve/v1."""
+    from grpc_tools import protoc
+
+    # The mapping of the folder makes the stubs import each other as loraf_serve.v1.
+    arguments = [
+        "protoc",
+        f"-Iloraf_serve/v1={PROTO}",
+        f"--python_out={target}",
+        f"--pyi_out={target}",
+        f"--grpc_python_out={target}",
+        *(f"loraf_serve/v1/{file.name}" for file in sorted(PROTO.glob("*.proto"))),
+    ]
+    if protoc.main(arguments) != 0:
+        raise SystemExit("protoc could not generate the gRPC stubs")
+
+
+def compile_library(library: CompiledLibrary, target: Path) -> None:
+    """Compiles and links a library.
+
+    Raises:
+        BuildError: with the compiler's first error.
+    """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
-        raise CannotBuild("no C++ compiler (c++, g++, clang++) was found; CXX names another one")
+        raise BuildError("no C++ compiler (c++, g++, clang++) was found; set CXX to use another one")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        flags = [*FLAGS, *(flag for flag in library.wished if accepts(compiler, [flag], folder))]
+        flags = [*FLAGS, *(flag for flag in library.optional_flags if accepts(compiler, [flag], folder))]
         variants = {
-            file: [(name, more) for name, more in several if accepts(compiler, more, folder)]
-            for file, several in library.variants
+            file: [(name, more) for name, more in named_flags if accepts(compiler, more, folder)]
+            for file, named_flags in library.variants
         }
-        present = [f"-DLORAF_WITH_{name}" for several in variants.values() for name, _ in several]
+        present = [f"-DLORAF_WITH_{name}" for named_flags in variants.values() for name, _ in named_flags]
         units = []
         for source in sorted((ROOT / library.folder).glob("*.cpp")):
             if source.name in variants:
@@ -134,37 +161,39 @@ def compile_library(library: Library, target: Path) -> None:
             ]
             for job in jobs:
                 job.result()
-        built = folder / target.name
-        call([*compiler.split(), *flags, "-shared", *map(str, objects), "-o", str(built)])
+        linked = folder / target.name
+        call([*compiler.split(), *flags, "-shared", *map(str, objects), "-o", str(linked)])
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Another name first: a process that has the old file mapped keeps it whole.
-        fresh = target.with_name(f".{target.name}.new")
-        shutil.copy(built, fresh)
-        fresh.replace(target)
+        # Replaced, not overwritten: a process that has mapped the old file keeps it.
+        temporary = target.with_name(f".{target.name}.new")
+        shutil.copy(linked, temporary)
+        temporary.replace(target)
 
 
 def accepts(compiler: str, flags: list[str], folder: Path) -> bool:
-    """Whether a program of one function compiles and links with the flags."""
+    """Whether a one-function program compiles and links with the flags."""
     probe = folder / "probe.cpp"
     probe.write_text("int probe() { return 0; }\n", encoding="utf-8")
     try:
         call([*compiler.split(), *FLAGS, *flags, "-shared", str(probe), "-o", str(folder / "probe.so")])
-    except CannotBuild:
+    except BuildError:
         return False
     return True
 
 
 def call(command: list[str]) -> None:
+    """Runs a compiler. Raises BuildError if it cannot be started or fails."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True)
+        process = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise CannotBuild(f"{command[0]}: {error.strerror}") from error
-    if run.returncode != 0:
-        lines = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
-        raise CannotBuild(f"{command[0]} ended with {run.returncode}: {(lines or ['no message'])[0]}")
+        raise BuildError(f"{command[0]}: {error.strerror}") from error
+    if process.returncode != 0:
+        lines = [line for line in process.stderr.splitlines() if "error" in line] or process.stderr.splitlines()
+        raise BuildError(f"{command[0]} exited with {process.returncode}: {(lines or ['no message'])[0]}")
 
 
-def extension(name: str, library: Library) -> Extension:
+def extension(name: str, library: CompiledLibrary) -> Extension:
+    """The library as setuptools sees it: its sources and headers."""
     files = sorted((ROOT / library.folder).iterdir()) if (ROOT / library.folder).is_dir() else []
     sources = [str(file.relative_to(ROOT)) for file in files if file.suffix == ".cpp"]
     headers = [str(file.relative_to(ROOT)) for file in files if file.suffix == ".h"]
@@ -172,6 +201,6 @@ def extension(name: str, library: Library) -> Extension:
 
 
 setup(
-    cmdclass={"build_py": BuildWithStubs, "build_ext": BuildLibraries},
+    cmdclass={"build_py": BuildWithStubs, "build_ext": BuildLibraries, "bdist_wheel": TaggedWheel},
     ext_modules=[e for e in (extension(*item) for item in LIBRARIES.items()) if e.sources],
 )

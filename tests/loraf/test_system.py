@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import psutil
 import pytest
@@ -42,6 +43,10 @@ def test_the_first_failure_is_raised() -> None:
             raise ValueError(i)
         return i
 
+    before = set(threading.enumerate())
     with pytest.raises(ValueError, match="^3$"):
         in_threads(fail_from_three, range(50))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loraf")]
+    deadline = time.monotonic() + 10  # threads that have started an item finish it
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before

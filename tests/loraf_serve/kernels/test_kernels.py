@@ -37,6 +37,7 @@ def result(case: Case, kernel: str) -> torch.Tensor:
 @each_kernel
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
+@pytest.mark.slow
 def test_equals_the_formula(kernel, case):
     y = result(case, kernel)
     assert_right(case, y)

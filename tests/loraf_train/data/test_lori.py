@@ -97,6 +97,7 @@ def test_gsm8k(tmp_path, tokenizer, records):
 
 
 @pytest.mark.parametrize("records", ALL, ids=["few", "all"])
+@pytest.mark.slow
 def test_language_understanding(tmp_path, tokenizer, records):
     entry = nlu(records)
     (task,) = load(write(tmp_path, entry)).tasks
