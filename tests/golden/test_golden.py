@@ -114,9 +114,9 @@ def test_read_as_a_stream_it_gives_the_golden_logits(tiny):
         projections = stream.projections()
         modules = list(manifest.modules)
         for some in (modules[:5], modules[5:-1]):  # the last is left to `finish`
-            with stream.read_modules(some) as masks:
+            with stream.read_modules(some) as tasks:
                 for module in some:
-                    scaled = {t.name: masks[t.name][module].dense() for t in manifest.tasks}
+                    scaled = {t.name: tasks[t.name][module].dense() for t in manifest.tasks}
                     scaled = {t: b * task_scale(manifest.task(t).alpha, manifest.rank) for t, b in scaled.items()}
                     for name, weights in SETS.items():
                         b = sum((w * scaled[t] for t, w in weights.items()), torch.zeros_like(scaled["first"]))

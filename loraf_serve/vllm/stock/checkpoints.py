@@ -6,8 +6,9 @@
 
 A task's name cannot contain `=`, `:`, `+` or `@`, so every SET has one reading.
 
-A checkpoint is read completely and once: a name keeps standing for what the folder contained when the server first read
-it. A new name for a folder with other contents is refused.
+Here only the manifest is read, and the task files' presence and size are checked. Each worker reads and hashes their
+contents once. A name keeps standing for what the folder contained then. A new name for a folder with other contents is
+refused.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from loraf import base_model, manifest
 from loraf.errors import CheckpointError, ConfigError, LorafError, Problem
 from loraf.manifest import FILE_NAME, Manifest
 from loraf.tasksets import TaskSet
-from loraf_serve.adapters.adapter_spec import AdapterSpec, open_adapter
+from loraf_serve.adapters.adapter_spec import AdapterSpec, check_adapter
+from loraf_serve.adapters.checkpoint_folder import read_values
+from loraf_serve.backends.backend import ServedAdapter
 from loraf_serve.vllm.naming import SCHEME
 
 ALLOW_OTHER_BASE = "LORAF_ALLOW_OTHER_BASE"  # environment variable, in place of loraf-serve's --allow-other-base
@@ -72,7 +75,7 @@ def read_set(text: str, manifest: Manifest) -> TaskSet:
 
 @dataclass(frozen=True)
 class NamedCheckpoint:
-    """A checkpoint that names of this server stand for. It has been read and verified.
+    """A checkpoint that names of this server stand for. Its manifest has been checked.
 
     Attributes:
         folder: absolute, with links resolved.
@@ -101,6 +104,16 @@ class NamedCheckpoint:
             remedy = "put the new checkpoint into another folder, or restart the server"
             raise CheckpointError(Problem(message, file=str(self.folder), remedy=remedy))
 
+    def verify_contents(self) -> None:
+        """Reads and hashes the task files in this process and forgets their values. Takes seconds.
+
+        The workers do not read a copy of a checkpoint that they hold, but damage must be found all the same.
+
+        Raises:
+            CorruptCheckpoint: as `read_values`.
+        """
+        read_values(ServedAdapter(self.folder.name, self.folder, self.manifest))
+
 
 class StockCheckpoints:
     """The checkpoints of one server, by folder.
@@ -116,12 +129,12 @@ class StockCheckpoints:
         self._max_rank = max_rank
         self._checkpoints: dict[Path, NamedCheckpoint] = {}
 
-    def read(self, name: str) -> NamedCheckpoint:
-        """Reads a checkpoint (a folder or a hub id) and checks everything that can be checked outside of the engine:
-        every byte, A, the base model, the rank. Takes seconds. Thread-safe.
+    def check(self, name: str) -> NamedCheckpoint:
+        """Finds a checkpoint (a folder or a hub id) and checks all that can be checked without reading a task file: the
+        manifest, the files' presence and size, the base model, the rank. Takes seconds. Thread-safe.
 
         Raises:
-            LorafError: it cannot be served, or was changed since it was first read.
+            LorafError: it cannot be served, or was changed since the workers read it.
         """
         known = self._checkpoints.get(Path(name).expanduser().resolve())
         if known is not None:
@@ -129,22 +142,26 @@ class StockCheckpoints:
             return known
         try:
             folder = base_model.resolve(self._model, self._revision, field="the served model")
-            opened = open_adapter(AdapterSpec(name, "", name), folder, os.environ.get(ALLOW_OTHER_BASE) == "1")
+            adapter = check_adapter(AdapterSpec(name, "", name), folder, os.environ.get(ALLOW_OTHER_BASE) == "1")
         except LorafError as error:
             raise for_vllm_serve(error, name) from None
-        rank = opened.manifest.rank
+        rank = adapter.manifest.rank
         if rank > self._max_rank:
             message = f"rank {rank} is beyond the engine's largest, {self._max_rank}"
             remedy = "start the server with a larger --max-lora-rank"
-            raise CheckpointError(Problem(message, "rank", str(opened.path), remedy))
-        known = self._checkpoints.get(opened.path)
+            raise CheckpointError(Problem(message, "rank", str(adapter.path), remedy))
+        known = self._checkpoints.get(adapter.path)
         if known is not None:
             known.require_unchanged()
             return known
-        return NamedCheckpoint(opened.path, opened.digest, opened.manifest)
+        return NamedCheckpoint(adapter.path, adapter.digest, adapter.manifest)
+
+    def is_kept(self, checkpoint: NamedCheckpoint) -> bool:
+        """Whether the folder's contents have been read."""
+        return checkpoint.folder in self._checkpoints
 
     def keep(self, checkpoint: NamedCheckpoint) -> None:
-        """From now on the folder stands for this content. Call it once the engine has loaded it."""
+        """From now on the folder stands for this content. Call it once the contents have been read and verified."""
         self._checkpoints.setdefault(checkpoint.folder, checkpoint)
 
 

@@ -3,8 +3,8 @@
     --lora-modules NAME=PATH, /v1/load_lora_adapter ─▶ load_lora_adapter ─┐
     a request for a model that is not known yet     ─▶ resolve_lora ──────┴─▶ LoRARequest("loraf:<digest>:<set>")
 
-Every failure happens, as an ordinary error response, before the engine learns of a set: the checkpoint is verified
-here, then in the workers' loading threads, which keep it in memory.
+Every failure happens, as an ordinary error response, before the engine learns of a set: the manifest is checked here,
+then each worker's loading threads read and verify the task files, once, and keep them in memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
+from loraf.tasksets import TaskSet
 from loraf_serve.vllm import relied_on
 from loraf_serve.vllm.naming import STOCK_EXTENSION, UNSUPPORTED_SPLITS, lora_path, option
 from loraf_serve.vllm.stock.checkpoints import (
@@ -113,8 +114,7 @@ class TaskSetModels(OpenAIServingModels):
 
     async def _add(self, name: str, checkpoint_path: str, text: str, base_model_name: str | None) -> None:
         """Loads a checkpoint and serves one of its task sets as a model."""
-        checkpoint = await self._load(checkpoint_path)
-        task_set = read_set(text, checkpoint.manifest)
+        checkpoint, task_set = await self._load(checkpoint_path, text)
         await self._serve(name, lora_path(checkpoint.digest, str(task_set)), base_model_name)
         if text == EVERY_TASK:
             self._whole[name] = checkpoint
@@ -144,20 +144,28 @@ class TaskSetModels(OpenAIServingModels):
             remedy = "choose another name, or restart the server"
             raise ConfigError(Problem(message, "lora_name", remedy=remedy))
 
-    async def _load(self, path: str) -> NamedCheckpoint:
+    async def _load(self, path: str, text: str) -> tuple[NamedCheckpoint, TaskSet]:
         """Loads a checkpoint into the workers' memory unless it is loaded.
+
+        Args:
+            text: a set of its tasks, read before anything is loaded.
+
+        This process reads task files only if the workers hold the same content from another folder.
 
         Raises:
             LorafError: it cannot be served.
         """
         async with self._loading:
             await asyncio.to_thread(self._require_supported)
-            checkpoint = await asyncio.to_thread(self._checkpoints.read, path)
+            checkpoint = await asyncio.to_thread(self._checkpoints.check, path)
+            task_set = read_set(text, checkpoint.manifest)
             if checkpoint.digest not in self._loaded:
                 await self._load_in_workers(checkpoint)
                 self._loaded.add(checkpoint.digest)
+            elif not self._checkpoints.is_kept(checkpoint):
+                await asyncio.to_thread(checkpoint.verify_contents)
             self._checkpoints.keep(checkpoint)
-            return checkpoint
+            return checkpoint, task_set
 
     async def _load_in_workers(self, checkpoint: NamedCheckpoint) -> None:
         async def call(method: str, *args: object) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 from loraf_serve.kernels.cpu_kernel import NativeOperand
 from tests.loraf_serve.kernel_cases import Case, cases, make_case, needs_native, numbers
@@ -123,7 +123,8 @@ def assert_packed(case: Case) -> tuple[int, int]:
     return nonzeros, cells
 
 
-@settings(max_examples=40, deadline=None)
+# A case draws whole matrices, which takes a slow machine longer than the health check allows.
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases(most_rows=1))
 def test_a_packed_layer_holds_exactly_the_parts(case):
     assert_packed(case)

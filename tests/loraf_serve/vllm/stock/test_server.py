@@ -185,15 +185,20 @@ def test_a_checkpoint_that_cannot_be_served_is_refused(server: StockServer, tmp_
     other = make_model("mistral", tmp_path / "other-model", seed=1)
     random_checkpoint(tmp_path / "other", other)
     random_checkpoint(tmp_path / "large", root / "model", rank=32)
+    shutil.copytree(root / "ckpt", tmp_path / "copy")
     shutil.copytree(root / "spare", tmp_path / "damaged")
-    file = tmp_path / "damaged" / "tasks" / "nlu.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    random_checkpoint(tmp_path / "new", root / "model", seed=7)  # contents that the workers do not hold
+    damaged = [tmp_path / name / "tasks" / "nlu.safetensors" for name in ("copy", "damaged", "new")]
+    for file in damaged:
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
     (tmp_path / "empty").mkdir()
     refused = {
         f"{tmp_path}/other": (400, "other weights", "LORAF_ALLOW_OTHER_BASE=1"),
         f"{tmp_path}/large": (400, "rank 32 is beyond the engine's largest, 16", "--max-lora-rank"),
         f"{tmp_path}/damaged": (400, "is not the file that the manifest lists"),
         f"{tmp_path}/damaged@math": (400, "is not the file that the manifest lists"),
+        f"{tmp_path}/copy@math": (400, "is not the file that the manifest lists"),
+        f"{tmp_path}/new@math": (400, "is not the file that the manifest lists"),
         f"{tmp_path}/empty@math": (400, "there is no loraf.json"),
         "./nowhere@math": (400, "there is no checkpoint './nowhere'"),
         "./spare@maths": (404, "there is no task 'maths'"),
@@ -204,6 +209,8 @@ def test_a_checkpoint_that_cannot_be_served_is_refused(server: StockServer, tmp_
         status, text = server.post("/v1/load_lora_adapter", lora_name="refused", lora_path=path)
         assert (path, status) == (path, expected), text
         assert [word for word in words if word not in text] == [], text
+    for file in damaged:  # vLLM removes paths from its responses
+        assert str(file) in server.log
     assert "refused" not in {model.id for model in server.client.models.list().data}
     assert server.post("/v1/load_lora_adapter", lora_name="math", lora_path="./ckpt@nlu", load_inplace=True)[0] == 400
 
