@@ -183,11 +183,11 @@ def require_same_base(expected: BaseModel, folder: Path, checkpoint: Path, actua
     remedy = f"use {expected.name}, or pass --allow-other-base if you mean it"
     problems = []
     if actual.architecture != expected.architecture:
-        message = f"trained for {expected.architecture}, the model is {actual.architecture}"
+        message = f"trained for {expected.architecture}, but the model is {actual.architecture}"
         problems.append(Problem(message, "base_model.architecture", str(checkpoint), remedy))
     for key in sorted(expected.shapes.keys() & actual.shapes.keys()):
         if expected.shapes[key] != actual.shapes[key]:
-            message = f"trained for {expected.shapes[key]}, the model has {actual.shapes[key]}"
+            message = f"trained for {expected.shapes[key]}, but the model has {actual.shapes[key]}"
             problems.append(Problem(message, f"base_model.shapes.{key}", str(checkpoint), remedy))
     if not problems and actual.fingerprint != expected.fingerprint:
         message = f"the model in {folder} has other weights than {expected.name} had when the tasks were trained"

@@ -135,7 +135,8 @@ class Checkpoint(CheckpointManifestView):
             raise CheckpointError(Problem(f"{sparsity} is not in [0, 1)", "sparsity", file, _REMEDY))
         absent = [other for other in trained_with if other not in self.manifest.task_names]
         if absent:
-            raise CheckpointError(Problem(f"there is no task {', '.join(absent)}", "trained_with", file, _REMEDY))
+            message, remedy = f"there is no task {', '.join(absent)}", "name tasks that the checkpoint has"
+            raise CheckpointError(Problem(message, "trained_with", file, remedy))
         dtypes = {str(b.values.dtype).removeprefix("torch.") for b in values.values()}
         if len(dtypes) != 1 or not dtypes <= set(manifests.DTYPES):
             message = f"all values must have the same dtype, one of {', '.join(manifests.DTYPES)}"

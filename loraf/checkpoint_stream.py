@@ -31,7 +31,7 @@ _UNIT = 64  # bytes; tensors of a file begin at multiples of it in memory
 
 
 class _Unsound(Exception):
-    """Something is wrong with a file. `Checkpoint.open` finds out what."""
+    """A file is damaged. `Checkpoint.open` then finds out how."""
 
 
 class CheckpointStream(CheckpointManifestView):

@@ -20,7 +20,7 @@ _LONGEST = 300  # characters of `one_line`
 
 
 def one_line(error: BaseException) -> str:
-    """Returns the text of a foreign exception on one line, up to 300 characters; its type's name if it has no text."""
+    """Returns an exception's text on one line, up to 300 characters; the name of its type if it has no text."""
     text = " ".join(str(error).split())
     return (text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]} …") or type(error).__name__
 

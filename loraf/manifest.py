@@ -164,16 +164,15 @@ class Manifest:
             UnknownTask: `name`, or a task that it was trained on top of, is not in this manifest, or has been trained
                 again since.
         """
-        below = self.task(name).trained_with
-        earlier = self.task_names[
-            : self.task_names.index(name)
-        ]  # a task that was removed and trained again comes later
-        missing = [n for n in below if n not in earlier]
+        trained_with = self.task(name).trained_with
+        # A task that was removed and trained again comes later in the checkpoint.
+        earlier = self.task_names[: self.task_names.index(name)]
+        missing = [n for n in trained_with if n not in earlier]
         if missing:
             message = f"task {name!r} was trained on top of {', '.join(missing)}, which this checkpoint does not have"
             remedy = "load the checkpoint with those tasks too, or name the tasks to use one by one"
             raise UnknownTask(Problem(message, "tasks", remedy=remedy))
-        return TaskSet.of(dict.fromkeys((*below, name), 1.0), self.task_names)
+        return TaskSet.of(dict.fromkeys((*trained_with, name), 1.0), self.task_names)
 
     def all_tasks(self) -> TaskSet:
         """Returns the set of all tasks, each with weight 1."""
@@ -305,8 +304,9 @@ def inconsistencies(manifest: Manifest, report: Callable[[str, str], None]) -> N
                 name: positions_per_matrix(task.sparsity, module.d_out, rank)
                 for name, module in manifest.modules.items()
             }
-            odd = ", ".join(sorted(name for name in k.keys() | task.k.keys() if k.get(name) != task.k.get(name))[:4])
-            check(task.k == k, f"{where}.k", f"is not ⌊(1 − sparsity)·d_out·rank⌋ for every module ({odd})")
+            differing = sorted(name for name in k.keys() | task.k.keys() if k.get(name) != task.k.get(name))[:4]
+            message = f"is not ⌊(1 − sparsity)·d_out·rank⌋ for every module ({', '.join(differing)})"
+            check(task.k == k, f"{where}.k", message)
         else:
             report(f"{where}.sparsity", f"{task.sparsity} is not in [0, 1)")
         seen.add(task.name)

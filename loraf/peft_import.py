@@ -31,7 +31,7 @@ _SHOWN = 4  # names in a message
 _RETRAIN = "train the task on its data with `loraf-train run`"
 
 # Fields of LoraConfig in peft 0.21 that ΔW does not depend on, apart from those of _Config.
-_SILENT = {
+_IGNORED_FIELDS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "bias", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
     *("fan_in_fan_out", "ensure_weight_tying", "runtime_config", "megatron_config", "megatron_core"),
@@ -166,7 +166,7 @@ def _read_config(path: Path, problems: list[Problem]) -> _Config | None:
         remedy = "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         report("init_lora_weights", message, remedy)
     for key, value in stated.items():
-        if key not in known | _SILENT and value not in (False, [], {}, ""):
+        if key not in known | _IGNORED_FIELDS and value not in (False, [], {}, ""):
             report(key, _MEANING.get(key, "changes how the adapter works, and a task does not support it"), _RETRAIN)
     return config if len(problems) == before else None
 
@@ -207,15 +207,15 @@ def _pair(
 ) -> dict[str, Factors]:
     """Returns A and B of every module. Adds whatever is wrong to `problems`."""
     by_module: dict[str, dict[str, torch.Tensor]] = {}
-    other = []
+    unexpected = []
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None:
-            other.append(name)
+            unexpected.append(name)
         else:
             by_module.setdefault(match["module"], {})[match["part"]] = tensor
-    if other:
-        message = f"holds tensors other than lora_A and lora_B of linear layers: {shown(other)}"
+    if unexpected:
+        message = f"holds tensors other than lora_A and lora_B of linear layers: {shown(unexpected)}"
         problems.append(Problem(message, file=file, remedy=_RETRAIN))
     if not by_module:
         problems.append(Problem("holds no adapted layer", file=file, remedy="name a trained adapter"))
@@ -227,9 +227,9 @@ def _pair(
         else:
             modules[module] = Factors(parts["A"], parts["B"], config.scale_of(module))
     if modules and not any(factors.scale for factors in modules.values()):
-        problems.append(
-            Problem("is 0 everywhere: the adapter has no effect", "lora_alpha", file, "use the value from training")
-        )
+        message = "is 0 everywhere: the adapter has no effect"
+        config_file = str(Path(file).with_name(CONFIG))
+        problems.append(Problem(message, "lora_alpha", config_file, "use the value from training"))
     return modules
 
 
@@ -240,7 +240,7 @@ def _fault(parts: Mapping[str, torch.Tensor], rank: int) -> str | None:
         if tensor.dtype not in DTYPES:
             return f"lora_{part} is {tensor.dtype}, not one of {', '.join(map(str, DTYPES))}"
         if tensor.ndim != 2 or tensor.shape["AB".index(part)] != rank:
-            return f"lora_{part} is {list(tensor.shape)}, the config says rank {rank}"
+            return f"lora_{part} is {list(tensor.shape)}, but the config says rank {rank}"
         if not bool(torch.isfinite(tensor).all()):
             return f"lora_{part} has a value that is not finite"
     return None

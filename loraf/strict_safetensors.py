@@ -96,7 +96,7 @@ def header_end(beginning: bytes | memoryview, size: int) -> int:
         beginning: the first eight bytes of the file.
     """
     if len(beginning) < 8:
-        raise ValueError("it is shorter than the length of a header")
+        raise ValueError("it is too short to hold a header")
     length = int.from_bytes(beginning, "little")
     if length > _LONGEST_HEADER or 8 + length > size:
         raise ValueError(f"a header of {length} bytes does not fit")

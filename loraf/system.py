@@ -1,4 +1,4 @@
-"""What loraf needs of the operating system: memory that goes back to it, and work on all processors.
+"""What loraf needs from the operating system: memory that goes back to it, and work on all processors.
 
 NumPy, hashing and `loraf.native` release the GIL, so `in_threads` runs them in parallel.
 """

@@ -97,8 +97,8 @@ def verify(path: Path, manifest: Manifest, tasks: Mapping[str, Mapping[str, Spar
     for name, of_task in tasks.items():
         task = manifest.task(name)
         if set(of_task) != set(task.k):
-            odd = ", ".join(sorted(set(of_task) ^ set(task.k))[:4])
-            message = f"modules differ from the checkpoint's ({odd})"
+            differing = ", ".join(sorted(set(of_task) ^ set(task.k))[:4])
+            message = f"modules differ from the checkpoint's ({differing})"
             return [Problem(message, file=str(path / task.file.path), remedy="give values for every target module")]
     examined = in_threads(lambda module: examine_module(manifest, tasks, module), manifest.modules)
     by_module = dict(zip(manifest.modules, examined, strict=True))
@@ -130,9 +130,9 @@ def examine_module(
     for (name, b), fault in zip(matrices.items(), matrix_faults, strict=True):
         task = manifest.task(name)
         if fault is None and len(b.values) != task.k[module]:
-            fault = f"has {len(b.values)} positions, K is {task.k[module]}"
+            fault = f"has {len(b.values)} positions, but K is {task.k[module]}"
         if fault is None and b.values.dtype != getattr(torch, task.dtype):
-            fault = f"values are {b.values.dtype}, the manifest says {task.dtype}"
+            fault = f"values are {b.values.dtype}, but the manifest says {task.dtype}"
         if fault:
             faults[name] = fault
     return faults, shared and not faults
@@ -141,7 +141,7 @@ def examine_module(
 def _overlaps(
     path: Path, manifest: Manifest, tasks: Mapping[str, Mapping[str, SparseB]], module: str, remedy: str
 ) -> list[Problem]:
-    """Reports for each two tasks how many positions of one module both own."""
+    """Reports for every two tasks how many positions of one module both own."""
     problems = []
     names = list(tasks)
     owner = np.zeros(manifest.modules[module].d_out * manifest.rank, dtype=np.int32)  # 0: free; else task, from 1
@@ -162,8 +162,8 @@ def _read(path: Path, manifest: Manifest, task: Task) -> dict[str, SparseB] | Pr
         tensors = strict_safetensors.parse(_content(file, task))
         expected = tensor_names(task)
         if set(tensors) != expected:
-            odd = ", ".join(sorted(set(tensors) ^ expected)[:4])
-            raise _Refused(f"holds other tensors than the manifest lists ({odd})")
+            differing = ", ".join(sorted(set(tensors) ^ expected)[:4])
+            raise _Refused(f"holds other tensors than the manifest lists ({differing})")
     except OSError as error:
         return Problem(f"cannot be read ({error.strerror})", file=str(file), remedy=RESTORE)
     except ValueError as error:

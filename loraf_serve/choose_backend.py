@@ -64,8 +64,8 @@ def choose(
             if resident_obstacle is None:
                 from loraf_serve.vllm.engine.backends import ResidentBackend  # imports vLLM
 
-                first = ResidentBackend(model_folder, engine_options, max_rank, adapter_memory)
-                return BackendChoice(Fallback(first, slots, say), reason)
+                resident = ResidentBackend(model_folder, engine_options, max_rank, adapter_memory)
+                return BackendChoice(Fallback(resident, slots, say), reason)
             if option == "resident":
                 message, remedy = f"resident cannot serve here: {resident_obstacle}", "serve with --backend slots"
                 raise ConfigError(Problem(message, "--backend", remedy=remedy))

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from loraf_serve.v1 import adapter_pb2, generation_pb2
 
 DEFAULT_MAX_TOKENS = 256  # the server's default of 16, which is vLLM's, cuts most answers short
-# Mistakes of the user: exit status 2. All other errors are faults of the server or the network: 1.
-_USERS_MISTAKES = {
+# User errors: exit status 2. All others are failures of the server or the network: 1.
+_USER_ERRORS = {
     "INVALID_ARGUMENT",
     "NOT_FOUND",
     "FAILED_PRECONDITION",
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit status: 0 on success, 2 for a mistake of the user, 1 if the server failed or is not serving.
+        The exit status: 0 on success, 2 for a user error, 1 if the server failed or is not serving.
     """
     arguments = parser().parse_args(argv)
     from loraf_serve.client import Client, ServiceError
@@ -164,9 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _COMMANDS[arguments.command](client, arguments)
     except ServiceError as error:
         print(f"loraf-client: {error}", file=sys.stderr)
-        # A full queue is not the user's mistake; a checkpoint too large for the server is.
+        # A full queue is not a user error; a checkpoint too large for the server is.
         too_large = error.code == "RESOURCE_EXHAUSTED" and arguments.command == "load"
-        return 2 if error.code in _USERS_MISTAKES or too_large else 1
+        return 2 if error.code in _USER_ERRORS or too_large else 1
     except ValueError as error:  # a number out of the field's range, or a prompt that is not Unicode text
         print(f"loraf-client: {error}", file=sys.stderr)
         return 2
@@ -250,19 +250,19 @@ def _print_adapter(adapter: adapter_pb2.Adapter, arguments: argparse.Namespace) 
     size = size_text(adapter.resident_bytes)
     print(f"{adapter.name}: rank {adapter.rank}, base {adapter.base_model}, digest {adapter.digest}, {size} in memory")
     for task in adapter.tasks:
-        below = f", trained on top of {'+'.join(task.trained_with)}" if task.trained_with else ""
-        print(f"  {task.name}: {task.parameters:,} parameters, alpha {task.alpha:g}{below}")
+        earlier = f", trained on top of {'+'.join(task.trained_with)}" if task.trained_with else ""
+        print(f"  {task.name}: {task.parameters:,} parameters, alpha {task.alpha:g}{earlier}")
 
 
 def _print_served_by(
     response: generation_pb2.GenerateResponse | generation_pb2.StreamGenerateResponse, finish_reason: str
 ) -> None:
     """Prints on standard error which tasks answered; standard output holds only the answer."""
-    by, usage = response.served_by, response.usage
-    tasks = "+".join(t.name if t.weight == 1 else f"{t.name}:{t.weight:g}" for t in by.tasks) or "base"
-    adapter = f"{by.adapter}@{by.digest[:12]}, " if by.adapter else ""
+    served_by, usage = response.served_by, response.usage
+    tasks = "+".join(t.name if t.weight == 1 else f"{t.name}:{t.weight:g}" for t in served_by.tasks) or "base"
+    adapter = f"{served_by.adapter}@{served_by.digest[:12]}, " if served_by.adapter else ""
     tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"
-    print(f"[{tasks}; {adapter}{by.backend}; {tokens}; {finish_reason}]", file=sys.stderr)
+    print(f"[{tasks}; {adapter}{served_by.backend}; {tokens}; {finish_reason}]", file=sys.stderr)
 
 
 def _print_json(message: Message) -> None:

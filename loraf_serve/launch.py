@@ -1,7 +1,9 @@
 """Runs `loraf-serve` as a child process, for notebooks, examples and tests.
 
-with launch("tiny", "./ckpt") as server:
-    print(server.client.generate("Reverse: kitten\n", tasks=["math"]).text)
+    with launch("tiny", "./ckpt") as server:
+        print(server.client.generate("Reverse: kitten\\n", tasks=["math"]).text)
+
+Leaving the `with` block stops the server.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0: done; 2: a mistake of the user, explained on stderr; 130: interrupted. Faults of the program raise, so that
-        Python prints the traceback and exits with 1.
+        0: done; 2: a user error, explained on stderr; 130: interrupted. Bugs raise, so that Python prints the
+        traceback and exits with 1.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # records may hold characters that the terminal cannot show
@@ -150,8 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="loraf-train",
         description="Trains several tasks in sequence into one small adapter without forgetting, and scores, inspects "
         "and exports it.",
-        epilog="Exit status: 0 done, 2 a mistake of the user (explained on stderr), 1 a fault of the program, "
-        "130 interrupted.",
+        epilog="Exit status: 0 done, 2 user error (explained on stderr), 1 internal error, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"loraf {__version__}", help="Print the version.")
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -278,9 +277,9 @@ def _add_import(commands: Subcommands) -> None:
         "import",
         _import,
         "Add an adapter that was trained elsewhere to a checkpoint, as a new task.",
-        "The adapter is a LoRA in PEFT's format or a task set of another LoRAF checkpoint. One on the checkpoint's own "
-        "A is taken over exactly; any other is approximated at free positions, and refused where the approximation is "
-        "not close.",
+        "The adapter is a LoRA in PEFT's format or a task set of another LoRAF checkpoint. One that uses the "
+        "checkpoint's own A is copied exactly; any other is approximated at free positions, and refused if the "
+        "approximation is not close.",
     )
     import_.add_argument("folder", type=Path, metavar="DIR", help="The adapter: a PEFT directory or LoRAF checkpoint.")
     import_.add_argument("--into", type=Path, required=True, metavar="CKPT", help=CHECKPOINT_FOLDER)
@@ -297,7 +296,7 @@ def _add_import(commands: Subcommands) -> None:
     import_.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="The dtype of the stored values (default: the adapter's own or the last task's, or what exactness needs).",
+        help="The dtype of the stored values (default: the adapter's, the last task's, or float32 to be exact).",
     )
     import_.add_argument(
         "--allow-lossy", action="store_true", help="Store the closest approximation, however far from the adapter."

@@ -29,6 +29,7 @@ ENGINE = (
     "tests/loraf_serve/vllm/stock/test_server.py",
     "tests/loraf_serve/vllm/test_backends.py",
     "tests/loraf_serve/vllm/test_engine_death.py",
+    "tests/loraf_serve/vllm/test_hostile_requests.py",
     "tests/loraf_serve/vllm/test_parity.py",
     "tests/loraf_serve/vllm/test_processes.py",
 )
@@ -100,5 +101,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in skipped if isinstance(report.longrepr, tuple)]
     if lines := missing_tools(reasons):
-        terminalreporter.section("Not run for want of a tool")
+        terminalreporter.section("Not run for lack of a tool")
         terminalreporter.line("\n".join(lines))

@@ -77,7 +77,7 @@ def _last_part(source: str) -> str:
 
 
 def check_adapter(spec: AdapterSpec, model_folder: Path, allow_other_base: bool = False) -> ServedAdapter:
-    """Finds one checkpoint, downloading it if it is on the hub, and checks all that its manifest tells.
+    """Finds one checkpoint, downloading it if it is on the hub, and checks everything that its manifest shows.
 
     Args:
         model_folder: the served model.

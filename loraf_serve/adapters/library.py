@@ -109,7 +109,7 @@ class AdapterLibrary:
         is_read = adapter.checkpoint is not None
         if held is not None and held.path == adapter.path:
             return dataclasses.replace(adapter, checkpoint=held.checkpoint)
-        # The backend will not read a copy of content that it holds, but damage must be found all the same.
+        # The backend will not read a copy of content that it holds, but damage must still be found.
         if not is_read and (held is not None or not self._backend.reads_checkpoints):
             adapter = await asyncio.to_thread(read_values, adapter)
         return self._without_values(adapter)
@@ -217,7 +217,7 @@ class AdapterLibrary:
                 held = checkpoint.manifest.adapter_digest in self._held
                 if not held:
                     self._require_room(checkpoint.served_as(name).file_bytes)
-                # The backend will not read a copy of content that it holds, but damage must be found all the same.
+                # The backend will not read a copy of content that it holds, but damage must still be found.
                 adapter = await self._run(root.open, name, checkpoint, self._backend.reads_checkpoints and not held)
                 adapter = self._without_values(adapter)
                 stop_if_given_up()
@@ -253,7 +253,7 @@ class AdapterLibrary:
                 f"this adapter takes {size_text(needed)}, and {size_text(taken)} of the {size_text(self._memory)} for "
                 "all adapters are taken"
             )
-            remedy = "unload an adapter, wait for requests on replaced ones to end, or start the server with more"
+            remedy = "unload an adapter, wait for requests on replaced ones to end, or raise --adapter-memory"
             raise AdapterMemoryFull(Problem(message, "--adapter-memory", remedy=remedy))
 
     def _require_root(self) -> AdapterRoot:

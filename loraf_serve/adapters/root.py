@@ -24,7 +24,8 @@ _REMEDY = "name a checkpoint's folder by its path below --adapter-root"
 
 
 class AdapterRoot:
-    """
+    """The folder of checkpoints that clients may load.
+
     Args:
         folder: `--adapter-root`.
         model_folder: the served model.
@@ -70,7 +71,8 @@ class AdapterRoot:
         return checkpoint
 
     def open(self, name: str, checkpoint: CheckpointFolder, manifest_only: bool = False) -> ServedAdapter:
-        """
+        """Checks a checkpoint that `find` returned, and reads its values.
+
         Args:
             manifest_only: do not read the values: the backend will.
 

@@ -23,12 +23,12 @@ def fastest() -> str:
 
 
 def prepare(parts: Sequence[Part], kernel: str = "auto") -> Operand:
-    """Packs the parts of one layer for a kernel. Releases Python's lock for the heavy work; thread-safe.
+    """Packs the parts of one layer for a kernel. Releases the GIL for the heavy work; thread-safe.
 
     Raises:
         ValueError: the parts do not fit together, or the kernel is unknown or cannot run on this machine.
     """
     name = fastest() if kernel == "auto" else kernel
     if name not in KERNELS:
-        raise ValueError(f"no kernel {name!r}; there are auto, {', '.join(KERNELS)}")
+        raise ValueError(f"there is no kernel {name!r}; choose from: auto, {', '.join(KERNELS)}")
     return KERNELS[name](parts)

@@ -41,7 +41,8 @@ class _LayerSource(ctypes.Structure):
 
 
 class NativeOperand(Operand):
-    """
+    """An operand of the compiled kernel.
+
     Args:
         parts: of one layer.
         library: by default the one next to this file.

@@ -27,7 +27,7 @@ _SIGNATURES = {
 
 @dataclass(frozen=True)
 class CpuLibrary:
-    """The functions of csrc/. Calls release Python's lock.
+    """The functions of csrc/. Calls release the GIL.
 
     Attributes:
         variants: name → number of each variant that this processor can run, from the slowest to the fastest.

@@ -26,13 +26,14 @@ _HOST_BUFFERS = 4  # copies to the device that may be in flight at once
 
 
 class DeviceWeights:
-    """
+    """The weights of a step on one device, and scratch memory for z.
+
     Args:
         device: where the steps run.
-        rows: the most in a step.
-        tasks: the most of an adapter.
-        width: the most rows of A in a layer, rank × parts.
-        adapters: the most in a step.
+        rows: maximum number in a step.
+        tasks: maximum number in an adapter.
+        width: maximum number of rows of A in a layer, rank × parts.
+        adapters: maximum number in a step.
 
     Attributes:
         step: the memory as int32.

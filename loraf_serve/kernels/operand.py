@@ -107,7 +107,7 @@ class Operand(ABC):
     def add_delta(self, y: torch.Tensor, x: torch.Tensor, batch: BatchWeights) -> None:
         """Adds the delta to rows of y in place. The formula is at the top of this file.
 
-        With the native kernel a row's result has the same bits whatever the other rows and the number of threads are.
+        With the native kernel a row's result has the same bits regardless of the other rows and the number of threads.
 
         Args:
             y: (n, columns) in the dtype of A, last dimension contiguous, any row stride.
@@ -190,12 +190,12 @@ def _faults(part: Part, first: Part) -> list[str]:
     if a.dtype != first.a.dtype or a.shape[1] != first.a.shape[1]:
         faults.append("A differs from the first part's in dtype or d_in")
     if len(part.tasks) != len(first.tasks):
-        faults.append(f"{len(part.tasks)} tasks, the first part has {len(first.tasks)}")
+        faults.append(f"{len(part.tasks)} tasks, but the first part has {len(first.tasks)}")
     if not 0 <= part.first_row < part.stop_row or part.offset < 0:
         faults.append(f"rows {part.first_row} to {part.stop_row} at offset {part.offset}")
     for t, b in enumerate(part.tasks):
         if b.shape[1] != part.rank or b.shape[0] < part.stop_row:
             faults.append(
-                f"B of task {t} has shape {b.shape}, A is {tuple(a.shape)}, rows up to {part.stop_row} are needed"
+                f"B of task {t} has shape {b.shape}, but A is {tuple(a.shape)}, and {part.stop_row} rows are needed"
             )
     return faults

@@ -23,7 +23,8 @@ INDEX_LIMIT = 1 << 31
 
 
 class TorchOperand(Operand):
-    """
+    """An operand of the torch kernel.
+
     Args:
         parts: of one layer.
 

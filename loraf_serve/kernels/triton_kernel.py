@@ -1,7 +1,7 @@
 """The GPU kernel: two or three launches per layer serve all adapters. triton_ops.py describes what they compute.
 
 B of all tasks is one dense matrix, plus two bytes at each position for the task that owns it (two for every 16 tasks if
-there are more). It is read once per step, whatever the task sets are.
+there are more). It is read once per step, regardless of the task sets.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Layer:
 
     Args:
         bands: (first column, number of columns) of y that a part of an adapter may add to; they do not overlap.
-        rank, tasks: the most of an adapter.
+        rank, tasks: maximum rank and number of tasks of an adapter.
         device: where the layer computes.
 
     Attributes:
-        width: the most columns of z.
+        width: maximum number of columns of z.
         rows: of B.
         first_rows: first column of each band → its first row of B.
         tiles: (tiles, TILE) int32, see triton_ops.
@@ -56,7 +56,8 @@ class Layer:
 
 
 class TritonOperand(Operand):
-    """
+    """An operand of the GPU kernel.
+
     Args:
         parts: of one layer. The positions of its tasks must not overlap. B is held in the dtype of A.
         layer: the layer of the parts; by default one built for these parts alone.
@@ -127,7 +128,7 @@ class AdapterTable:
 
     Args:
         layers: names.
-        adapters: the most at once.
+        adapters: maximum number at once.
     """
 
     def __init__(self, layers: Sequence[str], adapters: int, device: torch.device):
@@ -151,7 +152,8 @@ class AdapterTable:
         return self._records.shape[1] - len(self._indices)
 
     def put(self, adapter: str, operands: Mapping[str, TritonOperand]) -> None:
-        """
+        """Adds an adapter. `operands`: layer → operand.
+
         Raises:
             ValueError: the table is full.
         """
@@ -185,7 +187,7 @@ class Launch:
         expand_rows: rows of y that a program of `expand` handles at a time.
         groups: programs of `expand` that share the rows.
         terms: see triton_ops.
-        registers: the most for a thread of `expand`; None for no limit.
+        registers: maximum number for a thread of `expand`; None for no limit.
         early: whether `expand` starts while `shrink` runs (programmatic dependent launch, from Hopper on).
     """
 

@@ -129,11 +129,11 @@ def _times(z, b, TERMS: tl.constexpr):
     high = z.to(tl.bfloat16)
     total = _product(zeros, high, transposed)
     if TERMS > 1:
-        rest = z - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
+        remainder = z - high.to(tl.float32)
+        middle = remainder.to(tl.bfloat16)
         total += _product(zeros, middle, transposed)
         if TERMS > 2:
-            total += _product(zeros, (rest - middle.to(tl.float32)).to(tl.bfloat16), transposed)
+            total += _product(zeros, (remainder - middle.to(tl.float32)).to(tl.bfloat16), transposed)
     return total
 
 

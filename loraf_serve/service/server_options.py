@@ -16,7 +16,8 @@ DEFAULT_GRACE = 30.0  # seconds
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """
+    """Options of the server's command line.
+
     Attributes:
         host, port: where to listen; port 0 takes a free one.
         tls_cert, tls_key: PEM files; both or neither.
@@ -78,8 +79,8 @@ class ServerOptions:
 
     def _tls_problems(self) -> list[Problem]:
         if bool(self.tls_cert) != bool(self.tls_key):
-            given, missing = ("--tls-cert", "--tls-key") if self.tls_cert else ("--tls-key", "--tls-cert")
-            return [Problem(f"{given} requires it", missing, remedy="give both")]
+            present, missing = ("--tls-cert", "--tls-key") if self.tls_cert else ("--tls-key", "--tls-cert")
+            return [Problem(f"is missing, and {present} requires it", missing, remedy="give both")]
         if not self.tls_cert:
             if self.tls_client_ca:
                 remedy = "give --tls-cert and --tls-key as well"

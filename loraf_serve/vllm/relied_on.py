@@ -190,6 +190,17 @@ def _async_llm() -> bool:
     return generate and abort and call and handler and all(hasattr(AsyncLLM, name) for name in others)
 
 
+@_fact(FACTS, "end tokens come from the input processor's generation_config_fields and its renderer's get_eos_token_id")
+def _end_tokens() -> bool:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    source = inspect.getsource(InputProcessor.process_inputs)
+    added = source.partition("update_from_generation_config(")[2].split()[:2]
+    shared = "InputProcessor(self.vllm_config, renderer)" in inspect.getsource(AsyncLLM.__init__)
+    return shared and added == ["self.generation_config_fields,", "self.renderer.get_eos_token_id(),"]
+
+
 @_fact(FACTS, "a request is aborted when its iterator is closed or its task is cancelled")
 def _abort_on_close() -> bool:
     from vllm.v1.engine.async_llm import AsyncLLM

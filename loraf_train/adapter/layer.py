@@ -154,16 +154,16 @@ class _LorafLinear(torch.autograd.Function):
         y: torch.Tensor = layer.base(x)
         dtype = y.dtype  # autocast may have changed it
         x = x.reshape(-1, x.shape[-1]).to(dtype)
-        mask, kept = None, 1.0
+        mask, keep_rate = None, 1.0
         if layer.dropout and layer.training:
-            mask, kept = keep_mask(x.shape, layer.dropout, x.device)
+            mask, keep_rate = keep_mask(x.shape, layer.dropout, x.device)
             x = x * mask
         z = x @ layer.a.to(dtype).t()
         if mask is not None:
-            z /= kept
+            z /= keep_rate
         y.view(-1, y.shape[-1]).addmm_(z, layer.b(values, dtype).t())
         ctx.save_for_backward(z, values, mask)
-        ctx.layer, ctx.kept = layer, kept
+        ctx.layer, ctx.keep_rate = layer, keep_rate
         return y
 
     @staticmethod
@@ -176,7 +176,7 @@ class _LorafLinear(torch.autograd.Function):
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
             grad_x = g @ layer.base.weight.to(g.dtype)
-            through_b = (g @ layer.b(values, g.dtype)) / ctx.kept
+            through_b = (g @ layer.b(values, g.dtype)) / ctx.keep_rate
             if mask is None:
                 grad_x.addmm_(through_b, layer.a.to(g.dtype))
             else:

@@ -98,7 +98,7 @@ def shortage(
             tightest = short[0]
             message = (
                 f"task {task.name!r} needs {k[tightest]} positions in {_and_more(short)}, "
-                f"{left[tightest]} of {shapes[tightest][0] * rank} are left there"
+                f"but only {left[tightest]} of {shapes[tightest][0] * rank} are left there"
             )
             problems.append(Problem(message, task.field, task.file, _remedy(shapes, rank, left, manifest)))
             continue

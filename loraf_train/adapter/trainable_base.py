@@ -48,7 +48,7 @@ class TrainableBase:
         earlier: Mapping[str, EarlierTasks],
         dropout: float = 0.0,
     ) -> dict[str, LorafLinear]:
-        """Returns a new layer for each target, with all values zero. Arguments as of LorafLinear, by module."""
+        """Returns a new layer for each target, with all values zero. Arguments as for LorafLinear, by module."""
         return {
             name: LorafLinear(linear, self.projections[name], positions[name], scale, earlier[name], dropout)
             for name, linear in self.targets.items()

@@ -47,7 +47,7 @@ def card(manifest: Manifest, name: str) -> str:
 
 
 def base_name(manifest: Manifest) -> tuple[str, bool]:
-    """(name, whether it is local): of a folder on the machine that trained only the last part, without its path."""
+    """(name, whether it is a local folder). Of a local folder's path only the last part is kept."""
     name = manifest.base_model.name
     if name == "tiny" or HUB_ID.fullmatch(name):
         return name, False
@@ -78,13 +78,13 @@ def _datasets(tasks: Iterable[Task]) -> Iterator[str]:
 
 def _summary(manifest: Manifest, base: str, local: bool) -> str:
     count = len(manifest.tasks)
-    of = f"`{base}`" + (f" at `{manifest.base_model.revision}`" if manifest.base_model.revision else "")
-    where = " (a local folder when it was trained)" if local else ""
+    base_text = f"`{base}`" + (f" at `{manifest.base_model.revision}`" if manifest.base_model.revision else "")
+    note = " (a local folder when it was trained)" if local else ""
     tasks = {0: "no task yet", 1: "one task"}.get(count, f"{count} tasks")
     parameters = sum(task.parameters for task in manifest.tasks)
     size = size_text(sum(task.file.bytes for task in manifest.tasks))
     return (
-        f"A LoRAF adapter («LoRA without Forgetting») with {tasks} for {of}{where}: of LoRA's two matrices A is "
+        f"A LoRAF adapter («LoRA without Forgetting») with {tasks} for {base_text}{note}: of LoRA's two matrices A is "
         "frozen and rebuilt from a seed, B is sparse, and the tasks own disjoint positions of it. Each request can "
         f"select any weighted subset of them. {parameters:,} trained values in all ({size}), rank {manifest.rank}, "
         f"{len(manifest.modules)} modules."
@@ -96,10 +96,10 @@ def _tasks(manifest: Manifest) -> str:
         return "None yet."
     rows = []
     for task in manifest.tasks:
-        below = ", ".join(task.trained_with) or "the base model"
+        trained_on = ", ".join(task.trained_with) or "the base model"
         size = size_text(task.file.bytes)
         rows.append(
-            [task.name, below, f"{task.alpha:g}", f"{task.sparsity:g}", f"{task.parameters:,}", task.dtype, size]
+            [task.name, trained_on, f"{task.alpha:g}", f"{task.sparsity:g}", f"{task.parameters:,}", task.dtype, size]
         )
     table = tables.markdown_table(
         ["task", "trained on top of", "alpha", "sparsity", "values (K)", "stored as", "size"], rows
@@ -148,16 +148,16 @@ def _training(manifest: Manifest) -> str:
     parts = []
     for task in manifest.tasks:
         lines = [f"### {task.name}", ""]
-        facts = task.training
-        if "examples" in facts:
-            lines.append(f"- {facts['examples']:,} examples, {facts.get('steps', 0):,} steps")
-        if "imported" in facts:
-            origin = facts["imported"]
+        training = task.training
+        if "examples" in training:
+            lines.append(f"- {training['examples']:,} examples, {training.get('steps', 0):,} steps")
+        if "imported" in training:
+            origin = training["imported"]
             fit = "value by value" if origin["taken_over"] else f"approximated, relative error {origin['error']:.3g}"
             kind = {"peft": "a PEFT LoRA", "loraf": "another LoRAF checkpoint"}[origin["from"]]
             lines.append(f"- imported from {kind}, {_code(origin['source'])} ({fit})")
         for phase in ("calibration", "training"):
-            settings = facts.get("settings", {}).get(phase)
+            settings = training.get("settings", {}).get(phase)
             if settings:
                 text = ", ".join(f"{key} {_value(value)}" for key, value in settings.items() if value is not None)
                 lines.append(f"- {phase}: {text}")

@@ -84,17 +84,17 @@ def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskDat
 def _print_example(out: Console, example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
     from rich.text import Text
 
-    shown = Text()
+    line = Text()
     for learned, part in groupby(
         zip(example.labels(), example.input_ids, strict=True), lambda entry: entry[0] != IGNORED
     ):
         text = tokenizer.decode([token for _, token in part])
         assert isinstance(text, str)  # a list only for a batch of sequences
         if out.is_terminal:
-            shown.append(text, "bold green" if learned else "dim")
+            line.append(text, "bold green" if learned else "dim")
         else:
-            shown.append(f"{LOSS_BEGINS}{text}{LOSS_ENDS}" if learned else text)
-    out.print(shown)
+            line.append(f"{LOSS_BEGINS}{text}{LOSS_ENDS}" if learned else text)
+    out.print(line)
 
 
 def _lengths(examples: Sequence[Example]) -> str:

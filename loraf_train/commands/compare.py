@@ -46,7 +46,7 @@ def compare(
     Args:
         methods, seeds: separated by commas; seeds None: those of the file.
         folder: of the results; None: `<output>-compare/<protocol>`.
-        eval_limit: the most examples of each evaluation set; None: all.
+        eval_limit: maximum number of examples of each evaluation set; None: all.
 
     Raises:
         LorafError: everything that is wrong with file, options, model, records and installed packages, before anything
@@ -58,7 +58,7 @@ def compare(
     problems += _missing_packages(method_names)
     if launcher.sharding() is not None:  # full and lora would train the sharded weights
         remedy = "launch without FSDP; the processes still divide each batch"
-        problems.append(Problem("compare does not train a sharded base", "fsdp_version", "accelerate launch", remedy))
+        problems.append(Problem("compare does not train a sharded model", "fsdp_version", "accelerate launch", remedy))
     prepared, file_problems, warnings = survey(path, overrides, eval_limit, into_checkpoint=False)
     problems += file_problems
     general = None

@@ -29,7 +29,7 @@ def evaluate(
 
     Args:
         tasks, as_trained, base: the task sets, see `task_sets.task_sets`. The base alone needs no checkpoint.
-        limit: the most examples of each evaluation set; None: all.
+        limit: maximum number of examples of each evaluation set; None: all.
         json_file: where to write the same scores as JSON; None: nowhere.
 
     Raises:
@@ -42,12 +42,12 @@ def evaluate(
     scored = [task for task in config.tasks if prepared.data[task.name].evaluation]
     if not scored:
         message = "no task of the file has evaluation records"
-        raise ConfigError(Problem(message, "tasks[0].data.eval", str(path), "name a file of them"))
+        raise ConfigError(Problem(message, "tasks[0].data.eval", str(path), "name a file with evaluation records"))
     only_base = base and not tasks and not as_trained
     if only_base and prepared.existing is None:
         sets = [TaskSet()]
     else:
-        manifest = prepared.existing or manifests.read(config.output)  # raises: there is none
+        manifest = prepared.existing or manifests.read(config.output)  # raises if there is no checkpoint
         sets = task_sets.task_sets(manifest, tasks, as_trained, base)
 
     from loraf_train.scoring.evaluate import score

@@ -1,6 +1,6 @@
 """`loraf-train import`: adds an adapter that was trained elsewhere to a checkpoint, as a new task.
 
-An adapter on the checkpoint's own A (a LoRAF checkpoint with the same seed, or a PEFT export of one) is taken over
+An adapter on the checkpoint's own A (a LoRAF checkpoint with the same seed, or a PEFT export of one) is copied
 value by value. Any other is fitted: B becomes the closest matrix with values at K free positions only
 (importing.fitting). The error of the fit is measured and printed, and refused if it is above LARGEST_ERROR.
 """
@@ -63,15 +63,15 @@ def import_task(
         report = [progress.part("modules")] if out.is_terminal else []
         placed = placing.place(source, checkpoint, plan, *report)
     kinds = placing.by_projection(placed.lengths)
-    whole = sum(placed.lengths.values(), Lengths())
-    _print_errors(out, kinds, whole, f"{folder}: {source.description}")
+    total = sum(placed.lengths.values(), Lengths())
+    _print_errors(out, kinds, total, f"{folder}: {source.description}")
     worst = max(kinds, key=lambda kind: kinds[kind].error)
     if kinds[worst].error > LARGEST_ERROR and not allow_lossy:
-        raise ConfigError(_too_far(folder, worst, kinds[worst], whole, plan.sparsity))
+        raise ConfigError(_too_far(folder, worst, kinds[worst], total, plan.sparsity))
     origin = {
         **source.origin,
         "taken_over": len(plan.exact) == len(source.shapes),
-        "error": whole.error,
+        "error": total.error,
         "errors": {kind: of_kind.error for kind, of_kind in kinds.items()},
     }
     task = checkpoint.add_task(
@@ -83,7 +83,7 @@ def import_task(
         templates=source.templates,
         training={**source.training, "imported": origin},
     )
-    fit = "taken over value by value" if origin["taken_over"] else f"fitted, relative error {whole.error:.3g}"
+    fit = "copied value by value" if origin["taken_over"] else f"fitted, relative error {total.error:.3g}"
     out.print(
         f"{into}: task {name} is added ({fit}): {task.parameters:,} positions, alpha {task.alpha:g}, "
         f"sparsity {task.sparsity:g}, {task.dtype}, {size_text(task.file.bytes)}"
@@ -165,28 +165,29 @@ def _misfits(source: ForeignAdapter, checkpoint: Checkpoint, folder: Path) -> li
         message = f"the adapter changes modules that the checkpoint does not have: {shown(absent)}"
         remedy = "import into a checkpoint of the same base model whose target_modules include these"
         problems.append(Problem(message, "modules", str(folder), remedy))
-    other = [name for name, shape in source.shapes.items() if shape != shapes.get(name, shape)]
-    if other:
-        one, other_shape = source.shapes[other[0]], shapes[other[0]]
-        message = f"{shown(other)}: {one[0]}×{one[1]}, in the checkpoint {other_shape[0]}×{other_shape[1]}"
+    reshaped = [name for name, shape in source.shapes.items() if shape != shapes.get(name, shape)]
+    if reshaped:
+        adapter_shape, module_shape = source.shapes[reshaped[0]], shapes[reshaped[0]]
+        adapter_text, module_text = (f"{d_out}×{d_in}" for d_out, d_in in (adapter_shape, module_shape))
+        message = f"{shown(reshaped)}: {adapter_text}, but {module_text} in the checkpoint"
         remedy = f"import an adapter of {checkpoint.manifest.base_model.name}"
         problems.append(Problem(message, "modules", str(folder), remedy))
     return problems
 
 
-def _print_errors(out: Console, kinds: dict[str, Lengths], whole: Lengths, title: str) -> None:
+def _print_errors(out: Console, kinds: dict[str, Lengths], total: Lengths, title: str) -> None:
     rows = [
-        [kind, f"{of.delta**0.5:.4g}", f"{of.error:.3g}", f"{of.least_error:.3g}"]
-        for kind, of in [*kinds.items(), ("all", whole)]
+        [kind, f"{norms.delta**0.5:.4g}", f"{norms.error:.3g}", f"{norms.least_error:.3g}"]
+        for kind, norms in [*kinds.items(), ("all", total)]
     ]
     columns = ["projection", "‖ΔW‖", "relative error", "with a dense B"]
     out.print(tables.table(columns, rows, f"{title}; error ‖ΔW − ΔŴ‖/‖ΔW‖ of the stored values"))
 
 
-def _too_far(folder: Path, kind: str, of_kind: Lengths, whole: Lengths, sparsity: float) -> Problem:
+def _too_far(folder: Path, kind: str, of_kind: Lengths, total: Lengths, sparsity: float) -> Problem:
     message = (
-        f"the closest approximation that fits is off by {of_kind.error:.3g} of ‖ΔW‖ in {kind} and {whole.error:.3g} in "
-        f"all (at most {LARGEST_ERROR:g} counts as the same adapter), so nothing was written. "
+        f"the closest approximation that fits is off by {of_kind.error:.3g} of ‖ΔW‖ in {kind} and {total.error:.3g} "
+        f"overall (at most {LARGEST_ERROR:g} counts as the same adapter), so nothing was written. "
     )
     remedy = "train the task on its data with `loraf-train run`, or store the approximation with --allow-lossy"
     if of_kind.least_error > LARGEST_ERROR:

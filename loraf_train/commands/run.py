@@ -25,7 +25,7 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
 
     Args:
         evaluate: whether to measure the scores that the table lacks.
-        eval_limit: the most examples of each evaluation set; None: all.
+        eval_limit: maximum number of examples of each evaluation set; None: all.
 
     Raises:
         LorafError: every mistake in the file, the model, the records or the output folder, before training starts.
@@ -33,10 +33,10 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
     prepared = prepare(path, overrides, eval_limit)
     config, out = prepared.config, tables.console(quiet=not launcher.is_first())
     out.print(f"{config.file}: {len(config.tasks)} tasks on {config.model} into {config.output}")
-    have = prepared.existing.task_names if prepared.existing else ()
-    done = [task.name for task in config.tasks if task.name in have]
-    if done:
-        out.print(f"trained already: {', '.join(done)}")
+    existing = prepared.existing.task_names if prepared.existing else ()
+    trained = [task.name for task in config.tasks if task.name in existing]
+    if trained:
+        out.print(f"trained already: {', '.join(trained)}")
     out.print(f"to train: {', '.join(prepared.waiting) or 'nothing'}")
     for warning in prepared.warnings:
         out.print(f"warning: {warning}")

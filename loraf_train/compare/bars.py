@@ -119,8 +119,10 @@ def _bars(axes: Axes, groups: Sequence[str], series: Sequence[Series], task: Sco
                 whisker.lines[2][0].set_gid(f"whisker-{name}")
             if labelled:
                 text = f"{estimate.mean:.{3 if _is_loss(task) else 2}f}"
-                ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-                axes.annotate(text, (x, high), (0, 4), textcoords="offset points", ha="center", fontsize=9, bbox=ground)
+                background = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                axes.annotate(
+                    text, (x, high), (0, 4), textcoords="offset points", ha="center", fontsize=9, bbox=background
+                )
             top = max(top, high)
     axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0)
@@ -148,7 +150,7 @@ def _is_loss(task: ScoredTask) -> bool:
 
 
 def _whiskers(statistics: Statistics) -> str:
-    most = max(runs(statistics, method) for method in statistics.results.methods)
-    if most < 2:
+    seeds = max(runs(statistics, method) for method in statistics.results.methods)
+    if seeds < 2:
         return "1 seed; whiskers: Wilson's 95 % interval over the examples"
-    return f"mean of {most} seeds; whiskers: 95 % t interval"
+    return f"mean of {seeds} seeds; whiskers: 95 % t interval"

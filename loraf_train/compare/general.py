@@ -55,9 +55,9 @@ def general_text(source: RecordSource, tokenizer: PreTrainedTokenizerBase, conte
     if "text" in records[0]:
         examples = _texts(source, records, tokenizer, longest)
     else:
-        whole = DataConfig(train=(source,))
+        data = DataConfig(train=(source,))
         task = TaskConfig(
-            name="general", alpha=1.0, sparsity=0.5, data=whole, training=TrainingConfig(max_length=longest)
+            name="general", alpha=1.0, sparsity=0.5, data=data, training=TrainingConfig(max_length=longest)
         )
         examples = load_task(task, tokenizer, seed=0, read_source=lambda *_: records).train
     tokens = sum(len(e.input_ids) - max(1, e.prompt_length) for e in examples)

@@ -35,11 +35,11 @@ def matrix(statistics: Statistics) -> Figure | None:
                     means[method, i, j] = estimate.mean
     if not means:
         return None
-    side = min(len(methods), 3 if len(tasks) <= 3 else 2 if len(tasks) <= 6 else 1)
-    down = math.ceil(len(methods) / side)
-    figure = canvas.figure(1.2 + down * (1.1 + 0.55 * len(afters)))
-    panels = list(figure.subplots(down, side, squeeze=False).flat)
-    shades = [_shades(statistics, [v for (_, _, at), v in means.items() if at == j], j) for j in range(len(tasks))]
+    panel_columns = min(len(methods), 3 if len(tasks) <= 3 else 2 if len(tasks) <= 6 else 1)
+    panel_rows = math.ceil(len(methods) / panel_columns)
+    figure = canvas.figure(1.2 + panel_rows * (1.1 + 0.55 * len(afters)))
+    panels = list(figure.subplots(panel_rows, panel_columns, squeeze=False).flat)
+    shades = [_shades(statistics, [v for (_, _, k), v in means.items() if k == j], j) for j in range(len(tasks))]
     names = [f"{task.name}\n({examples(task):,})" for task in tasks]
     rows = [f"after {after}" if after else BASE_ROW for after in afters]
     for axes, method in zip(panels, methods, strict=False):
@@ -52,8 +52,8 @@ def matrix(statistics: Statistics) -> Figure | None:
     for axes in panels[len(methods) :]:
         axes.remove()
     losses = any(task.metric in LOWER_IS_BETTER for task in tasks)
-    reading = "light: good; shares from 0 to 1" + (", losses over the range of their column" if losses else "")
-    title = f"{model_name(statistics.results)}: R, scores after each task, all tasks so far on ({reading})"
+    legend = "light: good; shares from 0 to 1" + (", losses over the range of their column" if losses else "")
+    title = f"{model_name(statistics.results)}: R, scores after each task, all tasks so far on ({legend})"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
@@ -79,16 +79,16 @@ def positions(statistics: Statistics) -> Figure | None:
     owned: dict[str, dict[str, int]] = {}
     for mask in run.masks:
         owned.setdefault(mask.task, {})[mask.module] = mask.positions
-    free = {module: size - sum(of.get(module, 0) for of in owned.values()) for module, size in sizes.items()}
+    free = {module: size - sum(counts.get(module, 0) for counts in owned.values()) for module, size in sizes.items()}
     places = {module: _place(module) for module in sizes}
     layers = sorted({layer for layer, _ in places.values()}, key=lambda layer: (layer is None, layer))
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    most = max(of[module] / sizes[module] for of in owned.values() for module in of) or 1.0
-    side = 2 if len(layers) <= NUMBERED // 2 else 1
+    top_share = max(counts[module] / sizes[module] for counts in owned.values() for module in counts) or 1.0
+    panel_columns = 2 if len(layers) <= NUMBERED // 2 else 1
     panels: list[tuple[str | None, dict[str, int]]] = [*owned.items(), (None, free)]
-    down = math.ceil(len(panels) / side)
-    figure = canvas.figure(1.0 + down * (1.1 + 0.36 * len(kinds)))
-    grid = figure.subplots(down, side, squeeze=False)
+    panel_rows = math.ceil(len(panels) / panel_columns)
+    figure = canvas.figure(1.0 + panel_rows * (1.1 + 0.36 * len(kinds)))
+    grid = figure.subplots(panel_rows, panel_columns, squeeze=False)
     for axes, (name, counts) in zip(grid.flat, panels, strict=False):
         shares: dict[tuple[int, int], float] = {}
         texts: dict[tuple[int, int], str] = {}
@@ -97,7 +97,7 @@ def positions(statistics: Statistics) -> Figure | None:
             cell = (kinds.index(kind), layers.index(layer))
             shares[cell] = count / sizes[module]
             texts[cell] = _short(count) if len(layers) <= NUMBERED else ""
-        scale = 1.0 if name is None else most
+        scale = 1.0 if name is None else top_share
         colours = {cell: share / scale for cell, share in shares.items()}
         labels = ["–" if layer is None else str(layer) for layer in layers]
         _grid(axes, labels, kinds, texts, colours, "free" if name is None else f"task-{name}", 9)

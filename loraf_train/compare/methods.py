@@ -312,8 +312,8 @@ class Lora(Method):
         _restore_base(bench, config)
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
-        but = ("calibration", "sparsity", "start", "dtype", "init_std")
-        return _adapter_settings(config, task, but) | {"dtype": "float32"}
+        without = ("calibration", "sparsity", "start", "dtype", "init_std")
+        return _adapter_settings(config, task, without) | {"dtype": "float32"}
 
 
 class Full(Method):

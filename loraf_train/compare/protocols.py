@@ -219,7 +219,7 @@ class _Recorder(methods.Listener):
             report = self._report(f"scoring {task.name} {_when(after, acting)}")
             data = self.comparison.data[task.name]
             for s in score(model, tokenizer, task, data, TaskSet(), report):  # here the set is only a label
-                self._require_finite(s.score, f"the score on {s.evaluation} {_when(after, acting)}")
+                self._require_finite(s.score, f"the score on {s.evaluation}", after, acting)
                 if s.evaluation != MEAN:
                     self.scores.append(RunScore(after, acting, task.name, s.evaluation, s.score, s.count))
 
@@ -227,7 +227,7 @@ class _Recorder(methods.Listener):
         general = self.comparison.general
         if general is not None:
             loss = general.loss(self.comparison.loaded[0], self._report(f"general text {_when(after, SO_FAR)}"))
-            self._require_finite(loss, f"the loss on general text {_when(after, SO_FAR)}")
+            self._require_finite(loss, "the loss on general text", after, SO_FAR)
             self.drift.append(Drift(after, loss, general.tokens))
 
     def run(self, method: str, seed: int, keeps_copies: bool) -> Run:
@@ -235,9 +235,12 @@ class _Recorder(methods.Listener):
             method, seed, keeps_copies, tuple(self.scores), tuple(self.costs), tuple(self.drift), tuple(self.masks)
         )
 
-    def _require_finite(self, value: float, quantity: str) -> None:
+    def _require_finite(self, value: float, quantity: str, after: str, acting: str) -> None:
         if not math.isfinite(value):
-            raise ConfigError(Problem(f"{quantity} is {value}", remedy="use a lower learning rate for this method"))
+            remedy = "use a lower learning rate for this method"
+            if after == BASE:
+                remedy = "use precision: float32, or a base model without overflows"
+            raise ConfigError(Problem(f"{quantity} {_when(after, acting)} is {value}", remedy=remedy))
 
     def _report(self, name: str) -> Report:
         if name not in self._reports:
@@ -247,5 +250,5 @@ class _Recorder(methods.Listener):
 
 def _when(after: str, acting: str) -> str:
     if after == BASE:
-        return "with the base"
+        return "with the base model"
     return f"after {after}" if acting == SO_FAR else "as trained"

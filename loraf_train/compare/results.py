@@ -181,7 +181,7 @@ def read(path: Path) -> Results:
     except ValueError as error:
         raise ConfigError(Problem(f"is not JSON ({error})", "", str(path), remedy)) from None
     if isinstance(content, dict) and content.get("format") != FORMAT:
-        message = f"is {content.get('format')!r}, this release reads {FORMAT}"
+        message = f"is {content.get('format')!r}, but this release reads {FORMAT}"
         raise ConfigError(Problem(message, "format", str(path), "use the release of loraf that wrote it"))
     for entry, key in _measured(content):
         if entry[key] is None:
@@ -211,7 +211,7 @@ def _measured(content: Any) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def contradictions(results: Results) -> list[tuple[str, str]]:
-    """Returns (field, message) of every value of the right type that cannot be: unknown names, repeated entries."""
+    """Returns (field, message) of every invalid value of the right type: an unknown name, a repeated entry."""
     mistakes = []
     if results.protocol not in PROTOCOLS:
         mistakes.append(("protocol", f"is {results.protocol!r}, not {' or '.join(PROTOCOLS)}"))

@@ -194,10 +194,10 @@ class Statistics:
         count = sum(sum(task.evaluations.values()) for task in self.scored)
         higher = all(task.higher_is_better for task in self.scored)
         last = 0 if self.mixed else len(self.results.tasks)
-        each = [continual.numbers(self.matrix(run), order, last, higher) for run in self._runs_of(method)]
+        by_run = [continual.numbers(self.matrix(run), order, last, higher) for run in self._runs_of(method)]
         names = continual.Continual.__dataclass_fields__
         bounds = {"average": _bounds(self.scored)}
-        return {n: over_seeds([getattr(c, n) for c in each], count, *bounds.get(n, ())) for n in names}
+        return {n: over_seeds([getattr(c, n) for c in by_run], count, *bounds.get(n, ())) for n in names}
 
     def retained(self, method: str | None, task: ScoredTask) -> Estimate | None:
         """The share of its just-trained score that a task still has at the end: R[T, j] / R[j, j].
@@ -210,8 +210,8 @@ class Statistics:
         shares = []
         for run in self._runs_of(method):
             r = self.matrix(run)
-            both = (j, j) in r and (last, j) in r and r[j, j] != 0
-            shares.append(r[last, j] / r[j, j] if both else None)
+            measured = (j, j) in r and (last, j) in r and r[j, j] != 0
+            shares.append(r[last, j] / r[j, j] if measured else None)
         return over_seeds(shares, sum(task.evaluations.values()), low=0.0)
 
     def change(self, method: str | None, task: ScoredTask) -> Estimate | None:

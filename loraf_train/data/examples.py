@@ -131,12 +131,12 @@ def _sequences(turns: Iterable[tuple[list[int], list[int]]], eos: int | None) ->
     """Joins the (prompt, completion) ids of a record's answers, in order, into sequences; see `tokenize`."""
     examples: list[Example] = []
     ids: list[int] = []
-    first = 0
+    prompt_length = 0
     silent: list[tuple[int, int]] = []
 
     def close() -> None:
-        ending = [] if eos is None or ids[-1:] == [eos] and len(ids) > first else [eos]
-        examples.append(Example([*ids, *ending], first, tuple(silent)))
+        ending = [] if eos is None or ids[-1:] == [eos] and len(ids) > prompt_length else [eos]
+        examples.append(Example([*ids, *ending], prompt_length, tuple(silent)))
 
     for prompt, completion in turns:
         if ids and prompt[: len(ids)] == ids:
@@ -145,7 +145,7 @@ def _sequences(turns: Iterable[tuple[list[int], list[int]]], eos: int | None) ->
         else:
             if ids:
                 close()
-            first, silent = len(prompt), []
+            prompt_length, silent = len(prompt), []
         ids = [*prompt, *completion]
     close()
     return examples

@@ -29,7 +29,7 @@ INSTRUCTION_PROMPT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 _PLACEHOLDER = "loraf-prompt-placeholder"
-_NAME_FIELDS = "name fields that it has in data.prompt and data.completion"
+_NAME_FIELDS = "name only fields of the record in data.prompt and data.completion"
 
 
 class RecordFault(Exception):

@@ -119,7 +119,7 @@ def _csv(file: Path, faults: Faults) -> Iterator[Record]:
             for row in rows:
                 if None in row or None in row.values():
                     columns = len(rows.fieldnames or ())
-                    message = f"does not have {columns} columns, as the first line has"
+                    message = f"does not have the {columns} columns of the first line"
                     faults.add(f"line {rows.line_num}", message, "quote values that contain the delimiter")
                     continue
                 yield row
@@ -172,7 +172,7 @@ def _saved(folder: str, split: str) -> datasets.Dataset:
     import datasets
 
     splits = datasets.load_from_disk(folder)
-    if not isinstance(splits, datasets.DatasetDict):  # a single split, whatever it was called
+    if not isinstance(splits, datasets.DatasetDict):  # a single split, regardless of its name
         splits = {part.partition("[")[0].strip(): splits for part in split.split("+")}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     return datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_ or 0, p.to)) for p in parts])

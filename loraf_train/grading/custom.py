@@ -92,7 +92,7 @@ def _checked(name: str, target: Any) -> Grade:
         ) from None
     except ValueError:
         pass  # a C function without a signature
-    return target  # type: ignore[no-any-return] # its types are the user's affair
+    return target  # type: ignore[no-any-return] # the user's code may be untyped
 
 
 def _run_file(file: Path, folder: Path) -> ModuleType:
@@ -119,7 +119,7 @@ def _run_file(file: Path, folder: Path) -> ModuleType:
 
 
 def _import_fault(module: str, error: BaseException, file: Path) -> MetricFault:
-    return MetricFault(f"importing {module} fails ({_describe_exception(error, file)})", "fix it")
+    return MetricFault(f"importing {module} fails ({_describe_exception(error, file)})", "fix the module")
 
 
 def graded(grade: Grade, answer: str, record: Mapping[str, Any]) -> float:

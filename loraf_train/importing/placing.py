@@ -160,7 +160,7 @@ def _taken(exact: Mapping[str, ExactB], checkpoint: Checkpoint) -> dict[str, dic
 def _conflict(task: str, counts: Mapping[str, int], checkpoint: Checkpoint) -> Problem:
     module, count = next(iter(counts.items()))
     more = f", and positions in {len(counts) - 1} more modules" if len(counts) > 1 else ""
-    message = f"task {task!r} owns {count} of the positions that the adapter has values at{more}"
+    message = f"task {task!r} owns {count} of the positions where the adapter has values{more}"
     remedy = (
         f"remove it (`loraf-train remove {checkpoint.path} {task}`), import into another checkpoint, or add "
         "--allow-lossy to fit the values to free positions"

@@ -148,7 +148,7 @@ class PeftSource:
             except (BaseMismatch, ConfigError) as error:
                 return list(error.problems)
             return []
-        message = f"is {name}, the checkpoint is for {expected.name}, and their weights cannot be compared here"
+        message = f"is {name}, but the checkpoint is for {expected.name}, and their weights cannot be compared here"
         remedy = "add --allow-other-base if they are the same model"
         return [Problem(message, "base_model_name_or_path", file, remedy)]
 
@@ -160,7 +160,8 @@ class PeftSource:
         if self._lora.base_model is None:
             yield f"{self._folder / CONFIG} does not name the adapter's base model"
         elif self._lora.revision and expected.revision and self._lora.revision != expected.revision:
-            yield f"the adapter is for revision {self._lora.revision} of the base, the checkpoint {expected.revision}"
+            message = f"the adapter is for revision {self._lora.revision} of the base model"
+            yield f"{message}, but the checkpoint is for {expected.revision}"
 
 
 class LorafSource:
@@ -173,14 +174,16 @@ class LorafSource:
             raise ConfigError(Problem(message, "--tasks", str(folder), "name the tasks to import as one task"))
         self._set = task_sets.task_set(tasks or "all", source)
         if self._set.is_base:
-            raise ConfigError(Problem(f"{tasks!r} is not a task", "--tasks", str(folder), "name one or more"))
+            raise ConfigError(Problem(f"{tasks!r} is not a task", "--tasks", str(folder), "name one or more tasks"))
         self._manifest = source
         self._checkpoint = Checkpoint.open(folder, self._set.names)
         self._scales = [
             (name, task_scale(source.task(name).alpha, source.rank, weight)) for name, weight in self._set.weights
         ]
-        if not all(scale for _, scale in self._scales):
-            raise ConfigError(Problem("one of the tasks has alpha 0", "alpha", str(folder), "leave it out"))
+        without_effect = [name for name, scale in self._scales if not scale]
+        if without_effect:
+            message = f"{', '.join(without_effect)} has alpha 0, and so no effect"
+            raise ConfigError(Problem(message, "--tasks", str(folder), "leave it out"))
         imported = [source.task(name) for name in self._set.names]
         only = imported[0] if len(imported) == 1 else None
         self.description = f"{self._set} of a LoRAF checkpoint"
@@ -226,20 +229,20 @@ class LorafSource:
         return []
 
     def trained_with(self, into: Manifest) -> tuple[str, ...]:
-        below = self._trained_on()
-        if below and all(_same_task(name, self._manifest, into) for name in below):
-            return tuple(name for name in into.task_names if name in below)
+        earlier = self._trained_on()
+        if earlier and all(_same_task(name, self._manifest, into) for name in earlier):
+            return tuple(name for name in into.task_names if name in earlier)
         return ()
 
     def remarks(self, into: Manifest) -> Iterator[str]:
-        below = self._trained_on()
-        if below and not self.trained_with(into):
-            whole = ",".join([*below, *self._set.names])
-            known = all(name in self._manifest.task_names for name in below)
+        earlier = self._trained_on()
+        if earlier and not self.trained_with(into):
+            all_tasks = ",".join([*earlier, *self._set.names])
+            known = all(name in self._manifest.task_names for name in earlier)
             yield (
-                f"{self._set} was trained on top of {', '.join(below)}, which this checkpoint does not have unchanged: "
-                "imported alone, it behaves differently from when it was trained"
-                + (f"; --tasks {whole} imports all of them as one task" if known else "")
+                f"{self._set} was trained on top of {', '.join(earlier)}, which this checkpoint does not have "
+                "unchanged: imported alone, it behaves differently from when it was trained"
+                + (f"; --tasks {all_tasks} imports all of them as one task" if known else "")
             )
 
     def _trained_on(self) -> list[str]:

@@ -55,7 +55,7 @@ def problems() -> list[Problem]:
 
     for variable, name in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
         if _on(f"ACCELERATE_USE_{variable}"):
-            remedy = "launch with --multi_gpu, or with --use_fsdp --fsdp_version 2 where a GPU cannot hold the base"
+            remedy = "launch with --multi_gpu, or with --use_fsdp --fsdp_version 2 if the model does not fit on one GPU"
             refuse(f"{name} is not supported", f"--use_{variable.lower()}", remedy)
     if _on("ACCELERATE_USE_PARALLELISM_CONFIG"):
         remedy = "leave it out; processes share the batch, and with FSDP version 2 the base model"

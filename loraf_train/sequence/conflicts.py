@@ -29,7 +29,7 @@ def obstacles(config: RunConfig, folder: Path, shapes: Shapes, existing: Manifes
     if existing is None:
         return capacity(config, shapes)
     problems = conflicts(config, existing, folder, shapes)
-    if existing.modules.keys() == shapes.keys():  # otherwise a conflict, and nothing to count with
+    if existing.modules.keys() == shapes.keys():  # otherwise it is reported as a conflict
         problems += capacity(config, shapes, existing)
     return problems
 
@@ -80,9 +80,8 @@ def _adapter_differences(config: RunConfig, manifest: Manifest, shapes: Shapes) 
         settings["adapter.target_modules"] = (_endings(manifest.modules), _endings(shapes))
     for field, (recorded, configured) in settings.items():
         if recorded != configured:
-            message = (
-                f"the checkpoint in {config.output} has {value_text(recorded)}, the file says {value_text(configured)}"
-            )
+            message = f"the checkpoint in {config.output} has {value_text(recorded)}"
+            message += f", but the file says {value_text(configured)}"
             yield Problem(message, field, str(config.file), f"set it to {value_text(recorded)}, or {_OTHER_OUTPUT}")
 
 
@@ -109,7 +108,7 @@ def _task_differences(config: RunConfig, manifest: Manifest, index: int, task: T
     configured = {"recipe": FIRST_RECIPE, **settings(config, task)}
     recorded = recorded_settings(manifest.task(task.name))
     for field, before, now in differences(recorded, {key: configured[key] for key in recorded}):
-        message = f"task {task.name!r} was trained with {value_text(before)}, the file says {value_text(now)}"
+        message = f"task {task.name!r} was trained with {value_text(before)}, but the file says {value_text(now)}"
         remedy = f"set it to {value_text(before)}, give the task another name, or {_OTHER_OUTPUT}"
         where = field if field == "recipe" else f"tasks[{index}].{field}"  # the only one that all tasks share
         yield Problem(message, where, str(config.file), remedy)

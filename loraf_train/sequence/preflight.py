@@ -204,12 +204,12 @@ def _oversized(config: RunConfig, model: BaseModelShape, data: dict[str, TaskDat
         train = data[task.name].train
         longest = max(len(example.input_ids) for example in train)
         if model.context is not None and longest > model.context:
-            message = f"task {task.name!r} has examples of {longest} tokens, the model's context is {model.context}"
+            message = f"task {task.name!r} has examples of {longest} tokens, but the model's context is {model.context}"
             field = f"tasks[{i}].training.max_length"
             problems.append(Problem(message, field, str(config.file), f"set it to {model.context} or less"))
         highest = max(max(example.input_ids) for example in train)
         if highest >= model.vocabulary:
-            message = f"the tokenizer produces id {highest}, the model's embedding has {model.vocabulary} rows"
+            message = f"the tokenizer produces id {highest}, but the model's embedding has {model.vocabulary} rows"
             problems.append(Problem(message, "model", str(config.file), "use the tokenizer that belongs to the model"))
             break
     return problems
@@ -218,22 +218,22 @@ def _oversized(config: RunConfig, model: BaseModelShape, data: dict[str, TaskDat
 def _warnings(config: RunConfig, model: BaseModelShape | None, data: dict[str, TaskData]) -> list[Problem]:
     """Examples that max_length cuts or drops, and evaluation prompts that exceed the model's context."""
     warnings = []
-    first = {task.name: i for i, task in reversed(list(enumerate(config.tasks)))}
+    first_index = {task.name: i for i, task in reversed(list(enumerate(config.tasks)))}
     for i, task in enumerate(config.tasks):
         task_data = data.get(task.name)
-        if task_data is None or first[task.name] != i:
+        if task_data is None or first_index[task.name] != i:
             continue
         if task_data.cut or task_data.dropped:
             message = (
-                f"max_length {task.training.max_length} cuts the end of {task_data.cut} examples; {task_data.dropped} "
-                f"are left out, since their prompt alone fills it ({len(task_data.train) + task_data.dropped} in all)"
+                f"max_length {task.training.max_length} cuts the end of {task_data.cut} examples and drops "
+                f"{task_data.dropped} whose prompt alone fills it ({len(task_data.train) + task_data.dropped} in all)"
             )
             remedy = f"set it to {task_data.longest} to keep all"
             warnings.append(Problem(message, f"tasks[{i}].training.max_length", str(config.file), remedy))
         for name, evaluation in task_data.evaluation.items():
             longest = max(len(example.prompt_ids) for example in evaluation.examples)
             if model is not None and model.context is not None and longest >= model.context:
-                message = f"a prompt has {longest} tokens, the model's context is {model.context}"
+                message = f"a prompt has {longest} tokens, but the model's context is {model.context}"
                 remedy = "shorten it, or expect a wrong answer"
                 warnings.append(Problem(message, f"tasks[{i}].data.eval.{name}", str(config.file), remedy))
     return warnings

@@ -68,7 +68,7 @@ def recorded_settings(task: Task) -> dict[str, Any]:
 
 
 def environment(model: PreTrainedModel) -> dict[str, Any]:
-    """Returns precision, device, number of processes and versions: what besides the settings affects the last bits."""
+    """Returns precision, device, number of processes and versions, which can change the last bits."""
     import torch
     import transformers
 

@@ -100,7 +100,8 @@ def load_model(config: RunConfig) -> Loaded:
     folder = base_model.resolve(config.model, config.revision, file)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    half = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+    precision = config.precision
+    use_bfloat16 = precision == "bfloat16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
     # Written a second time in loraf_serve.backends.merged: neither package imports the other, and `loraf` must not
     # import transformers. Precision, devices, messages and what is checked differ.
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -109,7 +110,7 @@ def load_model(config: RunConfig) -> Loaded:
         with _no_progress_bars():
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=torch.bfloat16 if half else torch.float32,
+                dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
                 **options,

@@ -70,7 +70,7 @@ def _rounded(
     for name, layer in layers.items():
         values = layer.values.to(dtype)
         if not bool(torch.isfinite(values).all()):
-            message = f"task {task.name!r}: values of {name} are beyond {str(dtype).removeprefix('torch.')}"
+            message = f"task {task.name!r}: values of {name} are too large for {str(dtype).removeprefix('torch.')}"
             remedy = "lower the learning rate, or store them as bfloat16 or float32 (adapter.dtype)"
             raise ConfigError(Problem(message, "adapter.dtype", remedy=remedy))
         layer.values.copy_(values)

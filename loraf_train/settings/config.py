@@ -65,7 +65,7 @@ class TaskEntry(TaskOverrides):
     )
     max_new_tokens: Whole | None = setting(
         None,
-        "Most tokens to generate for an answer when scoring; by default 32, and 256 for gsm8k and metrics of your own.",
+        "Limit on the tokens of an answer when scoring; by default 32, and 256 for gsm8k and metrics of your own.",
         expects="a whole number from 1",
         ge=1,
     )

@@ -110,7 +110,7 @@ class EvaluationSource(RecordSource):
 
 
 def _check_template(text: str) -> str:
-    """Allows `{field}` and `{field[key]}` only: records have no attributes, and positions have no names."""
+    """Allows `{field}` and `{field[key]}` only: no attributes of values, and no numbers."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
@@ -191,5 +191,5 @@ class DataConfig(SettingsModel):
     @classmethod
     def _no_mean(cls, sets: dict[str, EvaluationSource]) -> dict[str, EvaluationSource]:
         if MEAN in sets:
-            raise mistake(f"{MEAN!r} is taken as a name of an evaluation set", "choose another name")
+            raise mistake(f"{MEAN!r} is reserved for the mean over all evaluation sets", "choose another name")
         return sets

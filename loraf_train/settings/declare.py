@@ -26,7 +26,7 @@ def setting(default: Any, meaning: str, *, expects: str, **bounds: Any) -> Any:
 
     Args:
         default: `...` if the file must give a value.
-        bounds: `gt`, `ge`, `lt`, `le`, `min_length`, as of `pydantic.Field`.
+        bounds: `gt`, `ge`, `lt`, `le`, `min_length`, as for `pydantic.Field`.
     """
     return Field(default, description=meaning, json_schema_extra={"expects": expects}, **bounds)
 

@@ -89,7 +89,7 @@ def _of_method(
 
 
 def _resolve(entry: TaskEntry, run: RunFile, grade: custom.Grade | None, *overrides: TaskOverrides) -> TaskConfig:
-    """A task's settings: of run, entry and `overrides` the last that gives a value counts."""
+    """Resolves a task's settings: the last of run, entry and `overrides` that gives a value wins."""
     values: dict[str, Any] = {
         "alpha": float(run.adapter.rank),
         "sparsity": run.adapter.sparsity,

@@ -116,7 +116,7 @@ class TrainingConfig(SettingsModel):
     )
     save_seconds: Number = setting(
         60.0,
-        "Seconds between two saves of an unfinished task, and so the most that a killed run loses.",
+        "Seconds between two saves of an unfinished task; a killed run loses at most this much.",
         expects="a number of seconds from 0, for example 60",
         ge=0,
     )

@@ -74,7 +74,7 @@ class SettingsReader:
                 _remove(part, location)
 
     def add(self, where: Location, message: str, remedy: str) -> None:
-        """Adds a problem, unless one was reported there, above or below: what follows from another is not reported."""
+        """Adds a problem, unless one was already reported there, above or below: it would only be a consequence."""
         where = _written(self.content, where)
         if any(where[: len(other)] == other or other[: len(where)] == where for other in self._reported):
             return

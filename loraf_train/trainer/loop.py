@@ -252,7 +252,7 @@ class _Trainer(transformers.Trainer):
         """No-op: each step seeds its own generators."""
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        # accelerate sets the sampler's epoch too, but not through what skips batches on several processes.
+        # accelerate sets the sampler's epoch too, but in several processes not through its wrapper that skips batches.
         self._order.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # of transformers
 

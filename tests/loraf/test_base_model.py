@@ -324,7 +324,7 @@ def test_all_differences_are_named(model, copy):
         "base_model.shapes.num_hidden_layers",
     ]
     assert all(problem.file == "ckpt" and "org/model" in problem.remedy for problem in caught.value.problems)
-    assert "trained for 128, the model has 64" in str(caught.value)
+    assert "trained for 128, but the model has 64" in str(caught.value)
 
 
 def test_a_default_that_only_one_config_states_is_accepted(model, copy):

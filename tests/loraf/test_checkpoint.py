@@ -274,7 +274,7 @@ def test_a_mask_of_the_wrong_size_is_refused(tmp_path, change):
     )
     positions = free[: k + change]
     values = small.values()["code"] | {Q: matrix(positions, torch.ones(len(positions), dtype=torch.bfloat16))}
-    refused(tmp_path, f"{Q}: has {k + change} positions, K is {k}", values=values)
+    refused(tmp_path, f"{Q}: has {k + change} positions, but K is {k}", values=values)
 
 
 def test_several_faults_are_named_at_once(tmp_path):
@@ -315,7 +315,7 @@ def test_mixed_or_unsupported_dtypes_are_refused(tmp_path):
         ({"sparsity": 1.0}, "sparsity: 1.0 is not in"),
         ({"sparsity": float("nan")}, "sparsity: nan is not in"),
         ({"sparsity": -0.1}, "sparsity: -0.1 is not in"),
-        ({"sparsity": 0.7}, "positions, K is"),
+        ({"sparsity": 0.7}, "positions, but K is"),
         ({"alpha": float("nan")}, "alpha: nan is out of range"),
         ({"alpha": float("inf")}, "alpha: inf is out of range"),
         ({"trained_with": ["art"]}, "trained_with: there is no task art"),

@@ -208,15 +208,15 @@ FAULTS = {
     "the largest index": (replace("cols", put(-1, 255)), "a column lies outside"),
     "NaN": (replace("values", put(0, float("nan"))), "a value is not finite"),
     "infinity": (replace("values", put(5, -float("inf"))), "a value is not finite"),
-    "one position less": (all_parts(lambda t: t[:-1]), "positions, K is"),
-    "no position": (all_parts(lambda t: t[:0]), "has 0 positions, K is"),
+    "one position less": (all_parts(lambda t: t[:-1]), "positions, but K is"),
+    "no position": (all_parts(lambda t: t[:0]), "has 0 positions, but K is"),
     "a value less": (replace("values", lambda t: t[:-1].clone()), "not three vectors"),
     "a matrix": (all_parts(lambda t: t.reshape(1, -1)), "not three vectors"),
     "scalars": (all_parts(lambda t: t[0]), "not three vectors"),
     "wide rows": (replace("rows", lambda t: t.to(torch.int64)), "smallest index dtype"),
     "signed columns": (replace("cols", lambda t: t.to(torch.int8)), "smallest index dtype"),
     "floating rows": (replace("rows", lambda t: t.to(torch.float32)), "smallest index dtype"),
-    "float32 values": (replace("values", lambda t: t.float()), "values are torch.float32, the manifest says bfloat16"),
+    "float32 values": (replace("values", lambda t: t.float()), "torch.float32, but the manifest says bfloat16"),
     "float64 values": (replace("values", lambda t: t.double()), "values are torch.float64"),
     "float8 values": (replace("values", lambda t: t.to(torch.float8_e4m3fn)), "values are torch.float8_e4m3fn"),
     "complex values": (replace("values", lambda t: t.to(torch.complex64)), "values are torch.complex64"),
@@ -260,7 +260,7 @@ def test_a_manifest_with_another_k_sparsity_or_rank_does_not_fit_the_files(folde
         k = {m: manifests.positions_per_matrix(sparsity, shape[0], rank) for m, shape in SHAPES.items()}
         tasks = tuple(dataclasses.replace(task, k=k, sparsity=sparsity) for task in manifest.tasks)
         small.write_manifest(folder, dataclasses.replace(manifest, rank=rank, tasks=tasks))
-        refusal(folder, *TASKS, says="positions, K is")
+        refusal(folder, *TASKS, says="positions, but K is")
 
 
 def test_a_manifest_with_another_dtype_does_not_fit_the_files(folder):

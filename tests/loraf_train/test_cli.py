@@ -236,7 +236,7 @@ def test_check_shows_an_example_with_its_loss_mask_and_what_a_run_takes(copied, 
     assert "<s>ab=⟦AB</s>⟧" in out
     assert "7 records, 7 examples of 7 to 7 (mean 7) tokens" in out
     # «<s>y0?» and «false</s>» are ten tokens, «true</s>» makes nine.
-    assert "cuts the end of 5 examples; 0 are left out" in out
+    assert "cuts the end of 5 examples and drops 0" in out
     model = AutoModelForCausalLM.from_pretrained(copied / "base")
     matrices = [w for name, w in model.named_parameters() if name.split(".")[-2].endswith("_proj")]
     total = sum(w.shape[0] * 8 for w in matrices)

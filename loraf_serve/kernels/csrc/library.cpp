@@ -71,7 +71,7 @@ LORAF_API int loraf_kernels_variants() { return kVariantCount; }
 LORAF_API const char* loraf_kernels_name(int variant) { return kVariants[variant]->name; }
 LORAF_API int loraf_kernels_runs(int variant) { return kVariants[variant]->runs_here(); }
 
-// Returns 0, or 1 if there is not enough memory. Then none or some rows of y have been changed.
+// Returns 0, or 1 if there is not enough memory. Some rows of y may have been changed then.
 LORAF_API int loraf_kernels_add_delta(int which, const Layer* layer, char* y, int64_t y_stride, const char* x,
                                       int64_t x_stride, const int32_t* indices, const float* weights, int64_t rows) {
     if (rows <= 0) return 0;

@@ -3,7 +3,7 @@
 //     measure:  for each part and task, find where each row of B ends among the coordinates: the size of every sheet
 //     pack:     write the head, A in blocks, every sheet
 //
-// Coordinates are sorted by row, then column, and lie inside the matrix. Python has checked this when it read them.
+// Coordinates are sorted by row, then column, and lie inside the matrix. Python checked this when it read them.
 
 #include <cstring>
 
@@ -95,9 +95,9 @@ void sort_window(const int64_t* ends, int64_t outputs, uint32_t* place, Order& o
     // Turns place[c + 1] from the number of rows with c nonzeros into where those rows begin, the longest rows first.
     uint32_t before = 0;
     for (int64_t c = most; c >= 0; c--) {
-        uint32_t here = place[c + 1];
+        uint32_t rows = place[c + 1];
         place[c + 1] = before;
-        before += here;
+        before += rows;
     }
     uint16_t sorted[kWindow];
     for (int64_t o = 0; o < padded; o++) {

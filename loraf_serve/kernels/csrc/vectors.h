@@ -90,11 +90,11 @@ LORAF_INLINE uint16_t float_to_f16(float value) {
 #else
 // With integers: moves the significand into place and corrects the exponent, also of denormals, by a multiplication.
 LORAF_INLINE float f16_to_float(uint16_t bits) {
-    uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7FFF) << 13;
-    if (rest >= 0x7C00u << 13) rest += uint32_t(255 - 31 - 112) << 23;  // infinity, NaN: the exponent of all ones
+    uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = uint32_t(bits & 0x7FFF) << 13;
+    if (magnitude >= 0x7C00u << 13) magnitude += uint32_t(255 - 31 - 112) << 23;  // infinity or NaN
     float value, scale = 0x1p112f;
-    if (rest >= 0x7F800000u) scale = 1;
-    memcpy(&value, &rest, 4);
+    if (magnitude >= 0x7F800000u) scale = 1;
+    memcpy(&value, &magnitude, 4);
     value *= scale;
     uint32_t word;
     memcpy(&word, &value, 4);

@@ -20,8 +20,8 @@ from loraf_serve.kernels.device_weights import DeviceWeights
 if TYPE_CHECKING:
     from loraf.manifest import Manifest
 
-_ADAPTERS = 256  # the most at once; memory runs out long before
-_TASKS = 16  # the most of a checkpoint; more would slow down every step, see triton_ops
+_ADAPTERS = 256  # maximum at once; memory runs out long before
+_TASKS = 16  # maximum of a checkpoint; more would slow down every step, see triton_ops
 
 
 class Gpu:
@@ -29,8 +29,8 @@ class Gpu:
 
     Args:
         bands: for each layer (first column, number of columns) of its output for every part that an adapter may have.
-        rank: the largest of a checkpoint.
-        rows: the most in a step.
+        rank: the largest rank of a checkpoint.
+        rows: maximum number in a step.
 
     Attributes:
         acting: whether the step names an adapter, possibly only one of vLLM's warm-up.
@@ -38,7 +38,7 @@ class Gpu:
 
     def __init__(self, bands: Mapping[str, Sequence[tuple[int, int]]], rank: int, rows: int, device: torch.device):
         self._device, self._rank = device, rank
-        self._layers = {name: triton_kernel.Layer(of, rank, _TASKS, device) for name, of in bands.items()}
+        self._layers = {name: triton_kernel.Layer(spans, rank, _TASKS, device) for name, spans in bands.items()}
         self._adapters = triton_kernel.AdapterTable(list(bands), _ADAPTERS, device)
         self._records = {name: self._adapters.of(name) for name in bands}
         width = max((layer.width for layer in self._layers.values()), default=1)
@@ -50,7 +50,8 @@ class Gpu:
             self._loading = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     def require(self, manifest: Manifest, where: str) -> None:
-        """
+        """Checks whether a checkpoint fits.
+
         Raises:
             BaseMismatch: the checkpoint exceeds the limits that the engine was started with.
         """
@@ -61,7 +62,8 @@ class Gpu:
             problems.append(Problem(message, "rank", where, remedy))
         if len(manifest.tasks) > _TASKS:
             message = f"{len(manifest.tasks)} tasks exceed the {_TASKS} that the resident backend can serve on a GPU"
-            problems.append(Problem(message, "tasks", where, "select fewer after @, or serve with --backend slots"))
+            remedy = "select fewer (--adapter CKPT@a+b), or serve with --backend slots"
+            problems.append(Problem(message, "tasks", where, remedy))
         if problems:
             raise BaseMismatch(problems)
 

@@ -64,9 +64,9 @@ def difference(
         actual = deltas[:, rows + (part.offset - first)].double()
         wrong = ~((actual - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + _SUM_ERROR * size)
         if wrong.any():
-            i, at = wrong.nonzero()[0].tolist()
-            actual_text = f"adds {actual[i, at].item():.6g} in row {rows[at]} of {part.module}"
-            return f"{actual_text} where ΔW gives {expected[i, at].item():.6g}"
+            i, column = wrong.nonzero()[0].tolist()
+            actual_text = f"adds {actual[i, column].item():.6g} in row {rows[column]} of {part.module}"
+            return f"{actual_text} where ΔW gives {expected[i, column].item():.6g}"
     if not touched.all() and deltas[:, ~touched].any():
         return "adds to an output that the adapter does not touch"
     return None
@@ -108,9 +108,10 @@ def _expand(
             cols.append(stored_cols[begin:end])
             values.append(b.values[begin:end])
         counts.append(sum(ends) - sum(begins))
-    at = torch.from_numpy(np.concatenate(rows))
+    row_indices = torch.from_numpy(np.concatenate(rows))
     columns = torch.from_numpy(np.concatenate(cols).astype(np.int64))
     task_weights = torch.repeat_interleave(weights.double(), torch.tensor(counts), dim=1)
     scaled = task_weights * torch.cat(values).double()
     zeros = torch.zeros(len(z), int(before[-1]), dtype=torch.float64)
-    return zeros.index_add(1, at, scaled * z[:, columns]), zeros.index_add(1, at, scaled.abs() * z_size[:, columns])
+    product = zeros.index_add(1, row_indices, scaled * z[:, columns])
+    return product, zeros.index_add(1, row_indices, scaled.abs() * z_size[:, columns])

@@ -61,18 +61,18 @@ class StepWeights:
         """Args: vLLM's mapping, a LoRA id for each token of the batch, 0 for none. Its slots are not used."""
         ids = np.asarray(mapping.index_mapping, dtype=np.int64)
         self.tokens = len(ids)
-        distinct_ids, which = np.unique(ids, return_inverse=True)
+        distinct_ids, id_index = np.unique(ids, return_inverse=True)
         distinct = [self._weights_of(lora_id) if lora_id > 0 else None for lora_id in distinct_ids.tolist()]
         self.active = []
         for digest in dict.fromkeys(item.digest for item in distinct if item is not None):
             acting = [item is not None and item.digest == digest and bool(item.weights.any()) for item in distinct]
             if not any(acting):
                 continue
-            indices = np.flatnonzero(np.array(acting)[which]).astype(np.int32)
+            indices = np.flatnonzero(np.array(acting)[id_index]).astype(np.int32)
             of_adapter = [item.weights for item in distinct if item is not None and item.digest == digest]
             table = np.zeros((len(distinct), len(of_adapter[0])), dtype=np.float32)
             table[[item is not None and item.digest == digest for item in distinct]] = of_adapter
-            batch = kernels.BatchWeights(torch.from_numpy(indices), torch.from_numpy(table[which[indices]]))
+            batch = kernels.BatchWeights(torch.from_numpy(indices), torch.from_numpy(table[id_index[indices]]))
             self.active.append((digest, batch))
         if self.gpu is not None:
             self.gpu.set_step(bool((distinct_ids > 0).any()), self.active)

@@ -69,10 +69,11 @@ class SlotsLoRAManager(CheckpointLoRAManager[Checkpoint, LoadedCheckpoint]):
         return nullcontext(Checkpoint.open(folder, tasks))
 
     def _prepare(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> LoadedCheckpoint:
-        """
+        """Builds A of every module.
+
         Raises:
             CheckpointError: the rank exceeds the engine's.
-            BaseMismatch: lists every module that vLLM has no matching layer for.
+            BaseMismatch: lists every module without a matching layer in vLLM.
         """
         manifest = checkpoint.manifest
         where = str(checkpoint.path)

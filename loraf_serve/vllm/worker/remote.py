@@ -86,7 +86,7 @@ async def load(call: CallWorkers, folder: str, tasks: Sequence[str], digest: str
 
     Raises:
         LorafError: a worker refused the checkpoint.
-        RuntimeError: a worker failed for a reason that is not the user's.
+        RuntimeError: a worker failed for another reason.
     """
     with Notice() as notice:
         await call("loraf_begin_load", folder, list(tasks), digest, notice.path)

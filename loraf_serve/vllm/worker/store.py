@@ -105,7 +105,8 @@ class CheckpointStore(Generic[C, P]):
         return {"kind": "", "problems": [[f"{type(error).__name__}: {error}", "", "", ""]]}
 
     def get(self, digest: str) -> P:
-        """
+        """Returns a loaded checkpoint.
+
         Raises:
             KeyError: the checkpoint is not loaded.
         """
@@ -139,7 +140,7 @@ class CheckpointStore(Generic[C, P]):
             return self._load_now(folder, tasks, digest)
 
     def _load_now(self, folder: str, tasks: tuple[str, ...], digest: str) -> P:
-        # Otherwise the engine's thread keeps Python's lock for 5 ms each time loading requests it, thousands of times.
+        # Otherwise the engine's thread keeps the GIL for 5 ms each time loading requests it, thousands of times.
         interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
         try:
@@ -175,7 +176,7 @@ def raise_error(state: Mapping[str, Any]) -> None:
 
     Raises:
         LorafError: of the class that the worker raised.
-        RuntimeError: the worker failed for a reason that is not the user's.
+        RuntimeError: the worker failed for another reason.
     """
     if "problems" not in state:
         return

@@ -1,7 +1,7 @@
 """How a worker waits for vLLM's next call while it loads a checkpoint.
 
-For a second after each call vLLM polls for the next one and holds Python's lock while it does. On two cores a load then
-gets little more than one of them, and waits for the lock at each step in Python. So until the load is over, the poll
+For a second after each call vLLM polls for the next one and holds the GIL while it does. On two cores a load then
+gets little more than one of them, and waits for the GIL at each step in Python. So until the load is over, the poll
 loop sleeps between two polls. A call is noticed at most half a millisecond later.
 
 Tried and removed: sleeping until vLLM's notice right away, as vLLM does after an idle second. A notice that comes right

@@ -51,9 +51,9 @@ def test_the_plugin_is_an_entry_point_of_this_distribution() -> None:
     [
         ('{"architectures": ["MistralForCausalLM"]}', None),
         ('{"architectures": ["Qwen2ForCausalLM"]}', None),
-        ('{"architectures": ["GPT2LMHeadModel"]}', "vLLM has no LoRA for GPT2LMHeadModel"),
+        ('{"architectures": ["GPT2LMHeadModel"]}', "vLLM does not support LoRA for GPT2LMHeadModel"),
         ('{"architectures": ["NoSuchForCausalLM"]}', "vLLM has no model NoSuchForCausalLM"),
-        ("{}", "vLLM has no model without a named architecture"),
+        ("{}", "the model's config.json names no architecture"),
     ],
 )
 def test_can_serve(tmp_path: Path, config: str, reason: str | None) -> None:

@@ -78,13 +78,13 @@ def test_ten_tasks_of_sparsity_0_9_fit_and_eleven_do_not():
     assert shortage(SHAPES, RANK, planned(*[0.9] * 10)) == []
     (problem,) = shortage(SHAPES, RANK, planned(*[0.9] * 11))
     assert problem.field == "tasks[10].sparsity" and problem.file == "tasks.yaml"
-    assert "'t10' needs 40 positions in a (and 1 more module), 0 of 400 are left there" in problem.message
+    assert "'t10' needs 40 positions in a (and 1 more module), but only 0 of 400 are left there" in problem.message
     assert "sparsity of" not in problem.remedy and "new checkpoint" in problem.remedy
 
 
 def test_the_message_names_task_module_positions_left_and_a_sparsity_that_fits():
     (problem,) = shortage(SHAPES, RANK, planned(0.4, 0.5, 0.75))
-    assert "'t1' needs 200 positions in a (and 1 more module), 160 of 400 are left there" in problem.message
+    assert "'t1' needs 200 positions in a (and 1 more module), but only 160 of 400 are left there" in problem.message
     assert problem.remedy.startswith("a sparsity of 0.6 would fit")
     assert shortage(SHAPES, RANK, planned(0.4, 0.6)) == []
 
@@ -110,7 +110,7 @@ def test_positions_of_tasks_in_the_checkpoint_count_as_taken(tmp_path):
         checkpoint.add_task(name, b, alpha=1.0, sparsity=0.6)
     assert shortage(SHAPES, RANK, planned(0.8), checkpoint.manifest) == []
     (problem,) = shortage(SHAPES, RANK, planned(0.79), checkpoint.manifest)
-    assert "needs 84 positions in a (and 1 more module), 80 of 400 are left" in problem.message
+    assert "needs 84 positions in a (and 1 more module), but only 80 of 400 are left" in problem.message
     assert "0.8 would fit" in problem.remedy and "`loraf-train remove`" in problem.remedy
 
 

@@ -50,7 +50,7 @@ MISTAKES = {
         lambda f: (new_output(f), rows(f, "bad.jsonl", PLAIN, {"prompt": "p"}, {"text": "x"})),
         task("a", **data("bad.jsonl", prompt="{prompt}", completion="{completion}")),
         [
-            r"bad\.jsonl: record 2: has no field 'completion' \(it has: prompt\) → name fields that it has",
+            r"bad\.jsonl: record 2: has no field 'completion' \(it has: prompt\) → name only fields of the record",
             r"bad\.jsonl: record 3: has no field 'prompt', 'completion' \(it has: text\) → ",
         ],
     ),
@@ -157,15 +157,15 @@ def test_all_mistakes_of_a_file_are_in_one_report(copied, capsys):
         r"tasks\.yaml: tasks\[7\]\.name: another task is named 'long' too → give each task its own name",
         r"tasks\.yaml: tasks\[9\]\.training\.epoch: is not a known key → did you mean 'epochs'\?",
         r"base: eos_token: the tokenizer has no end-of-sequence token.* → set \"eos_token\"",
-        r"bad\.jsonl: record 1: has no field 'completion' \(it has: prompt\) → name fields",
+        r"bad\.jsonl: record 1: has no field 'completion' \(it has: prompt\) → name only fields",
         r"empty\.jsonl: has no records → name a file with records",
-        r"upper\.jsonl: record 1: has no field 'question' \(it has: prompt, completion\) \(and 6 more .* → name fields",
+        r"upper\.jsonl: record 1: has no field 'question' \(it has: prompt, completion\) \(and 6 more .* → name only",
         r"upper\.jsonl: training\.max_length: every prompt of task 'full' fills max_length 3: all 7 examples .* → ",
         r"tasks\.yaml: training\.report_to: wandb needs the package 'wandb'.* → `pip install wandb`",
         r"ckpt: base_model\.fingerprint: .* has other weights .* → set model to .*, or name another output folder",
         r"tasks\.yaml: tasks\[8\]\.sparsity: task 'large' needs \d+ positions in .* → a sparsity of ",
-        r"tasks\.yaml: tasks\[5\]\.training\.max_length: warning: max_length 8 cuts the end of 1 examples; 1 are left "
-        r"out.* \(4 in all\) → set it to 22 to keep all",
+        r"tasks\.yaml: tasks\[5\]\.training\.max_length: warning: max_length 8 cuts the end of 1 examples and drops 1 "
+        r".* \(4 in all\) → set it to 22 to keep all",
     ]
     for pattern in patterns:
         assert sum(bool(re.search(pattern, line)) for line in lines) == 1, (pattern, lines)
@@ -187,7 +187,7 @@ def test_check_and_run_count_the_examples_that_max_length_cuts(copied, capsys):
         assert status == 0
         (line,) = (line for line in out.splitlines() if line.startswith("warning"))
         assert "tasks[0].training.max_length" in line
-        assert "cuts the end of 1 examples; 1 are left out" in line and "(4 in all) → set it to 23" in line
+        assert "cuts the end of 1 examples and drops 1" in line and "(4 in all) → set it to 23" in line
     new_output(copied)
     status, out, _ = run(capsys, "check", "tasks.yaml", "--set", "tasks.long.training.max_length=23")
     assert status == 0 and "warning" not in out
@@ -199,7 +199,7 @@ def test_an_evaluation_prompt_longer_than_the_context_is_reported(copied, capsys
     (copied / "tasks.yaml").write_text(HEAD + "tasks:\n" + task("a", **data("upper.jsonl", eval="asked.jsonl")))
     status, out, _ = run(capsys, "check", "tasks.yaml")
     assert status == 0
-    assert "tasks[0].data.eval.asked: a prompt has 2001 tokens, the model's context is 1024" in out
+    assert "tasks[0].data.eval.asked: a prompt has 2001 tokens, but the model's context is 1024" in out
 
 
 def test_check_shows_the_loss_mask_of_a_conversation_and_the_rows_of_packing(copied, capsys):

@@ -213,7 +213,7 @@ def test_all_mistakes_are_reported_at_once_and_nothing_is_trained(folder, capsys
         "--seeds: 'x' is not a seed",
         "the package 'peft', needed for the method lora, is not installed → `pip install 'loraf[compare]'`",
         "the package 'scipy', needed for the intervals, is not installed",
-        "accelerate launch: fsdp_version: compare does not train a sharded base",
+        "accelerate launch: fsdp_version: compare does not train a sharded model",
         "tasks[0].data.eval: task 'upper' has no evaluation records",
         "tasks[1].sparsity: method random-mask: task 'truth' needs",
         "general.jsonl: record 1: field 'text' is missing",

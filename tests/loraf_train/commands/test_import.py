@@ -92,7 +92,7 @@ def relative(out: str, row: str) -> tuple[float, float]:
 def test_an_imported_export_has_the_same_values(prepared, here, capsys, tasks):
     export(capsys, "ckpt", tasks, "out")
     out = imported(capsys, "out", "empty", "back")
-    assert "taken over value by value" in out and relative(out, "all") == (0, 0)
+    assert "copied value by value" in out and relative(out, "all") == (0, 0)
     there, back = Checkpoint.open("ckpt"), Checkpoint.open("empty")
     task_set = TaskSet.parse(tasks.replace(",", "+"), there.manifest.task_names)
     for module in there.manifest.modules:
@@ -110,7 +110,7 @@ def test_an_imported_export_has_the_same_values(prepared, here, capsys, tasks):
 def test_an_export_in_bfloat16_is_recognised_as_the_same_a(here, capsys):
     export(capsys, "ckpt", "math", "out", "--dtype", "bfloat16")
     out = imported(capsys, "out", "empty", "back")
-    assert "taken over value by value" in out
+    assert "copied value by value" in out
     assert 0 < relative(out, "all")[0] < 0.004  # A itself is exact here, and was rounded there
     there, back = Checkpoint.open("ckpt"), Checkpoint.open("empty")
     module = next(iter(there.manifest.modules))
@@ -320,7 +320,7 @@ def test_modules_that_the_checkpoint_lacks_or_has_in_another_shape_are_refused(p
     tensors[key] = tensors[key][:100].contiguous()
     safetensors.torch.save_file(tensors, lora / WEIGHTS)
     message = refused(capsys, str(lora), "ckpt", "x", "--allow-lossy")
-    assert "model.layers.0.self_attn.q_proj: 100×128, in the checkpoint 128×128" in message
+    assert "model.layers.0.self_attn.q_proj: 100×128, but 128×128 in the checkpoint" in message
     assert "MistralForCausalLM" in message  # the base is another one too
 
 
@@ -340,7 +340,7 @@ def test_another_base_is_refused_without_the_option(prepared, here, capsys, tmp_
     assert "has other weights" in refused(capsys, "lora", "ckpt", "x", "--allow-lossy")
     name("org/some-model")
     message = refused(capsys, "lora", "ckpt", "x", "--allow-lossy")
-    assert "is org/some-model, the checkpoint is for" in message and "--allow-other-base" in message
+    assert "is org/some-model, but the checkpoint is for" in message and "--allow-other-base" in message
     imported(capsys, "lora", "ckpt", "accepted", "--allow-lossy", "--allow-other-base", "--sparsity", "0.95")
     name(str(twin))  # the same weights elsewhere
     imported(capsys, "lora", "ckpt", "twin", "--allow-lossy", "--sparsity", "0.95")

@@ -211,4 +211,4 @@ def test_the_templates_are_stored_and_a_change_of_recipe_is_refused(trained, tmp
     data = {"prompt": lori.MATHS_PROMPT}
     write(tmp_path, entry | {"data": entry["data"] | data, "metric": "gsm8k"}, recipe="paper")
     status, _, err = run(capsys, "run", "tasks.yaml", *settings)
-    assert status == 2 and "recipe: task 'maths' was trained with 'lori', the file says 'paper'" in err
+    assert status == 2 and "recipe: task 'maths' was trained with 'lori', but the file says 'paper'" in err

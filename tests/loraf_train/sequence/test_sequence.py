@@ -273,13 +273,13 @@ def test_each_edited_setting_of_a_finished_task_is_refused_by_name(finished):
     config = edited(config, "three", data={"train": (RecordSource(file=Path("/data/more.jsonl")),), "prompt": "{q}"})
     text = refused(config, finished)
     for part in (
-        "tasks[0].alpha: task 'one' was trained with 16.0, the file says 17.0",
-        "tasks[0].training.learning_rate: task 'one' was trained with 0.02, the file says 0.5",
-        "tasks[0].training.epochs: task 'one' was trained with 1.0, the file says 9.0",
-        "tasks[1].calibration.steps: task 'two' was trained with 2, the file says 5",
-        "tasks[1].start: task 'two' was trained with 'previous', the file says 'base'",
-        "tasks[2].data.train: task 'three' was trained with [three.jsonl], the file says [more.jsonl]",
-        "tasks[2].data.prompt: task 'three' was trained with none, the file says '{q}'",
+        "tasks[0].alpha: task 'one' was trained with 16.0, but the file says 17.0",
+        "tasks[0].training.learning_rate: task 'one' was trained with 0.02, but the file says 0.5",
+        "tasks[0].training.epochs: task 'one' was trained with 1.0, but the file says 9.0",
+        "tasks[1].calibration.steps: task 'two' was trained with 2, but the file says 5",
+        "tasks[1].start: task 'two' was trained with 'previous', but the file says 'base'",
+        "tasks[2].data.train: task 'three' was trained with [three.jsonl], but the file says [more.jsonl]",
+        "tasks[2].data.prompt: task 'three' was trained with none, but the file says '{q}'",
         "set it to 16.0, give the task another name, or name another output folder",
     ):
         assert part in text, text
@@ -308,7 +308,7 @@ def test_a_setting_missing_from_an_old_record_counts_as_its_default(finished):
         assert conflicts(finished.config, manifest, folder, shapes) == []
         changed = edited(finished.config, "one", training={"weight_decay": 0.1})
         (problem,) = conflicts(changed, manifest, folder, shapes)
-        assert "was trained with 0.0, the file says 0.1" in problem.message
+        assert "was trained with 0.0, but the file says 0.1" in problem.message
     finally:
         record["settings"]["training"]["weight_decay"] = 0.0
 
@@ -322,13 +322,13 @@ def test_another_base_rank_seed_std_and_target_are_all_reported(finished, tmp_pa
         "base_model.fingerprint",
         f"set model to {finished.config.model}, or name another output folder",
         "adapter.rank: the checkpoint in",
-        "has 8, the file says 9",
+        "has 8, but the file says 9",
         "seed: the checkpoint",
-        "has 0, the file says 4",
+        "has 0, but the file says 4",
         "adapter.init_std",
-        "has none, the file says 0.5",
+        "has none, but the file says 0.5",
         "adapter.target_modules",
-        "has ['q_proj', 'v_proj', 'down_proj'], the file says ['q_proj', 'up_proj']",
+        "has ['q_proj', 'v_proj', 'down_proj'], but the file says ['q_proj', 'up_proj']",
     ):
         assert part in text, text
     assert "--allow-other-base" not in text
@@ -359,7 +359,7 @@ def test_too_few_positions_for_a_later_task_are_reported_before_any_training(mod
 def test_too_few_positions_left_by_the_tasks_of_a_checkpoint_are_reported(finished):
     tasks_of = (*finished.config.tasks, toys.task("four", sparsity=0.5))
     text = refused(finished.config.model_copy(update={"tasks": tasks_of}), finished)
-    assert "tasks[3].sparsity: task 'four' needs 512 positions in" in text and "257 of 1024 are left there" in text
+    assert "tasks[3].sparsity: task 'four' needs 512 positions in" in text and "but only 257 of 1024 are left" in text
 
 
 def test_unknown_and_unsupported_target_modules_are_refused_with_the_choices(finished, tmp_path):
@@ -416,7 +416,7 @@ def test_values_beyond_the_stored_dtype_are_refused(model_folder, finished, tmp_
         toys.task("a", training={"learning_rate": 1e5, "max_steps": 1}),
         adapter={"dtype": "float16"},
     )
-    with pytest.raises(ConfigError, match="adapter.dtype: task 'a': values of .* are beyond float16"):
+    with pytest.raises(ConfigError, match="adapter.dtype: task 'a': values of .* are too large for float16"):
         runner.run(config, {"a": toys.data(3)}, None, (finished.model, NoTokenizer(), model_folder))
     assert Checkpoint.open(config.output).manifest.tasks == ()
 

@@ -241,7 +241,7 @@ def test_all_mistakes_are_reported_at_once(folder):
             "file: or dataset:",
         ),
         ({"tasks__0__data__eval": {"x": "b.csv"}}, "tasks[0].data.eval.x", "no file", "relative to"),
-        ({"tasks__0__data__eval": {"mean": "a.jsonl"}}, "tasks[0].data.eval", "'mean' is taken", "another name"),
+        ({"tasks__0__data__eval": {"mean": "a.jsonl"}}, "tasks[0].data.eval", "'mean' is reserved", "another name"),
         ({"tasks__0__data__eval": ["a.jsonl", "./a.jsonl"]}, "tasks[0].data.eval", "named 'a'", "eval: {name"),
         ({"tasks__0__data__prompt": "{question"}, "tasks[0].data.prompt", "is not a template", "{{"),
         ({"tasks__0__data__prompt": "{}"}, "tasks[0].data.prompt", "does not name a field", "name of a record's field"),
