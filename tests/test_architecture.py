@@ -39,7 +39,7 @@ LORAF_TRAIN = (
     "metrics",  # the public name of grading.builtin
     "grading",
     "processes",
-    "task_sets",
+    "set_options",
 )
 LORAF_SERVE = (
     "cli",

@@ -13,7 +13,7 @@ from loraf import manifest as manifests
 from loraf.hub import HUB_ID
 from loraf.manifest import Manifest, Task
 from loraf.units import size_text
-from loraf_train.task_sets import as_trained_or_none
+from loraf_train.set_options import as_trained_or_none
 from loraf_train.terminal import tables
 
 FILE_NAME = "README.md"

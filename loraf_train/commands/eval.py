@@ -9,7 +9,7 @@ from pathlib import Path
 from loraf import manifest as manifests
 from loraf.errors import ConfigError, Problem
 from loraf.tasksets import TaskSet
-from loraf_train import task_sets
+from loraf_train import set_options
 from loraf_train.processes import launcher
 from loraf_train.sequence.preflight import prepare
 from loraf_train.terminal import tables
@@ -28,7 +28,7 @@ def evaluate(
     """Prints a row for each task, evaluation set and task set.
 
     Args:
-        tasks, as_trained, base: the task sets, see `task_sets.task_sets`. The base alone needs no checkpoint.
+        tasks, as_trained, base: the task sets, see `set_options.task_sets`. The base alone needs no checkpoint.
         limit: maximum number of examples of each evaluation set; None: all.
         json_file: where to write the same scores as JSON; None: nowhere.
 
@@ -48,7 +48,7 @@ def evaluate(
         sets = [TaskSet()]
     else:
         manifest = prepared.existing or manifests.read(config.output)  # raises if there is no checkpoint
-        sets = task_sets.task_sets(manifest, tasks, as_trained, base)
+        sets = set_options.task_sets(manifest, tasks, as_trained, base)
 
     from loraf_train.scoring.evaluate import score
     from loraf_train.sequence import runner

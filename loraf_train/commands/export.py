@@ -11,7 +11,7 @@ from loraf import manifest as manifests
 from loraf.errors import ConfigError, Problem
 from loraf.tasksets import TaskSet
 from loraf.units import size_text
-from loraf_train import task_sets
+from loraf_train import set_options
 from loraf_train.terminal import tables
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def export(
     """
     problems = _output_problems(out)
     manifest = manifests.read(folder)
-    task_set = manifest.as_trained(as_trained) if as_trained else task_sets.task_set(tasks or "all", manifest)
+    task_set = manifest.as_trained(as_trained) if as_trained else set_options.task_set(tasks or "all", manifest)
     if problems:
         raise ConfigError(problems)
 

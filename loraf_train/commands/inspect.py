@@ -14,7 +14,7 @@ from loraf import manifest as manifests
 from loraf.errors import CorruptCheckpoint, Problem
 from loraf.manifest import Manifest
 from loraf.units import size_text
-from loraf_train.task_sets import as_trained_or_none
+from loraf_train.set_options import as_trained_or_none
 from loraf_train.terminal import tables
 
 if TYPE_CHECKING:

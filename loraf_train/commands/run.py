@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loraf_train.processes import launcher
 from loraf_train.scoring import table
 from loraf_train.sequence.preflight import prepare
-from loraf_train.task_sets import as_trained_or_none
+from loraf_train.set_options import as_trained_or_none
 from loraf_train.terminal import tables
 from loraf_train.terminal.progress import Progress
 

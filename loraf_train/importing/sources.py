@@ -21,7 +21,7 @@ from loraf.delta import combined_b, task_scale
 from loraf.errors import BaseMismatch, ConfigError, LorafError, Problem
 from loraf.manifest import Manifest, Templates
 from loraf.peft_import import CONFIG, Factors, read_peft
-from loraf_train import task_sets
+from loraf_train import set_options
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class LorafSource:
         if tasks is None and len(source.tasks) != 1:
             message = f"the checkpoint holds {', '.join(source.task_names) or 'no tasks'}"
             raise ConfigError(Problem(message, "--tasks", str(folder), "name the tasks to import as one task"))
-        self._set = task_sets.task_set(tasks or "all", source)
+        self._set = set_options.task_set(tasks or "all", source)
         if self._set.is_base:
             raise ConfigError(Problem(f"{tasks!r} is not a task", "--tasks", str(folder), "name one or more tasks"))
         self._manifest = source

@@ -18,8 +18,8 @@ from loraf_train.data.task_data import TaskData
 from loraf_train.grading.builtin import MEAN
 from loraf_train.scoring import continual
 from loraf_train.scoring.continual import Continual
+from loraf_train.set_options import as_trained_or_none
 from loraf_train.settings.config import TaskConfig
-from loraf_train.task_sets import as_trained_or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
