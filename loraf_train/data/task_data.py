@@ -117,7 +117,7 @@ def _load(
     """Returns the task's data, None if there are mistakes or no tokenizer; and the mistakes."""
     problems: list[Problem] = []
     sources = _read_all(task.data.train, "train", problems, read_source)
-    metric = _metric(task, sources[0][1][0]) if sources else DEFAULT_METRIC
+    metric = _metric(task, sources[0][1][0] if sources else {})
     form: Form | None = None
     train: list[RecordText] = []
     for source, records in _sampled(sources, task.data.limit, seed):
@@ -200,7 +200,7 @@ def _sampled(
 
 
 def _metric(task: TaskConfig, first: Record) -> str:
-    """Returns the task's metric; `first` is its first training record."""
+    """Returns the task's metric; `first` is its first training record, empty if none could be read."""
     by_recipe = lori.metric_of(first) if task.recipe == "lori" else None
     return task.metric or by_recipe or DEFAULT_METRIC
 
