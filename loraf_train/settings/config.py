@@ -56,7 +56,7 @@ class TaskEntry(TaskOverrides):
     metric: Metric | None = setting(
         None,
         "How answers are scored; by default exact_match, or what the recipe lori finds right for the records.",
-        expects="exact_match, gsm8k, choice, loss, or your own module:function",
+        expects=f"{', '.join(DEFAULT_NEW_TOKENS)}, or your own module:function",
     )
     start: Start | None = setting(
         None,

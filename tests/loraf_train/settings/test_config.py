@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraf.errors import ConfigError
+from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS
 from loraf_train.settings.config import RunConfig, TaskConfig
 from loraf_train.settings.data import DataConfig
 from loraf_train.settings.loading import draft, load
@@ -180,7 +181,7 @@ def test_all_mistakes_are_reported_at_once(folder):
         "trainin": ("is not a known key", "did you mean 'training'?"),
         "tasks[0].metric": (
             "'gsm9k' is not known",
-            "use exact_match, gsm8k, choice, loss, or your own module:function",
+            f"use {', '.join(DEFAULT_NEW_TOKENS)}, or your own module:function",
         ),
         "tasks[1].name": ("another task is named 'a' too", "give each task its own name"),
         "tasks[1].data.train": (f"there is no file {folder}/missing.jsonl", f"paths are relative to {folder}"),
