@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit status: 0 after a clean stop, 2 for a mistake of the user, 1 if the engine died.
+        The exit status: 0 after a clean stop, 2 for a user error, 1 if the engine died.
     """
     arguments, engine_options = parser().parse_known_args(argv)
     try:
@@ -182,7 +182,7 @@ def _prepare(
     """Checks everything that can be checked before an engine starts. Reads no task file.
 
     Returns:
-        The options, the model's folder, its number of token ids (None if its config does not say), the adapters, and
+        The options, the model's folder, its number of token ids (None if it does not say), the adapters, and
         the folder from which clients may load more.
 
     Raises:
@@ -200,11 +200,12 @@ def _prepare(
     from loraf_serve.adapters.adapter_spec import check_adapters, parse_spec
     from loraf_serve.adapters.registry import Registry
     from loraf_serve.adapters.root import AdapterRoot
+    from loraf_serve.backends import vocabulary
 
     registry, vocab_size, root = Registry(), None, None
     try:
         model_folder = base_model.resolve(arguments.model, field="--model")
-        vocab_size = _vocab_size(model_folder)
+        vocab_size = vocabulary.vocab_size(model_folder)
     except ConfigError as error:
         model_folder = Path()
         problems += error.problems
@@ -226,21 +227,6 @@ def _prepare(
     if problems:
         raise ConfigError(problems)
     return options, model_folder, vocab_size, registry, root
-
-
-def _vocab_size(model_folder: Path) -> int | None:
-    """The number of token ids in the model's config.json; None if it does not say. Raises ConfigError."""
-    import json
-
-    file = model_folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-        config = config.get("text_config", config)
-        size = config.get("vocab_size")
-    except (OSError, ValueError, AttributeError) as error:
-        remedy = "restore the model's config.json"
-        raise ConfigError(Problem(f"cannot be read ({error})", file=str(file), remedy=remedy)) from None
-    return size if isinstance(size, int) else None
 
 
 def _size(text: str) -> int:

@@ -166,12 +166,16 @@ class Backend(ABC):
         reads_checkpoints: `add_adapter` has other processes read and verify the adapter's files, as
             `loraf_serve.adapters.checkpoint_folder.read_values` would; this process then holds only the manifest.
         tokenizer, max_model_len: set by `start`; the latter limits prompt and answer together, in tokens.
+        vocab_size: number of token ids that the model can hold, set by `start`; None if the backend does not know it.
+        end_tokens: ids that end an answer unless it ignores them, set by `start`; all below `vocab_size`.
     """
 
     name: str
     reads_checkpoints = False
     tokenizer: PreTrainedTokenizerBase
     max_model_len: int
+    vocab_size: int | None = None
+    end_tokens: frozenset[int] = frozenset()
 
     @abstractmethod
     async def start(self) -> None:

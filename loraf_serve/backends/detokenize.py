@@ -137,12 +137,12 @@ def token_text(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], token:
         return " " * max(0, spaces - (len(text) - len(text.lstrip(" ")))) + text
     for n in range(1, min(len(before), _CONTEXT) + 1):
         context = list(before[-n:])
-        whole = _decode(tokenizer, [*context, token])
-        if whole.endswith(INCOMPLETE):
+        decoded = _decode(tokenizer, [*context, token])
+        if decoded.endswith(INCOMPLETE):
             continue
         while context and _decode(tokenizer, context[-1:]).endswith(INCOMPLETE):
             context.pop()  # its bytes belong to the character
-        return whole.removeprefix(_decode(tokenizer, context) if context else "")
+        return decoded.removeprefix(_decode(tokenizer, context) if context else "")
     return ""
 
 

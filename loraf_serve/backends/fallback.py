@@ -45,6 +45,14 @@ class Fallback(Backend):
     def max_model_len(self) -> int:  # type: ignore[override]  # as above
         return self._current.max_model_len
 
+    @property
+    def vocab_size(self) -> int | None:  # type: ignore[override]  # as above
+        return self._current.vocab_size
+
+    @property
+    def end_tokens(self) -> frozenset[int]:  # type: ignore[override]  # as above
+        return self._current.end_tokens
+
     async def start(self) -> None:
         await self._current.start()
 

@@ -1,6 +1,6 @@
 """Backend `merged`: adds ΔW(S) to the weights of a transformers model.
 
-For machines without vLLM, and for models that vLLM has no LoRA for. One task set is merged at a time; sets take turns.
+For machines without vLLM, and for models without LoRA in vLLM. One task set is merged at a time; sets take turns.
 
     MergedBackend ─▶ Engine (turns) ─┬─▶ MergedWeights     the task set in the weights
         ▲                            ├─▶ Prefill, Batch    the model and its KV cache (model_runner)
@@ -28,6 +28,7 @@ from loraf_serve.backends.merged_engine import MAX_ROWS, TURN_STEPS, Engine, Job
 from loraf_serve.backends.merged_weights import MergedWeights, key_of
 from loraf_serve.backends.model_runner import Forward, Prefill, cache_layers, lengths_interfere, unsupported_cache
 from loraf_serve.backends.output_queue import OutputQueue
+from loraf_serve.backends.vocabulary import ends_within
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,9 @@ class MergedBackend(Backend):
         device: a torch device; None for "cuda" if available, else "cpu".
         kv_cache_bytes: memory for the KV cache of all running and pausing requests; None for a share of free memory.
         turn_steps: length of a task set's turn while others wait, in tokens.
-
-    Attributes:
-        vocab_size: number of token ids, set by `start`.
     """
 
     name = "merged"
-    vocab_size: int
 
     def __init__(
         self,
@@ -137,13 +134,14 @@ class MergedBackend(Backend):
             ValueError: an id is not in the vocabulary, the prompt's length is out of range, the adapter is unknown.
         """
         sampling = request.sampling
+        vocab_size = self.vocab_size or 0
         for name, ids in (
             ("prompt_token_ids", request.prompt_token_ids),
             ("stop_token_ids", sampling.stop_token_ids),
             ("logit_bias", sampling.logit_bias),
         ):
-            if any(not 0 <= token < self.vocab_size for token in ids):
-                raise ValueError(f"{name}: an id is not in the vocabulary of {self.vocab_size}")
+            if any(not 0 <= token < vocab_size for token in ids):
+                raise ValueError(f"{name}: an id is not in the vocabulary of {vocab_size}")
         if not 0 < len(request.prompt_token_ids) < self.max_model_len:
             raise ValueError(f"the prompt has {len(request.prompt_token_ids)} tokens, of at most {self.max_model_len}")
         if not request.task_set.is_base and (request.adapter is None or not weights.knows(request.adapter.digest)):
@@ -162,6 +160,7 @@ class MergedBackend(Backend):
         budget = self._kv_cache_bytes or int(KV_SHARE * _free_memory(self._device))
         kv_tokens = budget // bytes_per_token
         eos, more_eos = _ends(model, self.tokenizer.eos_token_id, self.vocab_size)
+        self.end_tokens = more_eos if eos is None else more_eos | {eos}
         # The thread that decodes gets its own copy, because fast tokenizers are not thread-safe.
         decoding = DecodingConfig(copy.deepcopy(self.tokenizer), eos, more_eos, self.max_model_len)
         log.info("%s on %s: room for %d tokens in the KV cache", model.dtype, self._device, kv_tokens)
@@ -174,9 +173,8 @@ def _ends(model: PreTrainedModel, eos: int | None, vocab_size: int) -> tuple[int
     """The tokenizer's end-of-sequence token and further ones of the generation config, without ids out of range."""
     config = model.generation_config
     named = None if config is None else config.eos_token_id
-    more = [named] if isinstance(named, int) else named or []
-    first = eos if eos is not None and eos < vocab_size else None
-    return first, frozenset(token for token in more if token < vocab_size and token != first)
+    main = ends_within(vocab_size, eos, "the tokenizer")
+    return next(iter(main), None), ends_within(vocab_size, named, "generation_config.json") - main
 
 
 def _load_model(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -202,7 +200,8 @@ def _load_model(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrai
         raise ConfigError(Problem(message, file=str(folder), remedy="save the tokenizer as tokenizer.json"))
     if loading_info["missing_keys"]:
         missing = sorted(loading_info["missing_keys"])
-        message = f"lacks {len(missing)} weights of the model ({', '.join(missing[:4])}, …)"
+        more = f", and {len(missing) - 4} more" if len(missing) > 4 else ""
+        message = f"lacks weights of the model: {', '.join(missing[:4])}{more}"
         raise ConfigError(Problem(message, file=str(folder), remedy="complete the download of the model"))
     prepared: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return prepared, tokenizer

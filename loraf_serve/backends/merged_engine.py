@@ -262,7 +262,11 @@ class Engine:
         if self._has_room(group) and group.waiting[0].arrival < self._arrival_limit():
             job = group.waiting.popleft()
             self._reserved += job.reserved
-            group.prefill = (job, Prefill(job.request.prompt_token_ids))
+            try:
+                group.prefill = (job, Prefill(job.request.prompt_token_ids))
+            except Exception as error:
+                self._fail(job, error)
+                return 0
         if group.prefill:
             return self._prefill(group, *group.prefill)
         self._decode(group)

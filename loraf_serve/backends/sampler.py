@@ -32,8 +32,8 @@ _NO_IDS = cast(torch.LongTensor, None)  # the warpers below ignore the token ids
 class Sampler:
     """Samples the tokens of one answer.
 
-    Each answer has its own random generator on the CPU, so a seed gives the same answer on every device and whatever
-    else runs.
+    Each answer has its own random generator on the CPU, so a seed gives the same answer on every device, regardless
+    of what else runs.
 
     Args:
         prompt: the prompt's token ids.

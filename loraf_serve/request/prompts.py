@@ -25,7 +25,8 @@ class PromptReader:
     Args:
         tokenizer: is copied.
         max_model_len: limit on prompt and answer together, in tokens.
-        vocab_size: number of token ids; None for the tokenizer's.
+        vocab_size: number of token ids that the model can hold, which may be fewer or more than the tokenizer has;
+            None for the tokenizer's.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_model_len: int, vocab_size: int | None = None):
@@ -68,7 +69,16 @@ class PromptReader:
             raise _invalid(kind, "has no tokens", "send at least one")
         if len(ids) >= self.max_model_len:
             raise self._too_long(kind, f"{len(ids)} tokens")
+        self._require_known(kind, ids)
         return ids
+
+    def _require_known(self, kind: str, ids: tuple[int, ...]) -> None:
+        """Refuses tokens that the tokenizer has and the model does not. Raises InvalidRequest."""
+        unknown = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+        if unknown is not None:
+            text = self._tokenizer.convert_ids_to_tokens(unknown)
+            message = f"has the token {text!r} (id {unknown}), but the model's vocabulary has {self.vocab_size} tokens"
+            raise _invalid(kind, message, "leave it out; the tokenizer has more tokens than the model")
 
     def _encode(self, field: str, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         # Text that cannot fit even in the longest tokens is refused before it is tokenized.

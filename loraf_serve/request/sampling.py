@@ -7,7 +7,7 @@ Other limits prevent overflow, or requests that cost the server too much.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from loraf.errors import Problem
 from loraf_serve.backends.backend import Sampling
@@ -40,11 +40,12 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 _SCALARS = (*_RANGES, "min_tokens", "ignore_eos", "skip_special_tokens")
 
 
-def read(params: pb.SamplingParams, vocab_size: int) -> Sampling:
+def read(params: pb.SamplingParams, vocab_size: int, end_tokens: Collection[int] = ()) -> Sampling:
     """Fills in the defaults and checks every field.
 
     Args:
-        vocab_size: number of the model's token ids.
+        vocab_size: number of token ids that the model can hold. `top_k` counts as off if it keeps them all.
+        end_tokens: the model's own; min_tokens excludes them and the stop tokens.
 
     Raises:
         InvalidRequest: every violation; fields are named like `sampling.top_p`.
@@ -60,7 +61,10 @@ def read(params: pb.SamplingParams, vocab_size: int) -> Sampling:
         if name in scalars:
             # nan is in no range: each of its comparisons is false
             check(in_range(scalars[name]), name, f"{scalars[name]:g} is out of range", f"use a value {allowed}")
-    if scalars.get("top_k") == -1:
+    if vocab_size < scalars.get("logprobs", 0) <= MAX_LOGPROBS:
+        message = f"{scalars['logprobs']} is more than the model's {vocab_size} tokens"
+        check(False, "logprobs", message, f"use at most {vocab_size}")
+    if scalars.get("top_k", 0) == -1 or scalars.get("top_k", 0) >= vocab_size:
         scalars["top_k"] = 0
     stop = tuple(dict.fromkeys(params.stop))
     check(len(stop) <= MAX_STOPS, "stop", f"has {len(stop)} texts", f"use at most {MAX_STOPS}")
@@ -86,6 +90,9 @@ def read(params: pb.SamplingParams, vocab_size: int) -> Sampling:
     result = Sampling(**scalars, stop=stop, stop_token_ids=stop_ids, logit_bias=bias)
     allowed = f"use at most max_tokens, which is {result.max_tokens}"
     check(result.min_tokens <= result.max_tokens, "min_tokens", f"{result.min_tokens} is out of range", allowed)
+    if result.min_tokens and len({*stop_ids, *end_tokens}) >= vocab_size:
+        message = f"with min_tokens they and the model's end tokens exclude all {vocab_size} tokens"
+        check(False, "stop_token_ids", message, "name fewer, or leave min_tokens out")
     message, remedy = "greedy answers to the same prompt are all equal", "use n = 1, or a temperature above 0"
     check(result.temperature != 0 or result.n == 1, "n", message, remedy)
     if problems:

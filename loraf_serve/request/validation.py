@@ -33,12 +33,14 @@ class Validator:
 
     Args:
         backend: started. Its tokenizer is copied, since a tokenizer is not thread-safe.
-        vocab_size: the model's number of token ids (rows of its embedding, which may be more than the tokenizer has
-            tokens); None for the tokenizer's.
+        vocab_size: the model's number of token ids (rows of its embedding, which may be more or fewer than the
+            tokenizer has tokens); the backend's counts if it is smaller. None for the backend's, or the tokenizer's.
     """
 
     def __init__(self, backend: Backend, vocab_size: int | None = None):
-        self._prompts = PromptReader(backend.tokenizer, backend.max_model_len, vocab_size)
+        size = min((n for n in (vocab_size, backend.vocab_size) if n), default=None)
+        self._prompts = PromptReader(backend.tokenizer, backend.max_model_len, size)
+        self._end_tokens = backend.end_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
 
     async def read(self, request: AnyRequest, registry: Registry) -> GenerationRequest:
@@ -83,7 +85,7 @@ class Validator:
 
     def _sampling(self, request: AnyRequest, errors: list[LorafError]) -> Sampling:
         try:
-            return sampling.read(request.sampling, self._prompts.vocab_size)
+            return sampling.read(request.sampling, self._prompts.vocab_size, self._end_tokens)
         except InvalidRequest as error:
             errors.append(error)
             return Sampling()

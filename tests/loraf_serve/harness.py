@@ -132,6 +132,7 @@ def serving(
     adapters: Registry | None = None,
     warm: bool = True,
     root: Path | None = None,
+    vocab_size: int | None = VOCAB_SIZE,
     **options,
 ) -> Iterator[Running]:
     """A server with `one_adapter`, warmed up unless `warm` is False; drained at the end without grace.
@@ -148,7 +149,7 @@ def serving(
         instance = backend() if callable(backend) else backend
         registry = one_adapter() if adapters is None else adapters
         adapter_root = None if root is None else AdapterRoot(root, model_folder())
-        running, port = await server.create_server(instance, registry, server_options, VOCAB_SIZE, adapter_root)
+        running, port = await server.create_server(instance, registry, server_options, vocab_size, adapter_root)
         if warm:
             await running.warm_up()
         return Running(instance, running, port, loop)

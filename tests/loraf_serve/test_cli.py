@@ -290,9 +290,9 @@ def test_auto_takes_merged_where_vllm_cannot_and_says_why(obstacle):
 
 
 def test_a_requested_backend_that_cannot_serve_is_refused(obstacle):
-    obstacle("vLLM has no LoRA for Mamba")
+    obstacle("vLLM does not support LoRA for Mamba")
     for wanted in ("slots", "resident"):
-        with pytest.raises(ConfigError, match="vLLM has no LoRA for Mamba → .* --backend merged"):
+        with pytest.raises(ConfigError, match="vLLM does not support LoRA for Mamba → .* --backend merged"):
             chosen(wanted)
     obstacle(None, "no kernels")
     with pytest.raises(ConfigError, match="no kernels → .* --backend slots"):

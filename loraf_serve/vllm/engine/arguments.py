@@ -33,8 +33,8 @@ _FIXED = {
 }
 _SLOTS = {"max_loras": "slots", "max_cpu_loras": "slots", "max_lora_rank": "slots with a maximum rank"}
 
-UserOptions = Mapping[str, Any]  # the options of `_DECIDED` that the user set, by their names in EngineArgs
-_DECIDED = (*_FIXED, *UNSUPPORTED_SPLITS, *_SLOTS, "fully_sharded_loras", "gpu_memory_utilization")
+UserOptions = Mapping[str, Any]  # the options of `_CHECKED_OPTIONS` that the user set, by their names in EngineArgs
+_CHECKED_OPTIONS = (*_FIXED, *UNSUPPORTED_SPLITS, *_SLOTS, "fully_sharded_loras", "gpu_memory_utilization")
 
 
 class _Parser(FlexibleArgumentParser):
@@ -113,10 +113,10 @@ def _engine_args(
     base = _Parser(add_help=False, allow_abbrev=False)  # type: ignore[no-untyped-call]  # vLLM leaves it unannotated
     parser = AsyncEngineArgs.add_cli_args(base)
     # None marks an option that the user did not set.
-    parser.set_defaults(**dict.fromkeys(_DECIDED))
+    parser.set_defaults(**dict.fromkeys(_CHECKED_OPTIONS))
     try:
         parsed = vars(parser.parse_args(list(options)))
-        user = {name: value for name in _DECIDED if (value := parsed.pop(name)) is not None}
+        user = {name: value for name in _CHECKED_OPTIONS if (value := parsed.pop(name)) is not None}
         backend_settings, problems = settings(user)
         problems = _contradictions(user) + problems
         if problems:
@@ -169,7 +169,7 @@ def lora_rank(rank: int) -> int:
 
 def _contradictions(user: UserOptions) -> list[Problem]:
     """Returns the user's options that no backend accepts."""
-    problems = [Problem(why, option(name), remedy="leave it out") for name, why in _FIXED.items() if name in user]
+    problems = [Problem(reason, option(name), remedy="leave it out") for name, reason in _FIXED.items() if name in user]
     for name in UNSUPPORTED_SPLITS:
         if user.get(name, 1) != 1:
             remedy = "use --tensor-parallel-size, or several servers"

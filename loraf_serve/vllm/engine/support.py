@@ -28,10 +28,12 @@ def can_serve(model_folder: Path) -> str | None:
         return "loraf does not support this release of vLLM. No longer true: " + "; ".join(broken)
     architectures = _architectures(model_folder)
     known = [name for name in architectures if name in ModelRegistry.models]
+    if not architectures:
+        return "the model's config.json names no architecture"
     if not known:
-        return f"vLLM has no model {' or '.join(architectures) or 'without a named architecture'}"
+        return f"vLLM has no model {' or '.join(architectures)}"
     if not supports_lora(ModelRegistry.models[known[0]].load_model_cls()):
-        return f"vLLM has no LoRA for {known[0]}"
+        return f"vLLM does not support LoRA for {known[0]}"
     return None
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from loraf.errors import ConfigError, Problem, UnknownTask
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
+from loraf_serve.backends.vocabulary import ends_within
 from loraf_serve.vllm.engine.environment import engine_environment
 from loraf_serve.vllm.engine.support import can_serve
 from loraf_serve.vllm.naming import lora_path
@@ -60,7 +61,8 @@ class VllmBackend(Backend):
 
     @abstractmethod
     def _engine_args(self) -> AsyncEngineArgs:
-        """
+        """Returns the engine's arguments.
+
         Raises:
             ConfigError: the user's vLLM options cannot be used.
         """
@@ -78,6 +80,8 @@ class VllmBackend(Backend):
             engine = self._running()
             self.tokenizer = cast("PreTrainedTokenizerBase", engine.get_tokenizer())
             self.max_model_len = engine.model_config.max_model_len
+            self.vocab_size = engine.model_config.get_vocab_size()
+            self.end_tokens = _keep_ends_within(engine, self.vocab_size)
             if not all(await self._call_workers("loraf_layers")):
                 message = "vLLM's workers did not install LoRAF's LoRA manager"
                 raise ConfigError(Problem(message, self._option, remedy="serve with --backend merged"))
@@ -125,7 +129,8 @@ class VllmBackend(Backend):
         from vllm.inputs import tokens_input
         from vllm.sampling_params import SamplingParams
 
-        token = self.tokenizer.bos_token_id or 0
+        bos = self.tokenizer.bos_token_id
+        token = bos if bos is not None and 0 <= bos < (self.vocab_size or 0) else 0
         params = SamplingParams(max_tokens=1)
         async for _ in self._running().generate(tokens_input([token]), params, _new_request_id()):
             pass
@@ -152,7 +157,8 @@ class VllmBackend(Backend):
         return self._bytes.get(adapter.digest, 0)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Output]:
-        """
+        """See `Backend.generate`.
+
         Raises:
             LorafError: vLLM refuses a sampling field or the prompt; with vLLM's explanation.
         """
@@ -299,6 +305,22 @@ class LoraRequests:
         """Removes every set of a checkpoint. Returns their ids."""
         keys = [key for key in self._requests if key.startswith(lora_path(digest, ""))]
         return [self._requests.pop(key).lora_int_id for key in keys]
+
+
+def _keep_ends_within(engine: AsyncLLM, vocab_size: int) -> frozenset[int]:
+    """Removes end tokens beyond the vocabulary from what vLLM adds to every request: it would use them as indices.
+
+    Returns:
+        The end tokens that are left.
+    """
+    fields, renderer = engine.input_processor.generation_config_fields, engine.renderer
+    named = ends_within(vocab_size, fields.get("eos_token_id"), "the generation config")
+    main = ends_within(vocab_size, renderer.get_eos_token_id(), "the tokenizer")
+    fields["eos_token_id"] = sorted(named) or None
+    # Not by changing the tokenizer: a chat template may write the token.
+    eos = next(iter(main), None)
+    renderer.get_eos_token_id = lambda: eos  # type: ignore[method-assign]  # vLLM has no setting for it
+    return named | main
 
 
 def _stopped() -> BackendUnavailable:
