@@ -410,5 +410,5 @@ def test_options_and_models_that_vllm_refuses_are_reported_before_an_engine_star
             asyncio.run(SlotsBackend(folder, options, 16).start())
         assert "pydantic" not in str(refused.value) and "input_value" not in str(refused.value)
     (folder / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    with pytest.raises(ConfigError, match="no LoRA for GPT2LMHeadModel"):
+    with pytest.raises(ConfigError, match="does not support LoRA for GPT2LMHeadModel"):
         asyncio.run(SlotsBackend(folder, [], 16).start())
