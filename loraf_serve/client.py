@@ -120,7 +120,7 @@ class Client:
             self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(*parts), options)
         else:
             self._channel = grpc.insecure_channel(address, options)
-        # type: ignore: generated code for services has no types
+        # Generated code for services has no types, hence the ignores.
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)

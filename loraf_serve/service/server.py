@@ -69,7 +69,7 @@ class GrpcServer:
             ]
         )
         adapters = AdapterService(library, self._admission, self._engine_is_gone)
-        # type: ignore: generated code for services has no types
+        # Generated code for services has no types, hence the ignores.
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._grpc)  # type: ignore[no-untyped-call]
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._grpc)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
