@@ -2,7 +2,8 @@
 
 plain               vLLM without LoRA
 stock               vLLM's own LoRA, with the task sets exported to PEFT
-slots, resident     this project's backends
+slots, resident     this project's backends on vLLM
+merged              this project's backend without vLLM
 """
 
 from __future__ import annotations
@@ -187,6 +188,25 @@ class Ours(Engine):
         request = GenerationRequest("r", tuple(prompt), sampling, adapter, TaskSet.parse(task_set, adapter.tasks))
         async for output in self.backend.generate(request):
             yield sum(len(choice.token_ids) for choice in output.choices)
+
+
+class Merged(Ours):
+    """`merged`, in this process."""
+
+    async def start(self, checkpoints: dict[str, Path]) -> None:
+        from loraf_serve.backends.merged import MergedBackend
+
+        self.backend = MergedBackend(self.model, self.options[1], 1024)
+        await self.backend.start()
+        for name, folder in checkpoints.items():
+            await self.load(name, folder)
+
+    async def load(self, name: str, folder: Path) -> None:
+        from loraf_serve.adapters.checkpoint_folder import read_values
+
+        adapter = read_values(ServedAdapter(name, folder, manifests.read(folder)))
+        await self.backend.add_adapter(adapter)
+        self.adapters[name] = adapter
 
 
 _IDS = itertools.count()

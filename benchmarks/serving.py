@@ -27,13 +27,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.engines import Engine, Ours, Plain, Stock, Timing  # noqa: E402
+from benchmarks.engines import Engine, Merged, Ours, Plain, Stock, Timing  # noqa: E402
 from benchmarks.measuring import commit, interval, machine  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "serving.json"
 PROMPT, TOKENS = 24, 32
 TASKS = (2, 4, 10)
 ENGINES = ("plain-eager", "plain-compiled", "stock-eager", "slots-eager", "resident-eager", "resident-compiled")
+ENGINES += ("merged-eager",)
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ CELLS = {
     "plain-compiled": [*BASE, LATENCY[0]],
     "stock-eager": [Cell(16, 0), Cell(16, 1), Cell(16, 4)],
     "slots-eager": [Cell(16, 0), Cell(1, 1), Cell(16, 1), Cell(16, 4), Cell(16, 16), *LATENCY[1:], *SINGLE],
+    "merged-eager": [Cell(16, 0), Cell(1, 1), Cell(16, 1), Cell(16, 4), Cell(16, 16)],
     "resident-eager": OURS,
     "resident-compiled": OURS,
 }
@@ -167,7 +169,7 @@ def make_engines(names: Sequence[str], model: Path, folder: Path, dtype: str) ->
             sets = {text for cell in CELLS[name] for text in cell.task_sets(random.Random(0)) if text != "base"}
             engines.append(Stock(*arguments, sets={"T4": sorted(sets)}, folder=folder))
         else:
-            engines.append(Ours(*arguments, kind=kind))
+            engines.append((Merged if kind == "merged" else Ours)(*arguments, kind=kind))
     return engines
 
 

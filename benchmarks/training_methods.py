@@ -21,6 +21,7 @@ from loraf import task_file
 from loraf.manifest import positions_per_matrix
 from loraf.projection import projection
 from loraf.sparse import SparseB
+from loraf_train.adapter.dropout import TokenKeys
 from loraf_train.adapter.layer import LorafLinear
 from loraf_train.adapter.trainable_base import attached, find_targets
 from loraf_train.settings.parts import PROJECTIONS
@@ -85,7 +86,9 @@ def make_model(setting: Setting):
     )
     torch.manual_seed(setting.seed)
     with torch.device(setting.device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=setting.dtype).requires_grad_(False)
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=setting.dtype, trust_remote_code=False
+        ).requires_grad_(False)
 
 
 def make_batch(setting: Setting, batch: int) -> dict[str, torch.Tensor]:
@@ -110,6 +113,7 @@ class Method:
         self.base = self.model = make_model(setting)
         self.adapters: dict[str, nn.Module] = {}
         self._attached = ExitStack()
+        self._tokens = TokenKeys(setting.seed)
         if name == "loraf":
             self._loraf()
         elif name == "full":
@@ -146,9 +150,9 @@ class Method:
 
     def prepare(self, cell: Cell) -> None:
         """Sets dropout and checkpointing to those of the cell."""
-        for layer in self.adapters.values():
+        for name, layer in self.adapters.items():
             if isinstance(layer, LorafLinear):
-                layer.dropout = cell.dropout
+                layer.dropout, layer.draws = cell.dropout, self._tokens.of(name)
             else:
                 layer.lora_dropout["default"] = nn.Dropout(cell.dropout) if cell.dropout else nn.Identity()
         if cell.checkpointing:
@@ -157,7 +161,13 @@ class Method:
             self.base.gradient_checkpointing_disable()
         self.model.train()
 
+    def set_tokens(self, shape: torch.Size) -> None:
+        """Tells dropout which tokens the next batch holds, (examples, sequence), as training does."""
+        examples, places = (torch.arange(size, device=self.setting.device) for size in shape)
+        self._tokens.set(0, examples[:, None].expand(shape), places.expand(shape))
+
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.set_tokens(batch["input_ids"].shape)
         outputs = self.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         return completion_loss(outputs, batch["labels"])
 
@@ -278,19 +288,20 @@ def kept_for_backward(method: str, setting: Setting, dropout: float) -> float:
     without = kept(frozen, frozen)
     adapted = Method(method, one)
     adapted.prepare(Cell(1, dropout, False))
+    adapted.set_tokens(batch["input_ids"].shape)
     return (kept(adapted.model, adapted.base) - without) / batch["input_ids"].numel()
 
 
 def expected_for_backward(setting: Setting, dropout: float) -> dict[str, int]:
     """Returns the expected bytes per token and layer, for adapters in the model's dtype.
 
-    `loraf`: rank numbers for each of seven modules, and with dropout a byte for each entry of their inputs. `lora`,
-    without dropout: those numbers, and the inputs of A, once where modules share one, except o_proj's, which attention
-    keeps anyway.
+    `loraf`: rank numbers for each of seven modules, and with dropout a token's key of 8 bytes, which all layers of the
+    model share. `lora`, without dropout: those numbers, and the inputs of A, once where modules share one, except
+    o_proj's, which attention keeps anyway.
     """
     _, hidden, intermediate, *_ = SHAPES[setting.shape]
     size = setting.dtype.itemsize
     products = len(PROJECTIONS) * setting.rank * size
-    inputs = {p: intermediate if p == "down_proj" else hidden for p in PROJECTIONS}
-    mask = sum(inputs.values()) if dropout else 0
-    return {"loraf": products + mask} | ({} if dropout else {"lora": products + (2 * hidden + intermediate) * size})
+    if dropout:
+        return {"loraf": products + 8}
+    return {"loraf": products, "lora": products + (2 * hidden + intermediate) * size}

@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from loraf.errors import BaseMismatch, ConfigError, Problem
-from loraf.hub import download
+from loraf.hub import download, local_revision, revision_problem
 from loraf.manifest import BaseModel
 
 SHORT_NAMES = {
@@ -32,6 +32,13 @@ SHAPE_KEYS = (
     "vocab_size",
 )
 _ROWS, _COLUMNS = 4, 64
+# What transformers reads of a model and its tokenizer. Never pickles (*.bin, *.pt) or code (*.py).
+_WANTED = (
+    *("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "tokenizer.model.*", "*.tiktoken", "*.spm"),
+    *("*.tokenizer", "bpe.codes"),
+)
+# The same weights again, in the layout of the model's authors or of other programs. Chat templates have a folder.
+_COPIES = ("consolidated*", *(f"*/{pattern}" for pattern in _WANTED if pattern != "*.jinja"))
 
 
 class _TensorReader(Protocol):
@@ -42,14 +49,63 @@ class _TensorReader(Protocol):
     def get_slice(self, name: str) -> Any: ...
 
 
-def resolve(name: str, revision: str | None = None, file: str = "", field: str = "model") -> Path:
+def resolve(
+    name: str, revision: str | None = None, file: str = "", field: str = "model", config_only: bool = False
+) -> Path:
     """Returns the folder of a model: a local folder, `tiny` (the embedded model), a short name, or a hub id.
 
     Models on the hub are downloaded into its cache (safetensors, tokenizer and config only).
 
+    Args:
+        revision: on the hub, a branch, tag or commit.
+        file, field: for error messages.
+        config_only: download no more of a model on the hub than its config.json.
+
     Raises:
-        ConfigError: not a model folder, and not available from the hub (or, offline, its cache).
+        ConfigError: not a model folder, and not available from the hub (or, offline, its cache); or an adapter lies
+            beside the model.
     """
+    folder = _resolve(name, revision, file, field, config_only)
+    require_no_adapter(folder)
+    return folder
+
+
+def require_revision(name: str, revision: str, field: str) -> None:
+    """Checks that a model can have a revision: that it is on the hub.
+
+    Args:
+        name: as for `resolve`.
+        field: for error messages.
+
+    Raises:
+        ConfigError: it is a local folder or `tiny`, or the revision is malformed.
+    """
+    problem = revision_problem(revision, field)
+    if name == "tiny":
+        remedy = "leave the revision out, or name a model on the hub"
+        problem = Problem("tiny is part of loraf and has no revisions", field, remedy=remedy)
+    elif name and os.path.isdir(os.path.expanduser(name)):
+        problem = local_revision(name, field)
+    if problem:
+        raise ConfigError(problem)
+
+
+def require_no_adapter(folder: Path) -> None:
+    """Checks that no PEFT adapter lies in a model's folder.
+
+    transformers would add it to the model without a word, vLLM would not, and `fingerprint` does not see it.
+
+    Raises:
+        ConfigError: one does.
+    """
+    config = folder / "adapter_config.json"
+    if os.path.lexists(config):
+        message = "is an adapter in the base model's folder, which some programs add to the model and others do not"
+        remedy = "move it and its weights to another folder, or merge them into the model"
+        raise ConfigError(Problem(message, file=str(config), remedy=remedy))
+
+
+def _resolve(name: str, revision: str | None, file: str, field: str, config_only: bool) -> Path:
     if name == "tiny":
         return Path(str(resources.files("loraf").joinpath("data/tiny")))
     local = Path(os.path.expanduser(name))
@@ -65,8 +121,8 @@ def resolve(name: str, revision: str | None = None, file: str = "", field: str =
         raise ConfigError(Problem(f"there is no model {name!r}", field, file, remedy))
     return download(
         hub_id,
-        ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"],
-        leave_out=["consolidated*", "*/*"],  # the same weights again, in the layout of the model's authors
+        ["config.json"] if config_only else _WANTED,
+        leave_out=_COPIES,
         revision=revision,
         field=field,
         file=file,
@@ -109,6 +165,9 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = [name for name in names if not _is_within(name)]
+            if outside or not names:
+                raise ValueError(f"{min(outside)!r} is no safetensors file in the folder" if outside else "it is empty")
             return sorted(folder / name for name in names)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"is malformed ({type(error).__name__}: {error})"
@@ -118,6 +177,12 @@ def weight_files(folder: Path) -> list[Path]:
         remedy = "convert the weights to safetensors (pickled weights are never loaded)"
         raise ConfigError(Problem("has no *.safetensors weights", file=str(folder), remedy=remedy))
     return files
+
+
+def _is_within(name: str) -> bool:
+    """Whether a name in an index is that of a safetensors file in the model's folder or in one below it."""
+    path = PurePosixPath(name)
+    return path.suffix == ".safetensors" and not path.is_absolute() and ".." not in path.parts
 
 
 def _sample(tensors: _TensorReader, name: str, shape: list[int]) -> str:
@@ -143,8 +208,9 @@ def describe(name: str, folder: Path, revision: str | None = None) -> BaseModel:
         folder: as `resolve` returned it.
 
     Raises:
-        ConfigError: its config.json or its weights are missing or malformed.
+        ConfigError: its config.json or its weights are missing or malformed, or an adapter lies beside it.
     """
+    require_no_adapter(folder)
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ moment the folder holds either the old checkpoint or the new one. The file of a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 from loraf import manifest as manifests
 from loraf import projection, task_file
+from loraf.durable_folder import flush_folder, make_durably
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem
 from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task, Templates, positions_per_matrix
 from loraf.manifest_view import CheckpointManifestView, read_manifest
@@ -96,7 +98,7 @@ class Checkpoint(CheckpointManifestView):
         )
         manifest, data = _encoded(manifest, path)
         try:
-            (path / "tasks").mkdir(parents=True, exist_ok=True)
+            make_durably(path / "tasks")
         except OSError as error:
             raise unwritable(path, error) from None
         write_durably(path / manifests.FILE_NAME, data)
@@ -254,10 +256,11 @@ def _encoded(manifest: Manifest, path: Path) -> tuple[Manifest, bytes]:
     """
     file = path / manifests.FILE_NAME
     problems: list[Problem] = []
-    try:
+    with contextlib.suppress(TypeError, AttributeError):  # a value of another type, which `parse` will name
         manifests.inconsistencies(
             manifest, lambda where, text: problems.append(Problem(text, where, str(file), _REMEDY))
         )
+    try:
         if not problems:
             data = manifest.to_json().encode()
             return manifests.parse(data, file), data
@@ -290,10 +293,6 @@ def write_durably(target: Path, data: bytes) -> None:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush_folder(target.parent)
     except OSError as error:
         raise unwritable(target, error) from error

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from loraf import strict_safetensors, task_file
+from loraf.bounded_file import open_regular
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CorruptCheckpoint, Problem
 from loraf.manifest import Manifest, Task
@@ -145,13 +146,13 @@ class _File:
 
     def __init__(self, path: Path, task: Task):
         self.task = task
-        self._stream = open(path, "rb", buffering=0)  # noqa: SIM115 closed by `close`
+        self._stream = open_regular(path)
         try:
             self._sha = hashlib.sha256()
             if os.fstat(self._stream.fileno()).st_size != task.file.bytes:
                 raise _Unsound
             beginning = self._read(memoryview(bytearray(min(8, task.file.bytes))))
-            end = strict_safetensors.header_end(beginning, task.file.bytes)
+            end = strict_safetensors.header_end(beginning, task.file.bytes, task_file.longest_header(task))
             header = self._read(memoryview(bytearray(end - 8)))
             entries = strict_safetensors.parse_header(header, task.file.bytes - end)
             if {entry.name for entry in entries} != task_file.tensor_names(task):

@@ -13,8 +13,22 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from loraf import strict_json
+from loraf import strict_json, task_record
+from loraf.bounded_file import read_bounded
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem, UnknownTask
+from loraf.limits import (
+    MAX_DIMENSION,
+    MAX_ENTRIES,
+    MAX_FACTOR,
+    MAX_HEADER_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_MODULES,
+    MAX_NAME,
+    MAX_RANK,
+    MAX_TASKS,
+    MAX_TEXT,
+    index_bytes,
+)
 from loraf.sealed_json import content_digest, seal
 from loraf.tasksets import TaskSet, name_problem
 
@@ -22,8 +36,9 @@ FILE_NAME = "loraf.json"
 FORMAT = "loraf"
 FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
-_MAX_SIZE = 1 << 31  # of a dimension, and of the number of entries of A and of B
-_MAX_FACTOR = 1e20  # of alpha and 1/init_std; keeps float32 products finite and normal
+_VALUE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_NO_NAME = f"is longer than {MAX_NAME} characters, or holds characters that cannot be shown"
+_SHOWN = 100  # mistakes that are named
 _RESTORE = "restore the checkpoint from a copy, or train it again"
 
 
@@ -166,7 +181,7 @@ class Manifest:
         """
         trained_with = self.task(name).trained_with
         # A task that was removed and trained again comes later in the checkpoint.
-        earlier = self.task_names[: self.task_names.index(name)]
+        earlier = set(self.task_names[: self.task_names.index(name)])
         missing = [n for n in trained_with if n not in earlier]
         if missing:
             message = f"task {name!r} was trained on top of {', '.join(missing)}, which this checkpoint does not have"
@@ -218,13 +233,14 @@ def read(folder: Path) -> Manifest:
     """
     path = Path(folder) / FILE_NAME
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         remedy = "name a folder written by `loraf-train run`"
         raise CheckpointError(Problem(f"there is no {FILE_NAME}", file=str(folder), remedy=remedy)) from None
     except (OSError, ValueError) as error:  # ValueError: an invalid path, such as one with a null byte
         remedy = "name a folder written by `loraf-train run`, readable by this user"
-        raise CheckpointError(Problem(f"cannot be read ({error})", file=str(path), remedy=remedy)) from None
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(Problem(f"cannot be read ({reason})", file=str(path), remedy=remedy)) from None
     return parse(data, path)
 
 
@@ -262,6 +278,9 @@ def parse(data: bytes, path: Path) -> Manifest:
         if not problems and adapter_digest != manifest.adapter_digest:
             report("adapter_digest", "is not the digest of the projection, alphas and task files")
     if manifest is None or problems:
+        more = len(problems) - _SHOWN
+        if more > 0:
+            problems[_SHOWN:] = [Problem(f"{more} more fields have mistakes", "", file, _RESTORE)]
         raise CorruptCheckpoint(problems)
     return manifest
 
@@ -277,36 +296,63 @@ def inconsistencies(manifest: Manifest, report: Callable[[str, str], None]) -> N
         if not condition:
             report(where, message)
 
-    rank, std = manifest.rank, manifest.projection.init_std
-    check(std is None or 1 / _MAX_FACTOR <= std <= _MAX_FACTOR, "projection.init_std", f"{std} is out of range")
-    check(bool(manifest.modules), "modules", "is empty")
-    check(0 < rank < _MAX_SIZE, "rank", f"{rank} is not a valid rank")
+    rank, std, base = manifest.rank, manifest.projection.init_std, manifest.base_model
+    for name in ("name", "architecture", "fingerprint", "revision"):
+        check(_is_name(getattr(base, name) or ""), f"base_model.{name}", _NO_NAME)
+    check(_is_name(manifest.projection.generator), "projection.generator", _NO_NAME)
+    check(std is None or 1 / MAX_FACTOR <= std <= MAX_FACTOR, "projection.init_std", f"{std} is out of range")
+    check(0 < len(manifest.modules) <= MAX_MODULES, "modules", f"has {len(manifest.modules)} entries")
+    check(0 < rank <= MAX_RANK, "rank", f"{rank} is not a rank from 1 to {MAX_RANK:,}")
     for name, module in manifest.modules.items():
-        fits = all(size > 0 and size * max(1, rank) < _MAX_SIZE for size in (module.d_out, module.d_in))
+        sizes = (module.d_out, module.d_in)
+        fits = all(0 < size <= MAX_DIMENSION and size * max(1, rank) < MAX_ENTRIES for size in sizes)
         check(fits, f"modules.{name}", f"has no valid shape ({module.d_out} × {module.d_in}, rank {rank})")
+        check(name.isprintable() and 0 < len(name) <= MAX_NAME, f"modules.{name[:MAX_NAME]!r}", _NO_NAME)
+    check(len(manifest.tasks) <= MAX_TASKS, "tasks", f"has more than {MAX_TASKS:,} entries")
     seen: set[str] = set()
     for i, task in enumerate(manifest.tasks):
         where = f"tasks[{i}]"
         problem = name_problem(task.name)
         check(problem is None, f"{where}.name", problem.message if problem else "")
         check(task.name not in seen, f"{where}.name", f"task name {task.name!r} is used twice")
-        check(task.dtype in DTYPES, f"{where}.dtype", f"{task.dtype!r} is not one of {', '.join(DTYPES)}")
-        check(
-            task.file.path == f"tasks/{task.name}.safetensors",
-            f"{where}.file.path",
-            f"is not tasks/{task.name}.safetensors",
-        )
-        check(abs(task.alpha) <= _MAX_FACTOR, f"{where}.alpha", f"{task.alpha} is out of range")
-        distinct = len({*task.trained_with, task.name}) == len(task.trained_with) + 1
-        check(distinct, f"{where}.trained_with", "names a task twice, or the task itself")
-        if 0 <= task.sparsity < 1:
-            k = {
-                name: positions_per_matrix(task.sparsity, module.d_out, rank)
-                for name, module in manifest.modules.items()
-            }
-            differing = sorted(name for name in k.keys() | task.k.keys() if k.get(name) != task.k.get(name))[:4]
-            message = f"is not ⌊(1 − sparsity)·d_out·rank⌋ for every module ({', '.join(differing)})"
-            check(task.k == k, f"{where}.k", message)
-        else:
-            report(f"{where}.sparsity", f"{task.sparsity} is not in [0, 1)")
         seen.add(task.name)
+        _check_task(manifest, task, where, report)
+
+
+def _check_task(manifest: Manifest, task: Task, where: str, report: Callable[[str, str], None]) -> None:
+    """Reports inconsistent values of one task, apart from its name."""
+    path = f"tasks/{task.name}.safetensors"
+    if task.file.path != path:
+        report(f"{where}.file.path", f"is not {path!r}")
+    if task.dtype not in DTYPES:
+        report(f"{where}.dtype", f"{task.dtype!r} is not one of {', '.join(DTYPES)}")
+    if not abs(task.alpha) <= MAX_FACTOR:
+        report(f"{where}.alpha", f"{task.alpha} is out of range")
+    if len({*task.trained_with, task.name}) != len(task.trained_with) + 1:
+        report(f"{where}.trained_with", "names a task twice, or the task itself")
+    if len(task.trained_with) > MAX_TASKS or any(name_problem(name) for name in task.trained_with):
+        report(f"{where}.trained_with", "holds what is not a task's name, or too many names")
+    for name in ("prompt", "completion"):
+        if len(getattr(task.templates, name)) > MAX_TEXT:
+            report(f"{where}.templates.{name}", f"is longer than {MAX_TEXT:,} characters")
+    task_record.check_training(task.training, f"{where}.training", report)
+    task_record.check_scores(task.scores, f"{where}.scores", report)
+    if not 0 <= task.sparsity < 1:
+        report(f"{where}.sparsity", f"{task.sparsity} is not in [0, 1)")
+        return
+    rank = manifest.rank
+    k = {name: positions_per_matrix(task.sparsity, m.d_out, rank) for name, m in manifest.modules.items()}
+    if task.k != k:
+        differing = sorted(name for name in k.keys() | task.k.keys() if k.get(name) != task.k.get(name))[:4]
+        message = f"is not ⌊(1 − sparsity)·d_out·rank⌋ for every module ({', '.join(differing)})"
+        report(f"{where}.k", message)
+    elif task.dtype in DTYPES:
+        of_a_position = index_bytes(rank) + _VALUE_BYTES[task.dtype]
+        tensors = sum(count * (index_bytes(manifest.modules[name].d_out) + of_a_position) for name, count in k.items())
+        if not 0 <= task.file.bytes <= tensors + MAX_HEADER_BYTES + 8:
+            report(f"{where}.file.bytes", f"{task.file.bytes} is not the size of a file of {tensors:,} bytes of values")
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text may stand in a message and name a file or a repository. It may be empty."""
+    return len(text) <= MAX_NAME and not task_record.has_controls(text)

@@ -19,6 +19,8 @@ VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _VALUE_KINDS = {torch.float32: 0, torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16}
 # All exponent bits set: infinity or NaN.
 _EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+_DENSE = 1 << 22  # entries of a matrix for which a byte each costs nothing
+_BYTES_PER_VALUE = 64  # the most memory, beyond that, which a check for shared positions may take
 _ROW, _COLUMN, _ORDER, _VALUE = 1, 2, 4, 8
 _FAULTS = {  # only the first that applies is reported
     _ROW: "a row lies outside the matrix",
@@ -102,13 +104,34 @@ def examine(matrices: Sequence[SparseB]) -> tuple[list[str | None], bool]:
     faults = [b._misfit() for b in matrices]
     well_formed = [i for i, misfit in enumerate(faults) if misfit is None]
     library = native.library()
-    if library is not None and matrices and native.can_check(matrices[0].shape):
-        bits, shared = _by_library(library, [matrices[i] for i in well_formed])
+    sound = [matrices[i] for i in well_formed]
+    if library is None or not matrices or not native.can_check(matrices[0].shape):
+        bits, shared = _by_numpy(sound)
+    elif _is_dense(sound):
+        bits, shared = _by_library(library, sound)
     else:
-        bits, shared = _by_numpy([matrices[i] for i in well_formed])
+        bits = [_by_library(library, [b])[0][0] for b in sound]
+        shared = not any(bits) and _share_by_sorting(sound)
     for i, fault_bits in zip(well_formed, bits, strict=True):
         faults[i] = next((text for bit, text in _FAULTS.items() if fault_bits & bit), None)
     return faults, shared
+
+
+def _is_dense(matrices: Sequence[SparseB]) -> bool:
+    """Whether memory for every entry of the matrix is in proportion to the values that there are.
+
+    A file of a few bytes may state a matrix of gigabytes.
+    """
+    if not matrices:
+        return True
+    d_out, rank = matrices[0].shape
+    return d_out * rank <= max(_DENSE, _BYTES_PER_VALUE * sum(len(b.values) for b in matrices))
+
+
+def _share_by_sorting(matrices: Sequence[SparseB]) -> bool:
+    """Whether two matrices share a position. Takes memory for the values only."""
+    positions = np.sort(np.concatenate([b.positions.cpu().numpy() for b in matrices]))
+    return bool((positions[1:] == positions[:-1]).any())
 
 
 def _by_library(library: native.NativeLibrary, matrices: Sequence[SparseB]) -> tuple[list[int], bool]:
@@ -128,6 +151,8 @@ def _by_numpy(matrices: Sequence[SparseB]) -> tuple[list[int], bool]:
     bits = [_fault_bits(b) for b in matrices]
     if len(matrices) < 2 or any(bits):
         return bits, False
+    if not _is_dense(matrices):
+        return bits, _share_by_sorting(matrices)
     owned = np.zeros(matrices[0].shape[0] * matrices[0].shape[1], dtype=bool)
     for b in matrices:
         owned[b.positions.cpu().numpy()] = True

@@ -1,7 +1,8 @@
 """Strict JSON: what is accepted has the same meaning to every reader. Standard library only.
 
 Python's `json` accepts NaN, duplicate keys and unpaired surrogates, and a dataclass accepts values of any type. Other
-readers understand these differently, so they are refused here.
+readers understand these differently, so they are refused here. So is what no file of this project needs and what would
+be expensive or fail later: deep nesting, millions of values, and (in `build`) integers beyond 128 bits.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, TypeVar
 
 UNKNOWN_FIELD = "is not a known field"  # a message of `build`
+DEEPEST = 64  # lists and objects within each other; code that walks a value recursively then ends well
+MOST_VALUES = 1 << 22  # in one file; each takes about 100 bytes of memory, whatever it takes in the file
+_INTEGERS = 1 << 127  # from −2¹²⁷ to 2¹²⁷ − 1: far beyond any count, and sums stay cheap
 T = TypeVar("T")
+
+
+class Open:
+    """Base of a dataclass whose JSON object may have other fields too, which `build` leaves out."""
 
 
 def loads(data: bytes) -> Any:
@@ -24,13 +32,17 @@ def loads(data: bytes) -> Any:
 
     Raises:
         ValueError: not JSON, or it holds NaN, an infinity, a number too large for a float or for Python's limit of
-            digits, a duplicate key, a string that UTF-8 cannot encode, or is nested too deeply.
+            digits, a duplicate key, a string that UTF-8 cannot encode, more than `MOST_VALUES` values, or lists and
+            objects more than `DEEPEST` deep.
     """
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ValueError(f"it holds more than {MOST_VALUES:,} values")
     try:
         value = json.loads(
             data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float
         )
-        dumps(value)  # fails for unpaired surrogates, which \\u escapes can spell, and for deep nesting
+        _require_shallow(value)
+        dumps(value)  # fails for unpaired surrogates, which \\u escapes can spell
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value
@@ -88,7 +100,10 @@ def _convert(kind: Any, value: Any, where: str, faults: list[tuple[str, str]]) -
         return tuple(_convert(arguments[0], item, f"{where}[{i}]", faults) for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _convert(arguments[1], item, _below(where, key), faults) for key, item in value.items()}
-    if kind is Any or (kind in (str, int, bool) and type(value) is kind):
+    if kind is Any or (kind is int and type(value) is int):
+        faults += ((place, "is an integer beyond 128 bits") for place in _large_integers(value, where))
+        return value
+    if kind in (str, bool) and type(value) is kind:
         return value
     if kind is float and type(value) in (int, float):
         try:
@@ -108,13 +123,27 @@ def _convert(kind: Any, value: Any, where: str, faults: list[tuple[str, str]]) -
     return None
 
 
+def _large_integers(value: Any, where: str) -> Iterator[str]:
+    """Yields the place of every integer beyond 128 bits in a value. Sums and texts of such numbers have no bound."""
+    if type(value) is int:
+        if not -_INTEGERS <= value < _INTEGERS:
+            yield where
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _large_integers(item, _below(where, key))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _large_integers(item, f"{where}[{i}]")
+
+
 def _object(cls: type, value: Any, where: str, faults: list[tuple[str, str]]) -> Any:
     if not isinstance(value, dict):
         faults.append((where, f"is {_shown(value)}, not an object"))
         return None
     before = len(faults)
     known = {f.name: f for f in dataclasses.fields(cls)}
-    faults += [(_below(where, key), UNKNOWN_FIELD) for key in value if key not in known]
+    if not issubclass(cls, Open):
+        faults += [(_below(where, key), UNKNOWN_FIELD) for key in value if key not in known]
     for name, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if name not in value and required:
@@ -145,6 +174,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         duplicate = next(key for i, key in enumerate(keys) if key in keys[:i])
         raise ValueError(f"duplicate key {duplicate!r}")
     return unique
+
+
+def _require_shallow(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [item for held in containers for item in (held.values() if isinstance(held, dict) else held)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
 
 
 def _no_constant(name: str) -> None:

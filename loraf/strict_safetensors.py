@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from loraf import strict_json
+from loraf.limits import MAX_HEADER_BYTES
 
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+_TOO_LARGE = 1 << 63  # bytes of a tensor; also without a dimension that is zero, since torch multiplies the others
 _MOST_DIMENSIONS = 64
 _HEADER_UNIT = 8  # bytes; the tensors begin at a multiple of it
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -76,29 +77,33 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
-def parse(data: memoryview) -> dict[str, torch.Tensor]:
+def parse(data: memoryview, most: int = MAX_HEADER_BYTES) -> dict[str, torch.Tensor]:
     """Returns the tensors of a file. They share the (writable) memory of `data` where it is aligned for them.
+
+    Args:
+        most: as in `header_end`.
 
     Raises:
         ValueError: not a valid safetensors file.
     """
-    start = header_end(data[:8], len(data))
+    start = header_end(data[:8], len(data), most)
     return {
         entry.name: tensor_at(data, start + entry.first, start + entry.last, entry.dtype, entry.shape)
         for entry in parse_header(data[8:start], len(data) - start)
     }
 
 
-def header_end(beginning: bytes | memoryview, size: int) -> int:
+def header_end(beginning: bytes | memoryview, size: int, most: int = MAX_HEADER_BYTES) -> int:
     """Returns the offset at which the tensors begin in a file of `size` bytes. Raises ValueError.
 
     Args:
         beginning: the first eight bytes of the file.
+        most: the largest header to accept, in bytes; safetensors' own limit is 100 MB.
     """
     if len(beginning) < 8:
         raise ValueError("it is too short to hold a header")
     length = int.from_bytes(beginning, "little")
-    if length > _LONGEST_HEADER or 8 + length > size:
+    if length > most or 8 + length > size:
         raise ValueError(f"a header of {length} bytes does not fit")
     return 8 + length
 
@@ -116,7 +121,8 @@ def parse_header(text: bytes | memoryview, size: int) -> list[Entry]:
     header = strict_json.loads(bytes(text))
     if not isinstance(header, dict):
         raise ValueError("the header is not an object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ does not map names to text")
     entries = sorted((_entry(name, fields) for name, fields in header.items()), key=lambda e: (e.first, e.last))
@@ -144,6 +150,8 @@ def _entry(name: str, fields: Any) -> Entry:
         raise ValueError(f"{name!r} has a shape or data_offsets with an invalid number")
     if len(shape) > _MOST_DIMENSIONS:
         raise ValueError(f"{name!r} has {len(shape)} dimensions")
+    if _DTYPES[dtype].itemsize * math.prod(filter(None, shape)) >= _TOO_LARGE:
+        raise ValueError(f"{name!r} has a shape that no memory can hold")
     size = _DTYPES[dtype].itemsize * math.prod(shape)
     first, last = offsets
     if size != last - first:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loraf import strict_safetensors
+from loraf import limits, strict_safetensors
+from loraf.bounded_file import open_regular
 from loraf.errors import Problem
 from loraf.manifest import Manifest, Task
 from loraf.sparse import SparseB, examine
@@ -54,6 +55,11 @@ def encode(matrices: Mapping[str, SparseB]) -> bytes:
 def tensor_names(task: Task) -> set[str]:
     """Returns the names of the tensors in a task's file."""
     return {f"{module}.{part}" for module in task.k for part in PARTS}
+
+
+def longest_header(task: Task) -> int:
+    """Returns the most bytes that the header of a task's file may take."""
+    return limits.header_bytes(len(PARTS) * len(task.k), max(map(len, task.k), default=0) + len(".values"))
 
 
 def matrix_of(tensors: Mapping[str, torch.Tensor], module: str, shape: tuple[int, int]) -> SparseB:
@@ -144,14 +150,16 @@ def _overlaps(
     """Reports for every two tasks how many positions of one module both own."""
     problems = []
     names = list(tasks)
-    owner = np.zeros(manifest.modules[module].d_out * manifest.rank, dtype=np.int32)  # 0: free; else task, from 1
-    for number, name in enumerate(names, 1):
-        positions = tasks[name][module].positions.numpy()
-        owners = owner[positions]
-        for other, count in zip(*np.unique(owners[owners > 0], return_counts=True), strict=True):
-            message = f"task {name!r} holds {count} positions of task {names[other - 1]!r}"
-            problems.append(Problem(message, module, str(path / manifest.task(name).file.path), remedy))
-        owner[positions] = number
+    positions = np.concatenate([tasks[name][module].positions.numpy() for name in names])
+    owners = np.repeat(np.arange(len(names)), [len(tasks[name][module].values) for name in names])
+    order = np.argsort(positions, kind="stable")  # of one position, the tasks stay in their order
+    positions, owners = positions[order], owners[order]
+    shared = np.flatnonzero(positions[1:] == positions[:-1])
+    pairs, counts = np.unique(np.stack([owners[shared + 1], owners[shared]]), axis=1, return_counts=True)
+    for (number, other), count in zip(pairs.T, counts, strict=True):
+        name = names[number]
+        message = f"task {name!r} holds {count} positions of task {names[other]!r}"
+        problems.append(Problem(message, module, str(path / manifest.task(name).file.path), remedy))
     return problems
 
 
@@ -159,7 +167,7 @@ def _read(path: Path, manifest: Manifest, task: Task) -> dict[str, SparseB] | Pr
     """Returns one task's SparseB of each module, not yet verified, or the reason why the file cannot be used."""
     file = path / task.file.path
     try:
-        tensors = strict_safetensors.parse(_content(file, task))
+        tensors = strict_safetensors.parse(_content(file, task), longest_header(task))
         expected = tensor_names(task)
         if set(tensors) != expected:
             differing = ", ".join(sorted(set(tensors) ^ expected)[:4])
@@ -182,7 +190,7 @@ def _content(file: Path, task: Task) -> memoryview:
     """
     stated = task.file
     sha = hashlib.sha256()
-    with open(file, "rb", buffering=0) as stream:
+    with open_regular(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         view = strict_safetensors.bytes_of(pages(size if size == stated.bytes else 0))
         at = 0

@@ -80,9 +80,10 @@ class TaskSet:
         """Raises the mistakes of `pairs`, together with the earlier ones in `problems`."""
         unknown: list[Problem] = []
         seen: dict[str, float] = {}
+        names = frozenset(order)
         for i, (name, weight) in enumerate(pairs):
             where = f"tasks[{i}]"
-            if name not in order:
+            if name not in names:
                 known = ", ".join(order) or "none"
                 unknown.append(Problem(f"there is no task {name!r}", f"{where}.name", remedy=f"choose from: {known}"))
             elif name in seen:

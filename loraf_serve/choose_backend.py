@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraf.errors import ConfigError, Problem
-from loraf_serve.backends.backend import Backend
+from loraf.errors import ConfigError, LorafError, Problem
+from loraf_serve.backends.backend import Backend, EngineFailed, NotProven, SelfCheckFailed
 from loraf_serve.backends.fallback import Fallback
 
 CHOICES = ("auto", "resident", "slots", "merged")
+Replacements = dict[type[LorafError], Callable[[LorafError], Backend]]
 _SLOT_OPTIONS = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
 
 
@@ -34,7 +35,9 @@ def choose(
     """Makes the backend that `--backend` names.
 
     Args:
-        option: one of CHOICES. `auto` takes the first that can serve the model, out of resident, slots and merged.
+        option: one of CHOICES. `auto` takes the first that can serve the model, out of resident, slots and merged, and
+            turns to merged if resident or slots is not proven to serve an adapter as transformers would, or its engine
+            fails to start.
         engine_options: options of the command line that `loraf-serve` does not know: vLLM's.
         max_rank: the largest rank among the adapters.
         say: prints a message for the user when one backend replaces another.
@@ -44,6 +47,16 @@ def choose(
         ConfigError: the backend cannot serve this model, or does not know an option.
     """
     reason = "requested by --backend"
+
+    def merged(why: str, remedy: str) -> Backend:
+        dtype, max_model_len = _merged_options(engine_options, why, remedy)
+        from loraf_serve.backends.merged import MergedBackend
+
+        return MergedBackend(model_folder, dtype, max_model_len=max_model_len)
+
+    def instead(error: LorafError) -> Backend:
+        return merged(f"chosen because {error.problems[0].field}: {error.problems[0].message}", "leave it out")
+
     if option != "merged":
         from loraf_serve.vllm.engine.support import can_serve, can_serve_resident, not_by_default
 
@@ -52,6 +65,10 @@ def choose(
 
             return SlotsBackend(model_folder, engine_options, max_rank, adapter_memory)
 
+        from loraf_serve.adapters.checkpoint_folder import read_values
+
+        # Asked for by name, a backend refuses what is not proven.
+        others: Replacements = {NotProven: instead, EngineFailed: instead} if option == "auto" else {}
         obstacle = can_serve(model_folder)
         if obstacle is None and option != "slots":
             resident_obstacle = can_serve_resident(model_folder)
@@ -65,28 +82,27 @@ def choose(
                 from loraf_serve.vllm.engine.backends import ResidentBackend  # imports vLLM
 
                 resident = ResidentBackend(model_folder, engine_options, max_rank, adapter_memory)
-                return BackendChoice(Fallback(resident, slots, say), reason)
+                others = {SelfCheckFailed: lambda _: slots(), **others}
+                return BackendChoice(Fallback(resident, others, say, read_values), reason)
             if option == "resident":
                 message, remedy = f"resident cannot serve here: {resident_obstacle}", "serve with --backend slots"
                 raise ConfigError(Problem(message, "--backend", remedy=remedy))
             reason = f"not resident: {resident_obstacle}"
         if obstacle is None:
-            return BackendChoice(slots(), reason)
+            return BackendChoice(Fallback(slots(), others, say, read_values) if others else slots(), reason)
         if option != "auto":
             message = f"{option} cannot serve this model: {obstacle}"
             raise ConfigError(Problem(message, "--backend", remedy="fix that, or serve with --backend merged"))
         reason = obstacle
-    dtype, max_model_len = _merged_options(engine_options, reason)
-    from loraf_serve.backends.merged import MergedBackend
-
-    return BackendChoice(MergedBackend(model_folder, dtype, max_model_len=max_model_len), reason)
+    return BackendChoice(merged(reason, "leave it out, or serve with --backend resident or slots"), reason)
 
 
-def _merged_options(engine_options: Sequence[str], reason: str) -> tuple[str | None, int | None]:
+def _merged_options(engine_options: Sequence[str], reason: str, remedy: str) -> tuple[str | None, int | None]:
     """Parses --dtype and --max-model-len. Raises ConfigError, which names every other option.
 
     Args:
         reason: why the backend is merged.
+        remedy: for another option.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--dtype")
@@ -96,7 +112,6 @@ def _merged_options(engine_options: Sequence[str], reason: str) -> tuple[str | N
     except argparse.ArgumentError as error:
         raise ConfigError(Problem(error.message, str(error.argument_name), remedy="give it a value")) from None
     unknown = [option.partition("=")[0] for option in others if option.startswith("-")] or others
-    remedy = "leave it out, or serve with --backend resident or slots"
     problems = [Problem(f"is not an option of the merged backend ({reason})", name, remedy=remedy) for name in unknown]
     length = arguments.max_model_len
     if length is not None and not (length.isdecimal() and int(length) > 1):

@@ -15,6 +15,7 @@ from loraf import __version__
 from loraf.errors import ConfigError, LorafError, Problem
 from loraf_serve import choose_backend
 from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT
+from loraf_serve.backends.backend import BackendUnavailable, EngineFailed
 from loraf_serve.service.server_options import (
     DEFAULT_GRACE,
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -53,12 +54,17 @@ def parser() -> argparse.ArgumentParser:
         help="base model: a folder, a Hugging Face hub id, or a short name (tiny, mistral-7b, …)",
     )
     models.add_argument(
+        "--revision",
+        metavar="REV",
+        help="branch, tag or commit of the model and its tokenizer on the hub (default: its main branch)",
+    )
+    models.add_argument(
         "--adapter",
         action="append",
         default=[],
-        metavar="[NAME=]CKPT[@task+task]",
-        help="checkpoint to serve: a folder or a hub id, optionally with a name before = and tasks after @; may "
-        "be repeated (default: none, only the base model answers)",
+        metavar="[NAME=]CKPT[#REVISION][@task+task]",
+        help="checkpoint to serve: a folder or a hub id, optionally with a name before =, a hub id's branch, tag or "
+        "commit after #, and tasks after @; may be repeated (default: none, only the base model answers)",
     )
     models.add_argument(
         "--adapter-root",
@@ -88,7 +94,10 @@ def parser() -> argparse.ArgumentParser:
 
     network = command.add_argument_group("network")
     network.add_argument(
-        "--host", default=DEFAULT_HOST, help=f"address to listen on (default: {DEFAULT_HOST}, this machine only)"
+        "--host",
+        default=DEFAULT_HOST,
+        help=f"address to listen on, or a Unix socket such as unix:/run/loraf.sock, which has no port "
+        f"(default: {DEFAULT_HOST}, this machine only)",
     )
     network.add_argument(
         "--port",
@@ -148,14 +157,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit status: 0 after a clean stop, 2 for a user error, 1 if the engine died.
+        The exit status: 0 after a clean stop, 2 for a user error, 1 if the engine failed to start or died.
     """
     arguments, engine_options = parser().parse_known_args(argv)
     try:
         return _serve(arguments, engine_options)
     except LorafError as error:
         print(f"loraf-serve: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, EngineFailed) else 2
+    except BackendUnavailable as error:  # the engine died after its start, while adapters were loaded
+        print(f"loraf-serve: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the server handles signals
         return 130
 
@@ -165,9 +177,15 @@ def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
     import asyncio
     import logging
 
+    from loraf.hub import loaded_from_hub
     from loraf_serve.service import server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if commit := loaded_from_hub(model_folder):
+        _say(f"model {commit}")
+    for adapter in registry:
+        if commit := loaded_from_hub(adapter.path):
+            _say(f"adapter {adapter.name}: {commit}")
     max_rank = max((adapter.manifest.rank for adapter in registry), default=1)
     choice = choose_backend.choose(
         arguments.backend, model_folder, engine_options, max_rank, _say, options.adapter_memory
@@ -204,7 +222,9 @@ def _prepare(
 
     registry, vocab_size, root = Registry(), None, None
     try:
-        model_folder = base_model.resolve(arguments.model, field="--model")
+        if arguments.revision is not None:
+            base_model.require_revision(arguments.model, arguments.revision, "--revision")
+        model_folder = base_model.resolve(arguments.model, arguments.revision, field="--model")
         vocab_size = vocabulary.vocab_size(model_folder)
     except ConfigError as error:
         model_folder = Path()

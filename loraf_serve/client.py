@@ -21,7 +21,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from loraf_serve.addresses import DEFAULT_ADDRESS, is_loopback
+from loraf_serve.addresses import DEFAULT_ADDRESS, host_of, is_local
 from loraf_serve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 Request = TypeVar("Request", generation_pb2.GenerateRequest, generation_pb2.StreamGenerateRequest)
@@ -93,7 +93,7 @@ class Client:
     """A connection to a server. Use it as a context manager, or call `close`. Safe to use from several threads.
 
     Args:
-        address: host:port.
+        address: host:port, or a Unix socket (unix:/path).
         tls: connect over TLS, and trust the system's authorities.
         tls_ca: PEM file of the authority that signed the server's certificate; implies `tls`.
         tls_cert, tls_key: PEM files of this client's certificate and private key, if the server requires one.
@@ -113,7 +113,7 @@ class Client:
         self.address = address
         self.timeout = timeout
         options: list[tuple[str, int]] = [("grpc.max_receive_message_length", -1)]
-        if is_loopback(address.rpartition(":")[0].strip("[]")):
+        if is_local(host_of(address)):
             options.append(("grpc.enable_http_proxy", 0))  # a proxy cannot reach this machine's loopback
         if tls or tls_ca or tls_cert:
             parts = [Path(file).read_bytes() if file else None for file in (tls_ca, tls_key, tls_cert)]

@@ -30,7 +30,7 @@ class Server:
     """A running `loraf-serve`.
 
     Attributes:
-        address: host:port.
+        address: host:port, or a Unix socket.
         client: a client connected to it.
         log: the last 200 lines of its output.
     """

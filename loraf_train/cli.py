@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 USER_MISTAKE, INTERRUPTED = 2, 130
-CHECKPOINT_OR_HUB_ID = "The checkpoint: a folder, or a repository on the hub (org/name)."
+CHECKPOINT_OR_HUB_ID = "The checkpoint: a folder, or a repository on the hub (org/name, or org/name#REVISION)."
 CHECKPOINT_FOLDER = "The checkpoint's folder."
 TASK_SET = "a,b (weight 1), a:0.5+b (other weights) or all"
 EVAL_LIMIT = "Use at most N examples of each evaluation set (default: all)."
@@ -98,6 +98,7 @@ def _export(options: argparse.Namespace) -> int:
         options.model,
         options.dtype,
         options.allow_other_base,
+        options.revision,
     )
 
 
@@ -264,8 +265,13 @@ def _add_export(commands: Subcommands) -> None:
         help="The base model: a folder, a hub id or a short name (default: the one that the checkpoint names).",
     )
     export.add_argument(
+        "--revision",
+        metavar="REV",
+        help="A branch, tag or commit of the base model on the hub (default: the checkpoint's, or M's main branch).",
+    )
+    export.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", "float64"),
         help="The dtype of the written tensors (default: float32 for peft, the base model's own for merged).",
     )
     export.add_argument("--allow-other-base", action="store_true", help=OTHER_BASE)

@@ -27,6 +27,7 @@ ENGINE = (
     "tests/loraf_serve/vllm/resident/test_life.py",
     "tests/loraf_serve/vllm/resident/test_ways.py",
     "tests/loraf_serve/vllm/stock/test_server.py",
+    "tests/loraf_serve/vllm/test_architectures.py",
     "tests/loraf_serve/vllm/test_backends.py",
     "tests/loraf_serve/vllm/test_engine_death.py",
     "tests/loraf_serve/vllm/test_hostile_requests.py",

@@ -70,7 +70,7 @@ SETTINGS_KNOW_NOTHING_OF = ("data", "trainer", "sequence", "scoring", "adapter",
 MAY_PRINT = ("loraf_train/commands", "loraf_train/compare", "loraf_train/terminal", "loraf_train/cli.py")
 
 LORAF_MAY_IMPORT = {"torch", "numpy", "safetensors", "loraf"} | sys.stdlib_module_names
-LORAF_MAY_IMPORT_LAZILY = {"huggingface_hub"}
+LORAF_MAY_IMPORT_LAZILY = {"huggingface_hub", "regex"}
 
 
 def top(module: str) -> str:

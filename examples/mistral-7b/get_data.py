@@ -4,13 +4,15 @@
     data/nlu/<set>/{train,test}.json    AGI-Edgerunners/LLM-Adapters (ODC-By)
 
 The training records of PIQA and SIQA come from the joint training file of LLM-Adapters, which does not name the data
-set of a record. PIQA's records ask for a solution; SIQA's have exactly three answers and do not occur in ARC. The
-number of records is checked before a file is written. Existing files are kept.
+set of a record. PIQA's records ask for a solution; SIQA's have exactly three answers and do not occur in ARC. Files
+come from a fixed commit; the number of records, and the digest where it is known, are checked before a file is written.
+Existing files are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import http.client
 import json
 import os
@@ -20,8 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
-ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
+# A branch could change between two downloads; a commit cannot.
+GSM8K_COMMIT = "3101c7d5072418e28b9008a6636bde82a006892c"
+ADAPTERS_COMMIT = "816657208af4db747803f87ba40a4c71383fed7a"
+GSM8K = f"https://raw.githubusercontent.com/openai/grade-school-math/{GSM8K_COMMIT}/grade_school_math/data"
+ADAPTERS = f"https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/{ADAPTERS_COMMIT}"
 JOINT = f"{ADAPTERS}/ft-training_set/commonsense_170k.json"
 ORIGINS = {  # data set → its folder in LLM-Adapters
     "boolq": "boolq",
@@ -47,6 +52,20 @@ COUNTS = {
     "nlu/arc_challenge/test.json": 1172,
     "nlu/openbookqa/train.json": 4957,
     "nlu/openbookqa/test.json": 500,
+}
+DIGESTS = {  # file → SHA-256; the joint file is fixed by its commit alone
+    "gsm8k/train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "gsm8k/test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    "nlu/boolq/train.json": "5ccbaceebaddc69765e1c4a363632196b81851d303696672165ab59ec4e48c83",
+    "nlu/boolq/test.json": "89df2397cbca81dc31adcc6f7f5b635821aa0565aafde46725b2b4bd39b4dfa9",
+    "nlu/piqa/test.json": "3860d11b9b42e590b6b4bbc1643214d373ed0b0d4ac62fcc7bdceb8e044ad141",
+    "nlu/social_i_qa/test.json": "71543f41127451945379d106ffedaef502f1c8770dff6d2f543aca85e3080b1d",
+    "nlu/arc_easy/train.json": "6a06cece3dec32f4fb1c1b0fc29dab14be7cf3053b417290dbc6cd845359f5ff",
+    "nlu/arc_easy/test.json": "3f32a84716ca6d57d38728bf80cc8117aecd17445c2cf29a68b571b810eb82dc",
+    "nlu/arc_challenge/train.json": "a9debff28aafed86a08211dc3584a3b6cb38edca8c56bb34cd5002ed54aeebfb",
+    "nlu/arc_challenge/test.json": "4a89ce368ae01a71d268d9851686738b2a0a1d84271116bab49a1dd2b48ecad7",
+    "nlu/openbookqa/train.json": "a1e094eeea01f70c0baa880f37497b26700ae99b243927b9c529984de9b1fe90",
+    "nlu/openbookqa/test.json": "8479930f7b8a26052c78250280b5465a4016ca7fc806af440d0f37e243f3099e",
 }
 Record = dict[str, Any]
 
@@ -74,24 +93,28 @@ def download(url: str) -> bytes:
         ) from None
 
 
-def get(out: Path, fetch: Callable[[str], bytes], counts: dict[str, int] = COUNTS) -> None:
+def get(
+    out: Path, fetch: Callable[[str], bytes], counts: dict[str, int] = COUNTS, digests: dict[str, str] = DIGESTS
+) -> None:
     """Downloads and writes the missing files.
 
     Args:
         fetch: URL → content.
         counts: file → expected number of records.
+        digests: file → expected SHA-256; files that it does not name are not compared.
 
     Raises:
         OSError: a file could not be downloaded or written.
-        ValueError: a file has an unexpected number of records, or is malformed.
+        ValueError: a file has another digest or number of records than expected, or is malformed.
     """
     missing = [name for name in counts if not (out / name).exists()]
     for name in missing:
         if name.startswith("gsm8k"):
-            data = fetch(f"{GSM8K}/{Path(name).name}")
+            data = require_digest(fetch(f"{GSM8K}/{Path(name).name}"), name, digests)
             write(out, name, data, len(data.splitlines()), counts)
         elif not from_joint(name):
             data = fetch(f"{ADAPTERS}/dataset/{ORIGINS[Path(name).parent.name]}/{Path(name).name}")
+            require_digest(data, name, digests)
             write(out, name, data, len(json.loads(data)), counts)
     if any(from_joint(name) for name in missing):
         arc = [json.loads((out / f"nlu/{name}/train.json").read_bytes()) for name in ("arc_easy", "arc_challenge")]
@@ -100,6 +123,14 @@ def get(out: Path, fetch: Callable[[str], bytes], counts: dict[str, int] = COUNT
         for name in filter(from_joint, missing):
             records = parts[Path(name).parent.name]
             write(out, name, json.dumps(records, ensure_ascii=False, indent=1).encode(), len(records), counts)
+
+
+def require_digest(data: bytes, name: str, digests: dict[str, str]) -> bytes:
+    """Returns `data`. Raises ValueError if its SHA-256 is not the one in `digests`."""
+    digest = hashlib.sha256(data).hexdigest()
+    if digests.get(name, digest) != digest:
+        raise ValueError(f"{name}: the download has SHA-256 {digest}, not {digests[name]}; download it again")
+    return data
 
 
 def from_joint(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The option `--adapter [NAME=]CKPT[@task+task]`, from its text to checked checkpoints.
+"""The option `--adapter [NAME=]CKPT[#REVISION][@task+task]`, from its text to checked checkpoints.
 
 Task files are not read here: `loraf_serve.adapters.library` reads them, or has the backend read them.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraf.errors import ConfigError, LorafError, Problem
-from loraf.hub import HUB_ID, checkpoint_folder
+from loraf.hub import HUB_ID, checkpoint_folder, split_revision
 from loraf.tasksets import NAME_PATTERN, name_problem
 from loraf_serve.adapters.checkpoint_folder import CheckpointFolder, read_values
 from loraf_serve.adapters.registry import Registry
@@ -27,21 +27,24 @@ class AdapterSpec:
         text: the value as it was written.
         source: a folder or a hub id.
         tasks: the tasks to serve, in the order given; None for all.
+        revision: a branch, tag or commit of the hub id; None for its main branch.
     """
 
     text: str
     name: str
     source: str
     tasks: tuple[str, ...] | None = None
+    revision: str | None = None
 
 
 def parse_spec(text: str) -> AdapterSpec:
-    """Parses `[NAME=]CKPT[@task+task]`. Without NAME, the last part of CKPT is the name.
+    """Parses `[NAME=]CKPT[#REVISION][@task+task]`. Without NAME, the last part of CKPT is the name.
 
-    A path may contain `=` or `@`: unlike a path, a name or a task never contains a `/`.
+    A path may contain `=`, `#` or `@`: unlike a path, a name or a task never contains a `/`, and only a hub id has a
+    revision.
 
     Raises:
-        ConfigError: an invalid name, no CKPT, or a task named twice.
+        ConfigError: an invalid name, no CKPT, a malformed revision or one of a local folder, or a task named twice.
     """
     field = f"--adapter {text}"
     before, equals, after = text.partition("=")
@@ -56,6 +59,12 @@ def parse_spec(text: str) -> AdapterSpec:
             problems.append(Problem(f"{', '.join(map(repr, invalid))} is not a task name", field, remedy=_REMEDY))
         elif len(set(tasks)) < len(tasks):
             problems.append(Problem("names a task twice", field, remedy="name each task once"))
+    revision = None
+    try:
+        source, revision = split_revision(source, field)
+    except ConfigError as error:
+        source = source.partition("#")[0]
+        problems += error.problems
     if not source:
         problems.append(Problem("names no checkpoint", field, remedy=_REMEDY))
     elif not name:
@@ -68,7 +77,7 @@ def parse_spec(text: str) -> AdapterSpec:
         problems += [problem] if problem else []
     if problems:
         raise ConfigError(problems)
-    return AdapterSpec(text, name, source, tasks)
+    return AdapterSpec(text, name, source, tasks, revision)
 
 
 def _last_part(source: str) -> str:
@@ -131,4 +140,4 @@ def _folder(spec: AdapterSpec) -> Path:
     if not HUB_ID.fullmatch(spec.source):
         remedy = "name a folder written by `loraf-train run`, or a hub id such as org/adapter"
         raise ConfigError(Problem(f"there is no checkpoint {spec.source!r}", field, remedy=remedy))
-    return checkpoint_folder(spec.source, field=field, tasks=spec.tasks)
+    return checkpoint_folder(spec.source, spec.revision, field, spec.tasks)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from loraf.base_model import require_same_base
 from loraf.checkpoint import Checkpoint
-from loraf.errors import ConfigError, CorruptCheckpoint, Problem
+from loraf.errors import BaseMismatch, ConfigError, CorruptCheckpoint, Problem
 from loraf.manifest import BaseModel, Manifest, StoredFile
 from loraf.manifest_view import read_manifest
 from loraf.task_file import RESTORE
+from loraf_serve.adapters.model_shapes import misfits
 from loraf_serve.backends.backend import ServedAdapter
 
 
@@ -60,7 +61,8 @@ class CheckpointFolder:
 
         Raises:
             ConfigError: the checkpoint has no task.
-            BaseMismatch: it was trained for another base model, and `allow_other_base` is not set.
+            BaseMismatch: it was trained for another base model, and `allow_other_base` is not set; or a module has
+                another shape in the model.
             CorruptCheckpoint: task files are missing or have another size than the manifest states.
         """
         if not self.manifest.tasks:
@@ -68,6 +70,9 @@ class CheckpointFolder:
             raise ConfigError(Problem("holds no task", file=str(self.path), remedy=remedy))
         if not allow_other_base:
             require_same_base(self.manifest.base_model, model_folder, self.path, model)
+        unfit = misfits(self.manifest, model_folder, str(self.path))
+        if unfit:
+            raise BaseMismatch(unfit)
         problems = [problem for task in self.manifest.tasks if (problem := self._file_problem(task.file))]
         if problems:
             raise CorruptCheckpoint(problems)

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from loraf.base_model import describe
-from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
+from loraf.errors import BaseMismatch, ConfigError, LorafError, Problem, UnknownTask
 from loraf.manifest import FILE_NAME, BaseModel
 from loraf_serve.adapters.checkpoint_folder import CheckpointFolder, read_values
 from loraf_serve.backends.backend import ServedAdapter
@@ -80,8 +80,15 @@ class AdapterRoot:
             LorafError: as `CheckpointFolder.require_servable` and `read_values`.
         """
         model = None if self._allow_other_base else self._model
-        checkpoint.require_servable(self._model_folder, self._allow_other_base, model)
         adapter = checkpoint.served_as(name)
+        try:
+            checkpoint.require_servable(self._model_folder, self._allow_other_base, model)
+        except BaseMismatch as error:  # names the base model by the folder in which it was trained
+            trained, shown = checkpoint.manifest.base_model.name, adapter.base_name
+            raise BaseMismatch(
+                replace(p, message=p.message.replace(trained, shown), remedy=p.remedy.replace(trained, shown))
+                for p in error.problems
+            ) from None
         return adapter if manifest_only else read_values(adapter)
 
     @cached_property

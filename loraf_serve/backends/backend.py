@@ -8,6 +8,7 @@ Life of a backend: `start` once; `add_adapter` before any request names an adapt
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraf.errors import LorafError
+from loraf.errors import BaseMismatch, LorafError
+from loraf.hub import HUB_ID
 from loraf.tasksets import TaskSet
 
 if TYPE_CHECKING:
@@ -29,8 +31,17 @@ class BackendUnavailable(Exception):
     """The backend has failed or is being stopped. The service answers UNAVAILABLE."""
 
 
+class EngineFailed(LorafError):
+    """The backend's engine failed while it started, by a fault that is not the user's."""
+
+
 class SelfCheckFailed(LorafError):
     """The backend does not add the adapter's ΔW to a layer. The field of each Problem names a layer."""
+
+
+class NotProven(BaseMismatch):
+    """It is not proven that the backend answers as transformers does with ΔW added to the weights. The field of each
+    Problem names a module."""
 
 
 class UnsupportedField(ValueError):
@@ -91,6 +102,12 @@ class ServedAdapter:
     def tasks(self) -> tuple[str, ...]:
         """The selected tasks, in the checkpoint's order."""
         return self.manifest.task_names
+
+    @property
+    def base_name(self) -> str:
+        """The base model as clients may see it: a hub id, or a folder's name without the folders that it lies in."""
+        name = self.manifest.base_model.name
+        return name if HUB_ID.fullmatch(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
     @property
     def file_bytes(self) -> int:
@@ -179,7 +196,12 @@ class Backend(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Loads the model and warms it up. Raises LorafError for mistakes that the user can correct."""
+        """Loads the model and warms it up.
+
+        Raises:
+            EngineFailed: the engine failed.
+            LorafError: a mistake that the user can correct.
+        """
 
     @abstractmethod
     async def add_adapter(self, adapter: ServedAdapter) -> None:

@@ -6,6 +6,7 @@ token ─▶ TextStream ─▶ characters ─▶ StopTexts ─▶ text that can 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,9 @@ log = logging.getLogger(__name__)
 
 INCOMPLETE = "\ufffd"  # the decoded form of bytes that are not a whole character
 _SPACE = "▁"  # SentencePiece's sign for a space; `decode` drops it at the beginning of a text
-_CONTEXT = 4  # tokens; a character has at most four bytes
+CONTEXT = 4  # tokens; a character has at most four bytes
+_WINDOW = 1024  # tokens of a prompt that are decoded; what stands before them does not change how an answer is decoded
+_CUTS = (0, 1, 2, 3, 4, 8, 16, 32, 64)  # tokens from the end of a prompt: places where its whole characters may end
 
 
 class TextStream:
@@ -26,8 +29,8 @@ class TextStream:
 
     A character that is spread over several tokens is returned with the last of them; an incomplete one never is.
     Otherwise the pieces add up to the decoded answer, except for the space that SentencePiece tokenizers drop at the
-    beginning of a text. Equal to vLLM's detokenizer, except for a prompt that ends within a character: vLLM repeats
-    its text in the answer.
+    beginning of a text. If the prompt ends within a character, the answer may complete it, and then begins with it.
+    Nothing else of the prompt is ever returned.
 
     Args:
         tokenizer: a fast one; not thread-safe.
@@ -36,27 +39,36 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], skip_special_tokens: bool):
         self._tokenizer = tokenizer.backend_tokenizer
         self._skip = skip_special_tokens
-        whole = self._whole_characters(list(prompt))
-        self._stream = DecodeStream(ids=list(prompt[:whole]), skip_special_tokens=skip_special_tokens)
-        incomplete = list(prompt[whole:]) if whole else []  # bytes of a character that the answer may complete
-        self._prompt_text = self._tokenizer.decode(incomplete, skip_special_tokens=skip_special_tokens)
-        for token in incomplete:
-            self._step(token)
+        whole, rest = self._cut(list(prompt[-_WINDOW:]))
+        self._stream = DecodeStream(ids=whole, skip_special_tokens=skip_special_tokens)
+        # While its text ends with INCOMPLETE a stream returns nothing, then all of it: also what is the prompt's.
+        returned = self._decode(whole) + "".join(self._step(token) for token in rest)
+        # Some decoders show every byte of an incomplete character, and of whole ones next to it, as INCOMPLETE.
+        texts = (self._decode([*whole, *rest[:n]]) for n in range(len(rest), 0, -1))
+        self._prompt_end = next((text for text in texts if text.startswith(returned)), returned)[len(returned) :]
 
-    def _whole_characters(self, prompt: list[int]) -> int:
-        """How many tokens of the prompt form whole characters; 0 if the prompt does not end like text."""
-        for dangling in range(min(_CONTEXT, len(prompt))):
-            end = len(prompt) - dangling
-            if not self._tokenizer.decode(prompt[:end], skip_special_tokens=self._skip).endswith(INCOMPLETE):
-                return end
-        return 0
+    def _cut(self, prompt: list[int]) -> tuple[list[int], list[int]]:
+        """Splits a prompt into tokens that form whole characters, and a rest that the answer may complete.
+
+        U+FFFD may also be a character of the prompt, or stand for bytes that can never become one; the rest is then
+        longer than necessary. Both parts are empty if nothing near the end is whole.
+        """
+        for length in _CUTS:
+            end = max(0, len(prompt) - length)
+            if end == 0 or not self._decode(prompt[:end]).endswith(INCOMPLETE):
+                return prompt[:end], prompt[end:]
+        return [], []
 
     def add(self, token: int) -> str:
         """Returns the text that a token adds."""
         piece = self._step(token)
-        if piece and self._prompt_text:
-            piece, self._prompt_text = piece.removeprefix(self._prompt_text), ""
+        if piece and self._prompt_end:
+            piece, self._prompt_end = piece[len(os.path.commonprefix([piece, self._prompt_end])) :], ""
         return piece
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
+        return text
 
     def _step(self, token: int) -> str:
         try:
@@ -135,7 +147,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], token:
         piece = str(tokenizer.convert_ids_to_tokens(token) or "")
         spaces = len(piece) - len(piece.lstrip(_SPACE))
         return " " * max(0, spaces - (len(text) - len(text.lstrip(" ")))) + text
-    for n in range(1, min(len(before), _CONTEXT) + 1):
+    for n in range(1, min(len(before), CONTEXT) + 1):
         context = list(before[-n:])
         decoded = _decode(tokenizer, [*context, token])
         if decoded.endswith(INCOMPLETE):

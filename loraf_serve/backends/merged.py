@@ -21,6 +21,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from loraf import base_files
 from loraf.errors import ConfigError, Problem, one_line
 from loraf_serve.backends.answer_state import DecodingConfig
 from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
@@ -181,14 +182,20 @@ def _load_model(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrai
     """Raises ConfigError."""
     if dtype not in DTYPES:
         raise ConfigError(Problem(f"{dtype!r} is not a dtype", "--dtype", remedy=f"choose from: {', '.join(DTYPES)}"))
+    base_files.require_loadable(folder)
     # Written a second time in loraf_train.sequence.runner: neither package imports the other, and `loraf` must not
-    # import transformers. Precision, devices, messages and what is checked differ.
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    # import transformers.
     remedy = "name a folder with a transformers model: config.json, *.safetensors and a tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
+            folder,
+            dtype=DTYPES[dtype],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `loading_problems` reports them
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
         model, loading_info = loaded  # a tuple because of output_loading_info
     except Exception as error:  # transformers raises many kinds: files, config values, safetensors' own
@@ -198,11 +205,9 @@ def _load_model(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrai
     if not getattr(tokenizer, "backend_tokenizer", None):
         message = f"has a tokenizer ({type(tokenizer).__name__}) that is not a fast one"
         raise ConfigError(Problem(message, file=str(folder), remedy="save the tokenizer as tokenizer.json"))
-    if loading_info["missing_keys"]:
-        missing = sorted(loading_info["missing_keys"])
-        more = f", and {len(missing) - 4} more" if len(missing) > 4 else ""
-        message = f"lacks weights of the model: {', '.join(missing[:4])}{more}"
-        raise ConfigError(Problem(message, file=str(folder), remedy="complete the download of the model"))
+    problems = base_files.loading_problems(folder, model, loading_info)
+    if problems:
+        raise ConfigError(problems)
     prepared: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return prepared, tokenizer
 

@@ -25,7 +25,7 @@ class MergedWeights:
 
     def __init__(self, model: torch.nn.Module):
         self._model = model
-        self._originals = OriginalWeights()
+        self._originals = OriginalWeights(model)
         self._lock = threading.Lock()  # guards the next one
         self._mergers: dict[str, Merger] = {}  # by digest
         self._current: SetKey | None = BASE

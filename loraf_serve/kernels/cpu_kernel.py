@@ -12,7 +12,7 @@ from loraf_serve.kernels import cpu_library
 from loraf_serve.kernels.operand import BatchWeights, Extent, Operand, Part
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # csrc/layer.h
-RANK_LIMIT = 1 << 16
+RANK_LIMIT = (1 << 16) - 1  # the lengths of a sheet are uint16, and a row may have as many nonzeros as its rank
 
 
 class _TaskSource(ctypes.Structure):

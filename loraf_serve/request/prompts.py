@@ -6,7 +6,7 @@ import copy
 import string
 from typing import TYPE_CHECKING
 
-from loraf.errors import Problem
+from loraf.errors import Problem, one_line
 from loraf.prompt_ids import prompt_ids
 from loraf_serve.errors import InvalidRequest
 from loraf_serve.v1 import generation_pb2 as pb
@@ -102,11 +102,17 @@ class PromptReader:
             if not message.role:
                 raise _invalid(f"messages.messages[{i}].role", "is empty", "use user, assistant or system")
         chat = [{"role": m.role, "content": m.content} for m in messages.messages]
+        # As transformers' chat pipeline: the answer continues a last message of the assistant, which stays open.
+        continues = messages.messages[-1].role == "assistant"
         try:
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
+            )
         except (TemplateError, ValueError) as error:  # templates refuse unknown roles and orders of roles
             remedy = "send messages as the model's chat template expects them"
-            raise _invalid("messages", f"the chat template refuses them ({error})", remedy) from None
+            if continues:
+                remedy += ", or end with a message of the user: the answer would continue the assistant's"
+            raise _invalid("messages", f"the chat template refuses them ({one_line(error)})", remedy) from None
         assert isinstance(text, str)  # because of tokenize=False
         return text
 

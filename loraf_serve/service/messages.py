@@ -109,7 +109,7 @@ def adapter(served: ServedAdapter, resident_bytes: int) -> adapter_pb2.Adapter:
     return adapter_pb2.Adapter(
         name=served.name,
         digest=served.digest,
-        base_model=manifest.base_model.name,
+        base_model=served.base_name,
         rank=manifest.rank,
         tasks=[
             adapter_pb2.Task(

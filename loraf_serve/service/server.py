@@ -20,7 +20,7 @@ from loraf.errors import ConfigError, Problem
 from loraf_serve.adapters.library import AdapterLibrary
 from loraf_serve.adapters.registry import Registry
 from loraf_serve.adapters.root import AdapterRoot
-from loraf_serve.addresses import is_loopback
+from loraf_serve.addresses import address_of, is_local
 from loraf_serve.backends.backend import Backend, BackendUnavailable
 from loraf_serve.request.validation import Validator
 from loraf_serve.service.admission import Admission
@@ -222,8 +222,8 @@ async def run(
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, on_signal)
     server, port = await create_server(backend, registry, options, vocab_size, root)
-    address = f"{options.address.rpartition(':')[0]}:{port}"
-    if not options.tls_cert and not is_loopback(options.host):
+    address = address_of(options.host, port)
+    if not options.tls_cert and not is_local(options.host):
         say("warning: no TLS, and other machines can reach this server (--insecure)")
     say(f"loading the model; health on {address} is NOT_SERVING until it is ready")
     warming, stopping = asyncio.create_task(server.warm_up()), asyncio.create_task(stop.wait())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraf.errors import Problem
-from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT, is_loopback
+from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT, address_of, is_local
 
 DEFAULT_MAX_QUEUE = 1024  # requests
 DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
@@ -19,7 +19,7 @@ class ServerOptions:
     """Options of the server's command line.
 
     Attributes:
-        host, port: where to listen; port 0 takes a free one.
+        host, port: where to listen; port 0 takes a free one. A Unix socket (unix:/path) has no port.
         tls_cert, tls_key: PEM files; both or neither.
         reflection: offer gRPC reflection.
         tls_client_ca: PEM file; clients must then present a certificate signed by this authority.
@@ -46,9 +46,8 @@ class ServerOptions:
 
     @property
     def address(self) -> str:
-        """host:port, as gRPC takes it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        """As gRPC takes it: host:port, or a Unix socket."""
+        return address_of(self.host, self.port)
 
     def problems(self) -> list[Problem]:
         """All mistakes; each field is an option of the command line."""
@@ -74,7 +73,7 @@ class ServerOptions:
         if not self.tls_cert and not self.insecure:
             remedy = "give --tls-cert and --tls-key, or --insecure if the network is trusted"
             message = f"{self.host} can be reached from other machines, and there is no TLS"
-            check(is_loopback(self.host), "--host", message, remedy)
+            check(is_local(self.host), "--host", message, remedy)
         return problems
 
     def _tls_problems(self) -> list[Problem]:

@@ -6,6 +6,7 @@ In processes of an engine that loraf-serve started (ENGINE_OWNER is set) it does
   reach only the service, which drains its requests and stops the engine. vLLM's engine core would abort every request
   at once.
 - torch.compile stays on in a resident engine.
+- The errors that vLLM logs reach the service, for its message.
 - The engine core stops if the service dies without stopping it.
 
 The LoRA manager comes with the worker extension, see `loraf_serve.vllm.worker.extension`.
@@ -26,6 +27,7 @@ from multiprocessing.process import BaseProcess
 from loraf_serve.vllm.naming import ENGINE_OWNER
 from loraf_serve.vllm.resident.compiling import KEEP, keep_compile
 from loraf_serve.vllm.stock import install
+from loraf_serve.vllm.worker.faults import FAULTS, record
 
 _GRACE_SECONDS = 20.0
 
@@ -43,6 +45,8 @@ def register() -> None:
         # Not a new session: Linux divides processors between sessions first (autogroups). vLLM's processes wait for
         # each other in loops that yield, and a yield only gives way to processes of the same session.
         os.setpgid(0, 0)
+    if os.environ.get(FAULTS):
+        record(os.environ[FAULTS])
     if os.environ.get(KEEP):
         keep_compile()
     if owner == str(parent.pid):

@@ -201,6 +201,33 @@ def _end_tokens() -> bool:
     return shared and added == ["self.generation_config_fields,", "self.renderer.get_eos_token_id(),"]
 
 
+@_fact(FACTS, "add_request gives every answer a detokenizer in request_states, which decodes with stream.step alone")
+def _detokenizer() -> bool:
+    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    added = inspect.getsource(OutputProcessor.add_request)
+    keeps = "self.request_states[request_id] = req_state" in added and "detokenizer" in _parameters(RequestState)
+    source = inspect.getsource(FastIncrementalDetokenizer)
+    steps = source.count("self.stream.step(self.tokenizer, next_token_id)")
+    resets = source.count("self.stream = tokenizers.decoders.DecodeStream(")
+    return keeps and (steps, resets, source.count("self.stream")) == (2, 2, 4)
+
+
+@_fact(FACTS, "text and log-probabilities of an answer come from two methods, and its queue passes an exception on")
+def _answers() -> bool:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+    process = inspect.getsource(OutputProcessor.process_outputs)
+    called = "detokenizer.update(" in process and "logprobs_processor.update_from_output(" in process
+    untold = "if self.tokenizer is None:" in inspect.getsource(LogprobsProcessor._update_sample_logprobs)
+    raised = "raise output" in inspect.getsource(RequestOutputCollector.get)
+    aborted = "raise EngineGenerateError() from e" in inspect.getsource(AsyncLLM.generate)
+    return called and untold and raised and aborted
+
+
 @_fact(FACTS, "a request is aborted when its iterator is closed or its task is cancelled")
 def _abort_on_close() -> bool:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -231,6 +258,27 @@ def _arguments() -> bool:
     ours = {"model", "enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank", "worker_extension_cls"}
     ours |= {"use_tqdm_on_load", "disable_log_stats", "kv_cache_memory_bytes", "gpu_memory_utilization"}
     return ours <= names and all(isinstance(rank, int) for rank in get_args(MaxLoRARanks))
+
+
+@_fact(FACTS, "a linear LoRA layer's forward calls its apply, which adds LoRA with punica_wrapper")
+def _layer_apply() -> bool:
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA as Layer
+    from vllm.lora.utils import _all_lora_classes
+
+    linear = [layer.forward for layer in _all_lora_classes if issubclass(layer, Layer)]
+    adds = "self.punica_wrapper." in inspect.getsource(Layer)
+    return adds and all("self.apply(" in inspect.getsource(forward) for forward in linear)
+
+
+@_fact(FACTS, "every step calls set_active_adapters; do_not_compile and valid_modes make it run layers in Python")
+def _steps() -> bool:
+    from vllm.compilation import decorators
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    begins = "set_active_adapters(" in inspect.getsource(LoRAModelRunnerMixin._set_active_loras)
+    skipped = "if self.do_not_compile or " in inspect.getsource(decorators)
+    return begins and skipped and "valid_modes" in _parameters(CudagraphDispatcher.dispatch)
 
 
 @_fact(STOCK_FACTS, "vllm serve loads plugins, then creates its configuration with EngineArgs.create_engine_config")
@@ -269,6 +317,17 @@ def _loading() -> bool:
     attributes = set(OpenAIServingModels.__init__.__code__.co_names)
     check = hasattr(OpenAIServingModels, "_check_load_lora_adapter_request")
     return load and static and kept <= attributes and check
+
+
+@_fact(STOCK_FACTS, "unload_lora_adapter removes the name from lora_requests; resolve_lora makes a lock for every name")
+def _unloading() -> bool:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    unload = inspect.getsource(OpenAIServingModels.unload_lora_adapter)
+    lock = "self.lora_resolver_lock[lora_name]" in inspect.getsource(OpenAIServingModels.resolve_lora)
+    running = "self.output_processor" in inspect.getsource(AsyncLLM.__init__)
+    return "del self.lora_requests[lora_name]" in unload and lock and running
 
 
 @_fact(STOCK_FACTS, "resolve_lora is called for an unknown model name; a VLLMNotFoundError from it becomes a 404")

@@ -3,8 +3,9 @@
     y = W·x + b + B·(A·dropout(x)),   B = α/r · (values at their positions) + Σ_earlier α_t/r · B_t
 
 The only trainable parameter is the vector of values. For the backward pass the adapter saves z = A·dropout(x), rank
-numbers per token, and with dropout one byte per entry of x. B is built from its positions in the forward pass and again
-in the backward pass. The gradient of B is computed a block of rows at a time and read only at the positions.
+numbers per token. B is built from its positions, and dropout's mask drawn by token (adapter.dropout), in the forward
+pass and again in the backward pass. The gradient of B is computed a block of rows at a time and read only at the
+positions.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from loraf.errors import ConfigError, Problem
 from loraf.sparse import SparseB
+from loraf_train.adapter.dropout import ModuleDraws, keep_rate, random_mask
+from loraf_train.adapter.probe import WatchedWeight
 
 GRADIENT_AT_ONCE = 1 << 18  # entries of ∂B computed at a time: 1 MiB in float32
-_LEVELS = 1 << 16  # a dropout probability is a multiple of 1 / _LEVELS
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class LorafLinear(nn.Module):
         dropout: probability that an entry of the adapter's input is zeroed during training.
         values: (K,) initial values, float32 or the weight's dtype if that is wider; None: zeros.
 
+    Attributes:
+        draws: draws the masks of dropout; None: torch's generator draws them, and the backward pass keeps them.
+
     Shapes: (..., d_in) → (..., d_out).
     """
 
@@ -83,9 +89,11 @@ class LorafLinear(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         initial = torch.zeros(len(positions)) if values is None else values
         self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.rank = a.shape[0]
         self.scale = scale
         self.dropout = dropout
+        self.draws: ModuleDraws | None = None
         self.values = nn.Parameter(initial.detach().to(weight.device, dtype, copy=True))
         for name, tensor in {
             "a": a.to(weight.device),
@@ -95,6 +103,15 @@ class LorafLinear(nn.Module):
         }.items():
             self.register_buffer(name, tensor, persistent=False)
         self._row_blocks = _row_blocks(positions, base.out_features, self.rank)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight, for code that asks for its dtype or device; computing with it would leave out B·A."""
+        return WatchedWeight.of(self.base.weight, _refuse_use)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = _LorafLinear.apply(x, self.values, self)  # type: ignore[no-untyped-call]  # of torch
@@ -120,6 +137,11 @@ class LorafLinear(nn.Module):
         return f"rank={self.rank}, positions={len(self.positions)}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
+def _refuse_use() -> None:
+    message = "the model computes with the weight of a target module itself, and so leaves out the adapter"
+    raise ConfigError(Problem(message, "adapter.target_modules", remedy="choose other modules"))
+
+
 def _row_blocks(positions: torch.Tensor, d_out: int, rank: int) -> list[tuple[slice, slice]]:
     """Splits B into blocks of rows, each with the slice of the (ascending) positions in it; skips empty blocks."""
     height = max(1, GRADIENT_AT_ONCE // rank)
@@ -129,17 +151,6 @@ def _row_blocks(positions: torch.Tensor, d_out: int, rank: int) -> list[tuple[sl
     return [
         (block, slice(begin, end)) for block, begin, end in zip(rows, [0, *ends], ends, strict=False) if end > begin
     ]
-
-
-def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Returns a random mask of `shape` (bool; True with probability 1 − dropout) and the exact probability of True.
-
-    Each random 64-bit number gives four entries of 16 bits: several times faster on a CPU than `Tensor.bernoulli_`.
-    """
-    dropped = round(dropout * _LEVELS)
-    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    lanes = words.view(torch.int16)[: shape.numel()].view(shape)
-    return lanes >= dropped - _LEVELS // 2, 1.0 - dropped / _LEVELS
 
 
 class _LorafLinear(torch.autograd.Function):
@@ -153,30 +164,37 @@ class _LorafLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, layer: LorafLinear) -> torch.Tensor:
         y: torch.Tensor = layer.base(x)
         dtype = y.dtype  # autocast may have changed it
-        x = x.reshape(-1, x.shape[-1]).to(dtype)
-        mask, keep_rate = None, 1.0
-        if layer.dropout and layer.training:
-            mask, keep_rate = keep_mask(x.shape, layer.dropout, x.device)
+        shape = x.shape
+        x = x.reshape(-1, shape[-1]).to(dtype)
+        ctx.dropout = layer.dropout if layer.training else 0.0
+        token_keys = mask = None
+        if ctx.dropout and layer.draws is not None:
+            token_keys = layer.draws.tokens.keys  # one tensor for all layers
+            x = x * layer.draws.mask(token_keys, shape, ctx.dropout)
+        elif ctx.dropout:
+            mask = random_mask(x.shape, ctx.dropout, x.device)
             x = x * mask
         z = x @ layer.a.to(dtype).t()
-        if mask is not None:
-            z /= keep_rate
+        if ctx.dropout:
+            z /= keep_rate(ctx.dropout)
         y.view(-1, y.shape[-1]).addmm_(z, layer.b(values, dtype).t())
-        ctx.save_for_backward(z, values, mask)
-        ctx.layer, ctx.keep_rate = layer, keep_rate
+        ctx.save_for_backward(z, values, token_keys, mask)
+        ctx.layer = layer
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         layer = ctx.layer
-        z, values, mask = ctx.saved_tensors
-        shape = (*g.shape[:-1], layer.base.in_features)
+        z, values, token_keys, mask = ctx.saved_tensors
+        shape = torch.Size((*g.shape[:-1], layer.base.in_features))
         g = g.reshape(-1, g.shape[-1])
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
             grad_x = g @ layer.base.weight.to(g.dtype)
-            through_b = (g @ layer.b(values, g.dtype)) / ctx.keep_rate
+            through_b = (g @ layer.b(values, g.dtype)) / keep_rate(ctx.dropout)
+            if token_keys is not None:
+                mask = layer.draws.mask(token_keys, shape, ctx.dropout)
             if mask is None:
                 grad_x.addmm_(through_b, layer.a.to(g.dtype))
             else:

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loraf.checkpoint import Checkpoint
-from loraf.delta import task_scale
+from loraf.delta import shared_weights, task_scale
 from loraf.errors import ConfigError, Problem
+from loraf_train.adapter import probe
 from loraf_train.adapter.layer import EarlierTasks, LorafLinear
 
 
@@ -58,35 +59,81 @@ class TrainableBase:
 def find_targets(model: nn.Module, target_modules: Sequence[str], file: str = "") -> dict[str, nn.Linear]:
     """Returns the layers whose names end in one of `target_modules`, by their full names in the model.
 
+    A target may share its weight with an embedding, as a tied lm_head does: the embedding stays as it is. Layers that
+    share a weight among themselves would get a ΔW each, and no model of this architecture could hold them all.
+    Layers that the model does not call when it reads text (a vision tower) are left out.
+
     Args:
         file: the configuration's path, for messages.
 
     Raises:
-        ConfigError: no module has such an ending, or one that has it is not a plain `torch.nn.Linear`.
+        ConfigError: no module that reads text has such an ending; or one that has it is not a plain `torch.nn.Linear`,
+            shares its weight with a module that is not an embedding, or the model computes with its weight itself.
     """
     endings = {name: name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     targets: dict[str, nn.Linear] = {}
     unsupported: dict[str, str] = {}
+    used = probe.uses(model)
+    weight_read: dict[str, str] = {}
+    uncalled: dict[str, str] = {}
     for name, module in model.named_modules():
         if endings[name] not in target_modules:
             continue
-        if type(module) is nn.Linear:
-            targets[name] = module
-        else:
+        if type(module) is not nn.Linear:
             unsupported.setdefault(endings[name], type(module).__name__)
+        elif used is not None and used.reads_weight(name):
+            weight_read.setdefault(endings[name], name)
+        elif used is not None and not used.calls(name):
+            uncalled.setdefault(endings[name], name)
+        else:
+            targets[name] = module
     problems = [
         Problem(f"{ending!r} is a {kind}, not a torch.nn.Linear", "adapter.target_modules", file, "leave it out")
         for ending, kind in unsupported.items()
     ]
+    for ending, name in weight_read.items():
+        message = f"the model computes with the weight of {name} itself, so an adapter there would be left out"
+        problems.append(Problem(message, "adapter.target_modules", file, f"leave out {ending!r}"))
+    reached = {endings[name] for name in targets} | unsupported.keys() | weight_read.keys()
+    for ending, name in uncalled.items():
+        if ending not in reached:
+            message = f"the model does not call {name} when it reads text"
+            problems.append(Problem(message, "adapter.target_modules", file, f"leave out {ending!r}"))
     missing = [ending for ending in target_modules if ending not in endings.values()]
     if missing:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         known = dict.fromkeys(endings[n] for n, m in model.named_modules() if type(m) is nn.Linear and m is not head)
         message = f"the model has no {', '.join(map(repr, missing))}"
         problems.append(Problem(message, "adapter.target_modules", file, f"choose from: {', '.join(known)}"))
+    problems += _sharing(model, targets, file)
     if problems:
         raise ConfigError(problems)
     return targets
+
+
+def _sharing(model: nn.Module, targets: Mapping[str, nn.Linear], file: str) -> list[Problem]:
+    """A problem for each ending of targets that share their weight with anything but an embedding."""
+    shared = shared_weights(model)
+    problems: dict[str, Problem] = {}
+    for name in targets:
+        others = [other for other in shared.get(name, ()) if not isinstance(model.get_submodule(other), nn.Embedding)]
+        if others:
+            ending = name.rsplit(".", 1)[-1]
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            message = f"{ending!r} names layers that share one weight: {name} and {others[0]}{more}"
+            problems.setdefault(ending, Problem(message, "adapter.target_modules", file, "leave it out"))
+    return list(problems.values())
+
+
+def fused_experts(model: nn.Module) -> int:
+    """Returns the number of weights in experts that the model holds as one parameter, where no adapter reaches."""
+    return sum(
+        parameter.numel()
+        for name, module in model.named_modules()
+        if "experts" in f"{name} {type(module).__name__}".lower()
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 3  # (experts, ·, ·)
+    )
 
 
 def shapes_of(targets: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int]]:
@@ -121,6 +168,26 @@ def attached(model: nn.Module, layers: Mapping[str, LorafLinear]) -> Iterator[No
     finally:
         for name, layer in layers.items():
             _put(model, name, layer.base)
+
+
+@contextmanager
+def own_weights(model: PreTrainedModel, targets: Mapping[str, nn.Linear]) -> Iterator[None]:
+    """Gives each target that shares its weight a copy of its own for a `with` block.
+
+    For code that changes weights in place, and would change the embedding together with a tied lm_head.
+    """
+    sharing = shared_weights(model)
+    shared = {name: linear.weight for name, linear in targets.items() if name in sharing}
+    tied = getattr(model.config, "tie_word_embeddings", None)
+    try:
+        for name, weight in shared.items():
+            targets[name].weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        yield
+    finally:
+        for name, weight in shared.items():
+            targets[name].weight = weight
+        if tied is not None:
+            model.config.tie_word_embeddings = tied  # PEFT clears it when it merges
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

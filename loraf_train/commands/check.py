@@ -14,7 +14,8 @@ from loraf.manifest import positions_per_matrix
 from loraf.units import size_text
 from loraf_train.data.examples import IGNORED, Example
 from loraf_train.data.task_data import TaskData
-from loraf_train.sequence.preflight import BaseModelShape, PreparedRun, survey
+from loraf_train.sequence.base_checks import BaseModelShape
+from loraf_train.sequence.preflight import PreparedRun, survey
 from loraf_train.settings.config import RunConfig, TaskConfig
 from loraf_train.terminal import tables
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from loraf.errors import ConfigError, Problem
 from loraf_train.processes import launcher
+from loraf_train.sequence.base_checks import BaseModelShape
 from loraf_train.sequence.conflicts import capacity
-from loraf_train.sequence.preflight import BaseModelShape, PreparedRun, survey
+from loraf_train.sequence.preflight import PreparedRun, survey
 from loraf_train.settings.comparison import HIGHEST_SEED, METHODS
 from loraf_train.terminal.progress import Progress
 from loraf_train.terminal.tables import console
@@ -65,6 +66,7 @@ def compare(
     if prepared is not None:
         problems += _unscored(prepared.config)
         problems += _shortage(prepared, method_names, protocol)
+        problems += _dropout_in_parameters(prepared, method_names)
         general = _general(prepared, problems)
     if problems or prepared is None:
         raise ConfigError([*problems, *(replace(w, message=f"warning: {w.message}") for w in warnings)])
@@ -149,6 +151,21 @@ def _shortage(prepared: PreparedRun, methods: Sequence[str], protocol: str) -> l
             for problem in capacity(part, prepared.model.modules):
                 problems[replace(problem, message=f"method {name}: {problem.message}")] = None
     return list(problems)
+
+
+def _dropout_in_parameters(prepared: PreparedRun, methods: Sequence[str]) -> list[Problem]:
+    """Tasks with dropout, where PEFT must be told some layers by their parameters, which get no dropout."""
+    from loraf_train.adapter.peft_targets import peft_targets
+
+    _, parameters = peft_targets(prepared.model.model_type, prepared.model.modules)
+    if "lora" not in methods or not parameters:
+        return []
+    message = f"method lora: PEFT has no dropout for {parameters[0]} of this model"
+    return [
+        Problem(message, f"tasks[{i}].training.dropout", str(prepared.config.file), "set it to 0, or leave out lora")
+        for i, task in enumerate(prepared.config.tasks)
+        if task.training.dropout
+    ]
 
 
 def _general(prepared: PreparedRun, problems: list[Problem]) -> General | None:

@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loraf import manifest as manifests
 from loraf.errors import ConfigError, Problem
-from loraf.tasksets import TaskSet
 from loraf.units import size_text
 from loraf_train import set_options
 from loraf_train.terminal import tables
-
-if TYPE_CHECKING:
-    from loraf.checkpoint import Checkpoint
 
 
 def export(
@@ -27,6 +22,7 @@ def export(
     model: str | None = None,
     dtype: str | None = None,
     allow_other_base: bool = False,
+    revision: str | None = None,
 ) -> int:
     """Writes `out` as a whole, or not at all.
 
@@ -35,9 +31,11 @@ def export(
         tasks, as_trained: the task set; give one of the two.
         model: the base model; None: the one that the checkpoint names.
         dtype: of the written tensors; None: float32 for PEFT, the base's own for a merged model.
+        revision: of the base model on the hub; None: the one that the checkpoint names, or the main branch of `model`.
 
     Raises:
-        LorafError: `out` is not empty, there is no such set, the checkpoint is damaged or belongs to another base.
+        LorafError: `out` is not empty; there is no such set; the checkpoint is damaged or belongs to another base; the
+            base model cannot be merged or written; PEFT would not apply the adapter.
     """
     problems = _output_problems(out)
     manifest = manifests.read(folder)
@@ -45,32 +43,44 @@ def export(
     if problems:
         raise ConfigError(problems)
 
+    import torch
+
     from loraf import base_model
     from loraf.checkpoint import Checkpoint
+    from loraf_train.commands.export_merged import write_merged
+    from loraf_train.commands.export_peft import write_peft
 
     tables.quiet_libraries()
     checkpoint = Checkpoint.open(folder, task_set.names)
     base_folder = None
-    if file_format == "merged" or model is not None:
+    if file_format == "merged" or model is not None or revision is not None:
         name = model or manifest.base_model.name
-        revision = manifest.base_model.revision if model is None else None
+        if revision is not None:
+            base_model.require_revision(name, revision, "--revision")
+        elif model is None:
+            revision = manifest.base_model.revision
         base_folder = base_model.resolve(name, revision, field="--model")
+        actual = base_model.describe(name, base_folder)
         if not allow_other_base:
-            base_model.require_same_base(manifest.base_model, base_folder, folder)
+            base_model.require_same_base(manifest.base_model, base_folder, folder, actual)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
+        unchecked = None
         if file_format == "peft":
-            _write_peft(checkpoint, task_set, partial, dtype)
+            unchecked = write_peft(checkpoint, task_set, base_folder, partial, getattr(torch, dtype or "float32"))
         else:
             assert base_folder is not None  # resolved above
-            _write_merged(checkpoint, task_set, base_folder, partial, dtype)
+            write_merged(checkpoint, task_set, base_folder, partial, getattr(torch, dtype) if dtype else None)
         os.rename(partial, out)  # replaces an empty folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = size_text(sum(file.stat().st_size for file in out.iterdir()))
-    tables.console().print(f"{out}: task set {task_set} as {file_format}, {size}")
+    console = tables.console()
+    console.print(f"{out}: task set {task_set} as {file_format}, {size}")
+    if unchecked:
+        console.print(f"not checked whether PEFT applies it to every module: {unchecked}")
     return 0
 
 
@@ -83,31 +93,3 @@ def _output_problems(out: Path) -> list[Problem]:
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         return [Problem(f"{ancestor} cannot be written", "--out", remedy="name a folder that you may write to")]
     return []
-
-
-def _write_peft(checkpoint: Checkpoint, task_set: TaskSet, out: Path, dtype: str | None) -> None:
-    import torch
-
-    from loraf.peft_export import export_peft
-
-    export_peft(checkpoint, task_set, out, getattr(torch, dtype or "float32"))
-
-
-def _write_merged(checkpoint: Checkpoint, task_set: TaskSet, base_folder: Path, out: Path, dtype: str | None) -> None:
-    """Sums in float32, from the base's own numbers, and rounds once."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from loraf.delta import Merger
-    from loraf_train.sequence.preflight import load_tokenizer
-
-    tokenizer = load_tokenizer(base_folder)
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype="auto")
-    module: torch.nn.Module = model  # transformers wraps `float` and `to` without types
-    written_dtype: torch.dtype = model.dtype if dtype is None else getattr(torch, dtype)
-    if written_dtype == torch.float32:
-        module.float()
-    Merger(model, checkpoint, keep_projections=False).merge(task_set)
-    module.to(written_dtype)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)

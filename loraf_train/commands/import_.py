@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from loraf import manifest as manifests
 from loraf.errors import ConfigError, LorafError, Problem
+from loraf.folder_lock import locked
 from loraf.tasksets import name_problem
 from loraf.units import size_text
 from loraf_train.commands.inspect import capacity_text
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loraf.checkpoint import Checkpoint
+    from loraf.peft_import import Shapes
     from loraf_train.importing.fitting import Lengths
     from loraf_train.importing.placing import Plan
     from loraf_train.importing.sources import ForeignAdapter
@@ -51,6 +54,23 @@ def import_task(
     Raises:
         LorafError: everything that prevents the import; nothing is written then.
     """
+    arguments = (folder, into, name, tasks, sparsity, dtype, allow_lossy, allow_other_base)
+    if not (into / manifests.FILE_NAME).is_file():
+        return _import(*arguments)  # raises
+    with locked(into, "loraf-train import"):
+        return _import(*arguments)
+
+
+def _import(
+    folder: Path,
+    into: Path,
+    name: str,
+    tasks: str | None,
+    sparsity: float | None,
+    dtype: str | None,
+    allow_lossy: bool,
+    allow_other_base: bool,
+) -> int:
     from loraf_train.importing import placing
     from loraf_train.importing.fitting import Lengths
     from loraf_train.terminal.progress import Progress
@@ -115,16 +135,17 @@ def _plan(
     from loraf_train.importing.sources import open_foreign
 
     problems: list[Problem] = []
-    source = _try(lambda: open_foreign(folder, tasks), problems)
-    checkpoint = _try(lambda: Checkpoint.open(into), problems)
+    opened: list[Problem] = []
+    checkpoint = _try(lambda: Checkpoint.open(into), opened)
+    source = _try(lambda: open_foreign(folder, tasks, lambda shapes: _misfits(shapes, checkpoint, folder)), problems)
+    problems += opened
     problems += _option_problems(name, sparsity, checkpoint)
     plan = None
     if source is not None and checkpoint is not None:
-        misfits = _misfits(source, checkpoint, folder)
-        problems += misfits
+        problems += source.misfits
         if not allow_other_base:
             problems += source.base_problems(checkpoint)
-        if not misfits and (sparsity is None or 0 <= sparsity < 1):
+        if not source.misfits and (sparsity is None or 0 <= sparsity < 1):
             plan = _try(lambda: placing.plan(source, checkpoint, name, sparsity, dtype, may_fit=allow_lossy), problems)
     if problems or source is None or checkpoint is None or plan is None:
         raise ConfigError(problems)
@@ -154,20 +175,27 @@ def _option_problems(name: str, sparsity: float | None, checkpoint: Checkpoint |
     return problems
 
 
-def _misfits(source: ForeignAdapter, checkpoint: Checkpoint, folder: Path) -> list[Problem]:
-    """Modules that the checkpoint does not have, or has in another shape."""
+def _misfits(adapter: Shapes, checkpoint: Checkpoint | None, folder: Path) -> list[Problem]:
+    """Modules that the checkpoint does not have, or has in another shape.
+
+    Args:
+        adapter: the shapes of the adapter to import.
+        checkpoint: None if it cannot be opened.
+    """
     from loraf.peft_import import shown
 
+    if checkpoint is None:
+        return [Problem("cannot be compared with the checkpoint", "modules", str(folder), "see the other problem")]
     shapes = {name: (module.d_out, module.d_in) for name, module in checkpoint.manifest.modules.items()}
     problems = []
-    absent = [name for name in source.shapes if name not in shapes]
+    absent = [name for name in adapter if name not in shapes]
     if absent:
         message = f"the adapter changes modules that the checkpoint does not have: {shown(absent)}"
         remedy = "import into a checkpoint of the same base model whose target_modules include these"
         problems.append(Problem(message, "modules", str(folder), remedy))
-    reshaped = [name for name, shape in source.shapes.items() if shape != shapes.get(name, shape)]
+    reshaped = [name for name, shape in adapter.items() if shape != shapes.get(name, shape)]
     if reshaped:
-        adapter_shape, module_shape = source.shapes[reshaped[0]], shapes[reshaped[0]]
+        adapter_shape, module_shape = adapter[reshaped[0]], shapes[reshaped[0]]
         adapter_text, module_text = (f"{d_out}×{d_in}" for d_out, d_in in (adapter_shape, module_shape))
         message = f"{shown(reshaped)}: {adapter_text}, but {module_text} in the checkpoint"
         remedy = f"import an adapter of {checkpoint.manifest.base_model.name}"

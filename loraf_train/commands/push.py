@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loraf import manifest as manifests
 from loraf.errors import ConfigError, Problem, one_line
-from loraf.hub import HUB_ID, checkpoint_folder
+from loraf.hub import HUB_ID, checkpoint_folder, split_revision
 from loraf_train.commands import card as model_card
 from loraf_train.terminal import tables
 
@@ -16,15 +16,15 @@ def card(source: str, write: bool, name: str | None) -> int:
     """Prints the model card, or writes README.md into the checkpoint's folder.
 
     Args:
-        source: a folder or a hub id.
+        source: a folder or a hub id, which may be followed by `#` and a revision.
         write: whether to write the file instead of printing.
-        name: the checkpoint's name on the card; None: `source`.
+        name: the checkpoint's name on the card; None: `source`, without a revision.
 
     Raises:
         LorafError: there is no checkpoint, or README.md already exists.
     """
     folder = checkpoint_folder(source)
-    text = model_card.card(manifests.read(folder), name or source)
+    text = model_card.card(manifests.read(folder), name or split_revision(source)[0])
     if not write:
         sys.stdout.write(text)
         return 0

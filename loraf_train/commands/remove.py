@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from loraf import manifest as manifests
+from loraf.folder_lock import locked
 from loraf.manifest import Manifest
 from loraf_train.commands.inspect import capacity_text
 from loraf_train.terminal import tables
@@ -22,8 +23,16 @@ def remove(folder: Path, name: str, dry_run: bool) -> int:
 
     Raises:
         UnknownTask: there is no such task.
-        CheckpointError: there is no checkpoint, or it cannot be written.
+        CheckpointError: there is no checkpoint, it cannot be written, or another process writes to it.
     """
+    if dry_run:
+        return _remove(folder, name, dry_run)
+    manifests.read(folder)  # a folder without a checkpoint is not locked
+    with locked(folder, "loraf-train remove"):
+        return _remove(folder, name, dry_run)
+
+
+def _remove(folder: Path, name: str, dry_run: bool) -> int:
     from loraf.checkpoint import Checkpoint
 
     out = tables.console()

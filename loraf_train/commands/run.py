@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraf.folder_lock import locked
 from loraf_train.processes import launcher
 from loraf_train.scoring import table
-from loraf_train.sequence.preflight import prepare
+from loraf_train.sequence.preflight import PreparedRun, prepare
 from loraf_train.set_options import as_trained_or_none
 from loraf_train.terminal import tables
 from loraf_train.terminal.progress import Progress
@@ -28,9 +29,17 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
         eval_limit: maximum number of examples of each evaluation set; None: all.
 
     Raises:
-        LorafError: every mistake in the file, the model, the records or the output folder, before training starts.
+        LorafError: every mistake in the file, the model, the records or the output folder, before training starts; or
+            another process writes to the output folder.
     """
     prepared = prepare(path, overrides, eval_limit)
+    if not launcher.is_first():
+        return _run(prepared, evaluate)
+    with locked(prepared.config.output, "loraf-train run"):
+        return _run(prepared, evaluate)
+
+
+def _run(prepared: PreparedRun, evaluate: bool) -> int:
     config, out = prepared.config, tables.console(quiet=not launcher.is_first())
     out.print(f"{config.file}: {len(config.tasks)} tasks on {config.model} into {config.output}")
     existing = prepared.existing.task_names if prepared.existing else ()
@@ -43,8 +52,12 @@ def run(path: Path, overrides: Sequence[str], evaluate: bool, eval_limit: int | 
     for task in config.tasks:
         if evaluate and not prepared.data[task.name].evaluation:
             out.print(f"{task.name} has no evaluation records (data.eval), so it gets no score")
+    for name in table.outdated(prepared.existing, config.tasks, prepared.data) if prepared.existing else ():
+        reason = "were measured on other records or in another way, or an earlier release of loraf stored them"
+        consequence = "they are measured again" if evaluate else "they are out of date"
+        out.print(f"{name}: its stored scores {reason}; {consequence}")
     if prepared.existing and not prepared.waiting:
-        lacking = table.missing(prepared.existing, prepared.data) if evaluate else []
+        lacking = table.missing(prepared.existing, config.tasks, prepared.data) if evaluate else []
         if not lacking:  # nothing left that needs the model
             from loraf_train.sequence.resume import tidy
 

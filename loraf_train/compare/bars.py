@@ -152,5 +152,5 @@ def _is_loss(task: ScoredTask) -> bool:
 def _whiskers(statistics: Statistics) -> str:
     seeds = max(runs(statistics, method) for method in statistics.results.methods)
     if seeds < 2:
-        return "1 seed; whiskers: Wilson's 95 % interval over the examples"
+        return "1 seed; whiskers: 95 % interval over the examples"
     return f"mean of {seeds} seeds; whiskers: 95 % t interval"

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from loraf.errors import ConfigError
 from loraf.prompt_ids import prompt_ids
 from loraf_train.data.examples import EvaluationExample, Example
+from loraf_train.data.form import RecordFault
 from loraf_train.data.records import Faults, read
 from loraf_train.data.task_data import load_task
+from loraf_train.data.text import require_encodable
 from loraf_train.settings.config import TaskConfig
 from loraf_train.settings.data import DataConfig, RecordSource
 from loraf_train.settings.parts import TrainingConfig
@@ -71,6 +73,11 @@ def _texts(
     for number, record in enumerate(records, 1):
         if not isinstance(record.get("text"), str):
             faults.add(f"record {number}", "field 'text' is missing or not a string", "give every record a text")
+            continue
+        try:
+            require_encodable(record["text"], "field 'text'")
+        except RecordFault as fault:
+            faults.add(f"record {number}", fault.message, fault.remedy)
     if faults.problems:
         raise ConfigError(faults.problems)
     examples = []

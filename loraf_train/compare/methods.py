@@ -4,7 +4,7 @@
     random-mask   the same with positions drawn at random among the free ones: is magnitude a good criterion?
     frozen-a      the same A, but one dense B that all tasks share
     lora          PEFT's LoRA; an earlier task's adapter is merged into the weights, and a fresh one put on top
-    full          all parameters of the model, in the model's own precision
+    full          all parameters of the model, bfloat16 ones as float32 copies
 
 `Method.train` trains tasks one after the other and calls a Listener, which measures at the right moments. When it
 returns, the model is the bare base again, bit for bit. Everything is measured in the form that would be served: with
@@ -29,9 +29,12 @@ from loraf.checkpoint import Checkpoint
 from loraf.delta import Merger, OriginalWeights, task_scale
 from loraf.manifest import positions_per_matrix
 from loraf.tasksets import TaskSet
+from loraf_train.adapter import model_limits
+from loraf_train.adapter.dropout import draw_peft_by_token
 from loraf_train.adapter.layer import EarlierTasks
 from loraf_train.adapter.masks import feasible
-from loraf_train.adapter.trainable_base import TrainableBase, find_targets
+from loraf_train.adapter.peft_targets import peft_targets
+from loraf_train.adapter.trainable_base import TrainableBase, find_targets, own_weights
 from loraf_train.compare.results import MaskShare
 from loraf_train.processes import group
 from loraf_train.sequence import phases, provenance, runner
@@ -220,7 +223,9 @@ class FrozenA(Method):
         model, rank = bench.model, config.adapter.rank
         targets = find_targets(model, config.adapter.target_modules, str(config.file))
         a = {name: _a(config, name, linear).to(linear.weight.dtype) for name, linear in targets.items()}
-        base = TrainableBase(model, targets, a, runner.pad_id(bench.loaded[1]))
+        base = TrainableBase(
+            model, targets, a, model_limits.padding_id(bench.loaded[1], model_limits.vocabulary(model))
+        )
         all_positions = {name: torch.arange(linear.out_features * rank) for name, linear in targets.items()}
         earlier = dict.fromkeys(targets, EarlierTasks.of(()))
         scaled: dict[str, torch.Tensor] = {}  # module → α/r · B of the last task, (d_out · rank,)
@@ -243,7 +248,7 @@ class FrozenA(Method):
             size = _written_bytes(bench, partial(_save_tensors, dense))
             scaled = {name: b.float().view(-1) * scale for name, b in dense.items()}
             if group.is_first():
-                with _merged(config, targets, scaled):
+                with _merged(model, config, targets, scaled):
                     trainable = sum(map(len, all_positions.values()))
                     listener.trained(task, TrainedTask(trainable, outcome.steps, size))
             group.wait()
@@ -261,15 +266,16 @@ def _a(config: RunConfig, module: str, linear: torch.nn.Linear) -> torch.Tensor:
 
 @contextmanager
 def _merged(
-    config: RunConfig, targets: Mapping[str, torch.nn.Linear], scaled: Mapping[str, torch.Tensor]
+    model: PreTrainedModel,
+    config: RunConfig,
+    targets: Mapping[str, torch.nn.Linear],
+    scaled: Mapping[str, torch.Tensor],
 ) -> Iterator[None]:
     """A context in which the weights include ΔW. `scaled`: module → α/r · B, (d_out · rank,)."""
-    originals = OriginalWeights()
+    originals = OriginalWeights(model)
     for name, linear in targets.items():
-        weight = linear.weight
-        assert isinstance(weight, torch.nn.Parameter)  # torch annotates it as a plain tensor
-        originals.keep(name, weight)
-        b = scaled[name].view(linear.out_features, -1).to(weight.device)
+        originals.keep(name, linear)
+        b = scaled[name].view(linear.out_features, -1).to(linear.weight.device)
         originals.add(name, b @ _a(config, name, linear))
     yield
     originals.restore()
@@ -288,27 +294,31 @@ class Lora(Method):
         import peft
 
         model = bench.model
-        find_targets(model, config.adapter.target_modules, str(config.file))
-        for task in config.tasks:
-            listener.started(task)
-            lora = peft.LoraConfig(
-                r=config.adapter.rank,
-                lora_alpha=task.alpha,  # type: ignore[arg-type]  # annotated as int, but any number works
-                lora_dropout=task.training.dropout,
-                target_modules=list(config.adapter.target_modules),
-                bias="none",
-                task_type="CAUSAL_LM",
-            )
-            with torch.random.fork_rng():
-                torch.manual_seed(derived_seed(config.seed, task.name, "lora"))
-                adapted = peft.get_peft_model(model, lora)
-            outcome, trainable = _fit(bench, config, task, listener)
-            listener.ended(task)
-            size = _written_bytes(bench, partial(adapted.save_pretrained, save_embedding_layers=False))
-            adapted.merge_and_unload()
-            if group.is_first():
-                listener.trained(task, TrainedTask(trainable, outcome.steps, size))
-            group.wait()
+        targets = find_targets(model, config.adapter.target_modules, str(config.file))
+        modules, parameters = peft_targets(model.config.model_type, targets)
+        with own_weights(model, targets):  # PEFT merges in place
+            for task in config.tasks:
+                listener.started(task)
+                lora = peft.LoraConfig(
+                    r=config.adapter.rank,
+                    lora_alpha=task.alpha,  # type: ignore[arg-type]  # annotated as int, but any number works
+                    lora_dropout=task.training.dropout,
+                    target_modules=modules,
+                    target_parameters=parameters,
+                    bias="none",
+                    task_type="CAUSAL_LM",
+                )
+                with torch.random.fork_rng():
+                    torch.manual_seed(derived_seed(config.seed, task.name, "lora"))
+                    adapted = peft.get_peft_model(model, lora)
+                draw_peft_by_token(adapted)
+                outcome, trainable = _fit(bench, config, task, listener)
+                listener.ended(task)
+                size = _written_bytes(bench, partial(adapted.save_pretrained, save_embedding_layers=False))
+                adapted.merge_and_unload()
+                if group.is_first():
+                    listener.trained(task, TrainedTask(trainable, outcome.steps, size))
+                group.wait()
         _restore_base(bench, config)
 
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
@@ -317,7 +327,7 @@ class Lora(Method):
 
 
 class Full(Method):
-    """Trains all parameters of the model, in the precision that it is loaded in (`precision:`)."""
+    """Trains all parameters of the model; bfloat16 ones as float32 copies (trainer.master_weights)."""
 
     name = "full"
 
@@ -338,7 +348,7 @@ class Full(Method):
     def settings(self, config: RunConfig, task: TaskConfig) -> dict[str, Any]:
         training = dict(provenance.settings(config, task)["training"])
         training.pop("dropout")
-        return {"training": training}
+        return {"training": training, "dtype": "float32"}
 
 
 ALL: Mapping[str, Method] = {method.name: method for method in (Loraf(), RandomMask(), FrozenA(), Lora(), Full())}
@@ -366,7 +376,7 @@ def _fit(bench: Bench, config: RunConfig, task: TaskConfig, listener: Listener) 
         bench.model,
         bench.data[task.name].train,
         phases.training_phase(task, _seed(config, task)),
-        runner.pad_id(bench.loaded[1]),
+        model_limits.padding_id(bench.loaded[1], model_limits.vocabulary(bench.model)),
         _on_step(listener, task),
     )
     return outcome, trainable

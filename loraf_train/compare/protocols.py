@@ -25,10 +25,10 @@ from loraf_train.compare import methods, stored
 from loraf_train.compare.general import General
 from loraf_train.compare.meter import Meter
 from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Cost, Drift, MaskShare, Run, RunScore
+from loraf_train.data.examples import digest_of
 from loraf_train.grading.builtin import MEAN
 from loraf_train.processes import group
 from loraf_train.scoring.evaluate import score
-from loraf_train.sequence import resume
 from loraf_train.sequence.provenance import environment
 
 if TYPE_CHECKING:
@@ -112,12 +112,12 @@ class Comparison:
         """Everything that a run depends on; the keys are those of its file."""
         provenance: dict[str, Any] = {
             "protocol": self.protocol,
-            "evaluation": {n: [resume.digest_of([s]) for s in d.evaluation.values()] for n, d in self.data.items()},
+            "evaluation": {n: [digest_of([s]) for s in d.evaluation.values()] for n, d in self.data.items()},
             "scoring": {
                 t.name: {"metric": self.data[t.name].metric, "max_new_tokens": t.max_new_tokens}
                 for t in self.config.tasks
             },
-            "general": resume.digest_of(self.general.examples) if self.general else None,
+            "general": digest_of(self.general.examples) if self.general else None,
             "base": self.base,
             **environment(self.loaded[0]),
         }
@@ -133,7 +133,7 @@ class Comparison:
             "seed": seed,
             "settings": {t.name: method.settings(config, t) for t in config.tasks},
             "how": {t.name: _speed_settings(t) for t in config.tasks},
-            "examples": {n: resume.digest_of(d.train) for n, d in self.data.items()},
+            "examples": {n: digest_of(d.train) for n, d in self.data.items()},
         }
 
     def _base(self) -> Run:
@@ -221,7 +221,7 @@ class _Recorder(methods.Listener):
             for s in score(model, tokenizer, task, data, TaskSet(), report):  # here the set is only a label
                 self._require_finite(s.score, f"the score on {s.evaluation}", after, acting)
                 if s.evaluation != MEAN:
-                    self.scores.append(RunScore(after, acting, task.name, s.evaluation, s.score, s.count))
+                    self.scores.append(RunScore(after, acting, task.name, s.evaluation, s.score, s.count, s.interval))
 
     def measure_drift(self, after: str) -> None:
         general = self.comparison.general

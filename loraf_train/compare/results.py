@@ -48,6 +48,7 @@ class RunScore:
             `task` had just been trained, measured at the end of the run (for a method with `keeps_copies`, the score
             of a copy kept at that time).
         task, evaluation: what was scored, on `count` examples.
+        interval: 95 % interval of a mean of grades, over the examples; None: the score is of another kind.
     """
 
     after: str
@@ -56,6 +57,7 @@ class RunScore:
     evaluation: str
     score: float
     count: int
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def preface(results: Results) -> list[str]:
         f"{', '.join(results.methods)} on {model_name(results)} ({results.parameters:,} parameters), "
         f"protocol {results.protocol}, {seeds}",
         "a number is the mean over the seeds; in brackets, with two or more seeds, Student's 95 % t interval over the "
-        "seeds; with a single seed, Wilson's 95 % interval over the examples, for shares of correct answers",
+        "seeds; with a single seed, the 95 % interval over the examples: Wilson's for shares of correct answers, "
+        "bootstrapped for grades",
         "bold: the best mean of its column, to the digits shown; intervals may overlap",
         *(f"{key}: {_plain(value)}" for key, value in results.surroundings.items()),
     ]

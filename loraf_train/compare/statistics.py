@@ -118,7 +118,8 @@ class Statistics:
         estimate = over_seeds([score.score for score in scores], count, *_bounds([task]))
         if estimate is None or estimate.seeds > 1 or task.metric in LOWER_IS_BETTER or not 0 <= estimate.mean <= 1:
             return estimate
-        return replace(estimate, interval=wilson_interval(estimate.mean * count, count))
+        interval = scores[0].interval or wilson_interval(estimate.mean * count, count)
+        return replace(estimate, interval=interval)
 
     def of_task(self, method: str | None, task: ScoredTask, after: str = BASE) -> Estimate | None:
         """The unweighted mean over a task's evaluation sets; with a single set, its score."""

@@ -2,11 +2,13 @@
 
 A prompt is tokenized alone, by the function that a server uses (loraf.prompt_ids), so that training and serving see the
 same tokens. The completion is tokenized as a continuation: no token spans the border, even where the tokenizer would
-merge there, and no space is added before its first word. An end-of-sequence token is appended and learned.
+merge there, and no space is added before its first word. An end-of-sequence token is appended and learned, unless the
+completion ends a conversation's turn with an end token of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 from loraf.errors import ConfigError, Problem
 from loraf.prompt_ids import prompt_ids
 from loraf_train.data.records import Record
+from loraf_train.grading.thoughts import after_thoughts
 from loraf_train.settings.data import RecordSource
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ class EvaluationExample:
 
     Attributes:
         record: what it was read from, number `number` (from 1) of `source`; only set for a metric of the user's own.
+        thinks: whether the prompt opens the thoughts of an answer; None: it is no prompt of a conversation, so an
+            answer is graded whole.
     """
 
     example: Example
@@ -61,10 +66,15 @@ class EvaluationExample:
     record: Record = field(default_factory=dict)
     source: str = ""
     number: int = 0
+    thinks: bool | None = field(default=None, repr=False)  # digests of evaluation sets are of their repr
 
     @property
     def prompt_ids(self) -> list[int]:
         return self.example.input_ids[: self.example.prompt_length]
+
+    def graded_text(self, answer: str) -> str:
+        """Returns the part of an answer's text that is graded: in a conversation, what follows the thoughts."""
+        return answer if self.thinks is None else after_thoughts(answer, self.thinks)
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,10 @@ class RecordText:
 
 
 def tokenize(
-    texts: Sequence[RecordText], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True
+    texts: Sequence[RecordText],
+    tokenizer: PreTrainedTokenizerBase,
+    special_tokens: bool = True,
+    ends: Sequence[int] = (),
 ) -> list[list[Example]]:
     """Returns the sequences of each record, at full length.
 
@@ -104,6 +117,7 @@ def tokenize(
 
     Args:
         special_tokens: see `loraf.manifest.Templates`.
+        ends: see `loraf_train.data.form.Form`.
 
     Raises:
         ConfigError: a prompt has no token, so that no answer could begin.
@@ -118,7 +132,7 @@ def tokenize(
         if not all(prompt for prompt, _ in ids):
             empty.append(text)
         else:
-            examples.append(_sequences(ids, tokenizer.eos_token_id))
+            examples.append(_sequences(ids, tokenizer.eos_token_id, ends))
     if empty:
         more = f" (and that of {len(empty) - 1} more records)" if len(empty) > 1 else ""
         message = f"its prompt{more} is empty, and the tokenizer adds no token at the beginning"
@@ -127,26 +141,31 @@ def tokenize(
     return examples
 
 
-def _sequences(turns: Iterable[tuple[list[int], list[int]]], eos: int | None) -> list[Example]:
+def _sequences(
+    turns: Iterable[tuple[list[int], list[int]]], eos: int | None, ends: Sequence[int] = ()
+) -> list[Example]:
     """Joins the (prompt, completion) ids of a record's answers, in order, into sequences; see `tokenize`."""
     examples: list[Example] = []
     ids: list[int] = []
     prompt_length = 0
     silent: list[tuple[int, int]] = []
+    ended = False  # whether the last completion has its end
+    enders = {*ends} | ({eos} if eos is not None else set())
 
     def close() -> None:
-        ending = [] if eos is None or ids[-1:] == [eos] and len(ids) > prompt_length else [eos]
+        ending = [] if eos is None or ended else [eos]
         examples.append(Example([*ids, *ending], prompt_length, tuple(silent)))
 
     for prompt, completion in turns:
         if ids and prompt[: len(ids)] == ids:
-            ended = eos is not None and prompt[len(ids) : len(ids) + 1] == [eos]
-            silent.append((len(ids) + ended, len(prompt)))
+            end_follows = not ended and not enders.isdisjoint(prompt[len(ids) : len(ids) + 1])
+            silent.append((len(ids) + end_follows, len(prompt)))
         else:
             if ids:
                 close()
             prompt_length, silent = len(prompt), []
         ids = [*prompt, *completion]
+        ended = bool(completion) and completion[-1] in enders
     close()
     return examples
 
@@ -171,3 +190,11 @@ def _completion_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
     for i, ids in zip(merged, tokenized([texts[i] for i in merged]) if merged else [], strict=True):
         completions[i] = list(ids)
     return completions
+
+
+def digest_of(examples: Sequence[object]) -> str:
+    """Returns the SHA-256 (hex) of the examples in order: of their `repr`, so of class and field names too."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(example).encode())
+    return digest.hexdigest()

@@ -17,7 +17,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loraf_train.data import forms
-from loraf_train.data.forms import Form, InstructionForm, RecordFault, TemplateForm, plain_text
+from loraf_train.data.form import Form, RecordFault
+from loraf_train.data.forms import InstructionForm, TemplateForm
+from loraf_train.data.text import field_text, text_or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +37,9 @@ class MathsForm(TemplateForm):
     """Records of GSM8K."""
 
     def texts(self, record: Record) -> list[tuple[str, str]]:
-        worked, mark, number = str(record.get("answer")).rpartition(WRITTEN)
+        if "answer" not in record:
+            return super().texts(record)
+        worked, mark, number = field_text(record.get("answer"), "answer").rpartition(WRITTEN)
         if not mark:
             raise RecordFault(f"has no {WRITTEN} in its answer", "fix the record, or set data.completion")
         return super().texts({**record, "answer": f"{worked}{MARKER} {number.strip()}"})
@@ -57,7 +61,7 @@ def form_of(data: DataConfig, first: Record, tokenizer: PreTrainedTokenizerBase 
 
 
 def is_maths(record: Record) -> bool:
-    return "question" in record and WRITTEN in str(record.get("answer"))
+    return "question" in record and WRITTEN in (text_or_none(record.get("answer")) or "")
 
 
 def is_choice(record: Record) -> bool:
@@ -66,7 +70,7 @@ def is_choice(record: Record) -> bool:
 
 def choices_of(record: Record) -> tuple[str, ...]:
     """Returns the choices that include a record's answer; empty if none do."""
-    label = plain_text(record.get("answer"))
+    label = text_or_none(record.get("answer"))
     return next((choices for choices in CHOICES if label in choices), ())
 
 

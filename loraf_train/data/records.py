@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from loraf.errors import ConfigError, Problem, one_line
-from loraf_train.settings.data import RecordSource
+from loraf_train.data.columns import read_parquet, records_of
+from loraf_train.data.values import Unreadable
+from loraf_train.settings.data import COMPRESSED, RecordSource, file_format
 
 if TYPE_CHECKING:
     import datasets
 
 Record = dict[str, Any]
+_JSON = (".jsonl", ".ndjson", ".json")
 SHOWN = 3  # different mistakes of a source that are reported; the others are only counted
+_GZIP = b"\x1f\x8b"  # the first bytes of every such file
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+
+class _Unusable(Exception):
+    """A file that is not what its name says: message and remedy."""
 
 
 class Faults:
-    """Collects the mistakes in the records of one source; each is reported once, at its first place, with a count."""
+    """Collects the mistakes in the records of one source; each is reported once, at its first place, with a count.
 
-    def __init__(self, source: str):
+    Args:
+        kind: how they are called: mistakes or warnings.
+    """
+
+    def __init__(self, source: str, kind: str = "mistakes"):
         self._source = source
+        self._kind = kind
         self._places: dict[tuple[str, str], list[str]] = {}
 
     def add(self, where: str, message: str, remedy: str) -> None:
@@ -37,7 +56,7 @@ class Faults:
         others = sum(len(places) for places in list(self._places.values())[SHOWN:])
         if others:
             remedy = "fix the ones above first"
-            problems.append(Problem(f"{others} more records have mistakes", "", self._source, remedy))
+            problems.append(Problem(f"{others} more records have {self._kind}", "", self._source, remedy))
         return problems
 
 
@@ -55,13 +74,23 @@ def read(source: RecordSource, split: str = "train") -> list[Record]:
     assert source.file is not None  # a source is a file or a dataset
     faults = Faults(str(source.file))
     try:
-        records = list(_READERS[source.file.suffix](source.file, faults))
+        records = list(_READERS[file_format(source.file)](source.file, faults))
+    except _Unusable as error:
+        faults.add("", *error.args)
+        records = []
     except UnicodeDecodeError:
         faults.add("", "is not UTF-8 text", "save it as UTF-8")
+        records = []
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        message = f"is not a whole gzip file ({one_line(error)})"
+        faults.add("", message, f"compress it again, or take {COMPRESSED} off its name if it is not compressed")
         records = []
     except OSError as error:
         faults.add("", f"cannot be read ({error.strerror or error})", "name a readable file")
         records = []
+    if len(records) == 1 and file_format(source.file) in _JSON and _is_by_columns(records[0]):
+        remedy = "write one object for each record (in pandas: to_json with orient='records')"
+        faults.add("", "is one object of columns, not of records", remedy)
     if not records and not faults.problems:
         faults.add("", "has no records", "name a file with records")
     if faults.problems:
@@ -69,13 +98,69 @@ def read(source: RecordSource, split: str = "train") -> list[Record]:
     return records
 
 
+def _is_by_columns(record: Record) -> bool:
+    """Whether a file's only record is a whole table: pandas' `to_json` writes columns of numbered values by default."""
+    values = list(record.values())
+    if len(values) < 2:
+        return False
+    if all(isinstance(value, dict) for value in values):
+        return bool(values[0]) and all(list(value) == [str(i) for i in range(len(values[0]))] for value in values)
+    lists = [value for value in values if isinstance(value, list)]
+    known = any(record.keys() >= form for form in ({"prompt", "completion"}, {"instruction", "output"}))
+    same = len(lists) == len(values) and len({len(value) for value in lists}) == 1 and len(lists[0]) > 1
+    return known and same and not any(isinstance(item, dict | list) for value in lists for item in value)
+
+
+@contextmanager
+def _binary(file: Path) -> Iterator[BinaryIO]:
+    """Opens a file; one that is compressed as its whole content, so that damage shows before anything is read."""
+    with open(file, "rb") as stream:
+        compressed = stream.read(len(_GZIP)) == _GZIP or file.suffix.lower() == COMPRESSED
+        stream.seek(0)
+        yield io.BytesIO(gzip.GzipFile(fileobj=stream).read()) if compressed else stream
+
+
+@contextmanager
+def _text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Opens a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        newline: as for `open`.
+
+    Raises:
+        _Unusable: it is in UTF-16.
+    """
+    with _binary(file) as stream:
+        start = stream.read(4)
+        if start.startswith(_UTF16) or b"\0" in start:
+            raise _Unusable("is UTF-16 text", "save it as UTF-8")
+        stream.seek(0)
+        yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+
+
+def _from_json(text: str) -> Any:
+    """Decodes JSON. A key that occurs twice in an object has no value that could be meant."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                record[key] = Unreadable("occurs twice in its object", "keep one of the two")
+            seen.add(key)
+    return record
+
+
 def _json_lines(file: Path, faults: Faults) -> Iterator[Record]:
-    with open(file, encoding="utf-8-sig") as stream:
+    with _text(file) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = _from_json(line)
             except (ValueError, RecursionError) as error:
                 faults.add(f"line {number}", f"is not JSON ({error})", "write one JSON object per line")
                 continue
@@ -87,13 +172,14 @@ def _json_lines(file: Path, faults: Faults) -> Iterator[Record]:
 
 def _json(file: Path, faults: Faults) -> Iterator[Record]:
     """Reads a JSON list, or JSON lines, which are common under this suffix too."""
-    with open(file, encoding="utf-8-sig") as stream:
+    with _text(file) as stream:
         first = next((line.strip() for line in stream if line.strip()), "")
     if first.startswith("{") and first.endswith("}"):
         yield from _json_lines(file, faults)
         return
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        with _text(file) as stream:
+            content = _from_json(stream.read())
     except (ValueError, RecursionError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise
@@ -112,31 +198,41 @@ def _json(file: Path, faults: Faults) -> Iterator[Record]:
 def _csv(file: Path, faults: Faults) -> Iterator[Record]:
     """Reads every value as text, as it is in the file."""
     csv.field_size_limit(1 << 30)
-    delimiter = "\t" if file.suffix == ".tsv" else ","
-    with open(file, encoding="utf-8-sig", newline="") as stream:
+    delimiter = "\t" if file_format(file) == ".tsv" else ","
+    with _text(file, newline="") as stream:
         rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
         try:
+            columns = list(rows.fieldnames or ())
+            _require_delimiter(columns, delimiter)
+            twice = Unreadable("is the name of two columns", "rename or remove one of them")
+            repeated = {name: twice for name in columns if columns.count(name) > 1}
             for row in rows:
                 if None in row or None in row.values():
-                    columns = len(rows.fieldnames or ())
-                    message = f"does not have the {columns} columns of the first line"
+                    message = f"does not have the {len(columns)} columns of the first line"
                     faults.add(f"line {rows.line_num}", message, "quote values that contain the delimiter")
                     continue
-                yield row
+                yield row | repeated
         except csv.Error as error:
             faults.add(f"line {rows.reader.line_num}", f"is not CSV ({error})", "fix the quotes there")
 
 
+def _require_delimiter(columns: list[str], expected: str) -> None:
+    """Raises _Unusable if the first line is not divided by the delimiter of the file's format, but by another."""
+    others = _DELIMITERS.keys() - {expected}
+    used = next((other for other in sorted(others) if len(columns) == 1 and other in columns[0]), None)
+    if used is not None:
+        remedy = f"save it with {_DELIMITERS[expected]}" + (", or name it .tsv" if used == "\t" else "")
+        raise _Unusable(f"has {_DELIMITERS[used]} between its columns, not {_DELIMITERS[expected]}", remedy)
+
+
 def _parquet(file: Path, faults: Faults) -> Iterator[Record]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(file)
-    except pyarrow.ArrowInvalid as error:
+        with _binary(file) as stream:
+            yield from read_parquet(stream)
+    except pyarrow.ArrowException as error:
         faults.add("", f"is not Parquet ({one_line(error)})", "write it again as Parquet")
-        return
-    yield from table.to_pylist()
 
 
 def _dataset(source: RecordSource, name: str, split: str) -> list[Record]:
@@ -148,7 +244,7 @@ def _dataset(source: RecordSource, name: str, split: str) -> list[Record]:
             dataset = _saved(name, split)
         else:
             dataset = datasets.load_dataset(name, source.subset, split=split, revision=source.revision)
-        records: list[Record] = dataset.to_list()
+        records: list[Record] = records_of(dataset.with_format("arrow")[:], dataset.features.to_dict())
     except Exception as error:  # the library raises many kinds: network, not found, gated, no such split, bad files
         if Path(name).is_dir():
             message, remedy = f"cannot be read ({one_line(error)})", "check subset: and split:, or name a file in it"

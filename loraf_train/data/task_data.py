@@ -3,7 +3,8 @@
     sources → records (data.records) → prompts and completions (data.forms) → token ids (data.examples)
 
 Each source is read once. The records also decide what the settings leave open: their form and, with `recipe: lori`,
-metric and choices. Training examples longer than max_length lose their end.
+metric and choices. Training examples longer than max_length lose their end; those that have nothing left to learn are
+dropped.
 """
 
 from __future__ import annotations
@@ -11,14 +12,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import TYPE_CHECKING
 
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import Templates
 from loraf_train.data import lori
+from loraf_train.data.chat import ChatForm
+from loraf_train.data.cutting import cut, nothing_kept
+from loraf_train.data.doubts import find_doubts, find_empty
 from loraf_train.data.examples import EvaluationExample, EvaluationSet, Example, RecordText, tokenize
-from loraf_train.data.forms import Form, RecordFault, form_of, plain_text
+from loraf_train.data.form import Form, RecordFault
+from loraf_train.data.forms import TemplateForm, form_of
 from loraf_train.data.records import Faults, Record, read
+from loraf_train.data.text import require_encodable, require_readable, text_or_none
+from loraf_train.data.values import Unreadable
 from loraf_train.grading.builtin import DEFAULT_METRIC, expected_answer
 from loraf_train.grading.custom import MetricFault, graded
 from loraf_train.settings.config import RunConfig, TaskConfig
@@ -27,6 +35,7 @@ from loraf_train.settings.data import RecordSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CONVERSATION_FIELDS = frozenset({"messages", "prompt", "completion", "tools", "chat_template_kwargs"})
 NumberedRecord = tuple[int, Record]  # number in its source, from 1
 Read = Callable[[RecordSource, str], list[Record]]  # with the arguments of `records.read`
 
@@ -39,8 +48,11 @@ class TaskData:
         records: number of training records (after `limit`).
         metric: the metric of the settings, or the one that the records decide.
         cut: number of examples that lost their end to max_length.
-        dropped: number of examples left out because nothing of their completion fits.
+        dropped: number of examples left out because nothing to learn of them fits.
+        first_dropped: place of the first of them; empty if there is none.
         longest: tokens of the longest example before any was cut.
+        warnings: doubts about the records.
+        date: that the prompts name, YYYY-MM-DD; empty: they do not depend on it.
     """
 
     train: list[Example]
@@ -50,7 +62,10 @@ class TaskData:
     metric: str
     cut: int = 0
     dropped: int = 0
+    first_dropped: str = ""
     longest: int = 0
+    warnings: tuple[Problem, ...] = ()
+    date: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,13 +75,17 @@ class _EvaluationTexts:
 
 
 def load_all(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, eval_limit: int | None = None
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    eval_limit: int | None = None,
+    today: date | None = None,
 ) -> tuple[dict[str, TaskData], list[Problem]]:
     """Loads the data of all tasks.
 
     Args:
         tokenizer: None if it could not be loaded: the records are still checked, as far as possible without it.
         eval_limit: an upper bound on `data.eval_limit` of every task.
+        today: the date for chat templates that write one; None: today's.
 
     Returns:
         The data of each task without mistakes (none without a tokenizer), and all mistakes.
@@ -74,7 +93,7 @@ def load_all(
     loaded: dict[str, TaskData] = {}
     problems = [] if tokenizer is None else require_eos(tokenizer)
     for task in config.tasks:
-        data, problems_of_task = _load(task, tokenizer, config.seed, eval_limit, read)
+        data, problems_of_task = _load(task, tokenizer, config.seed, eval_limit, read, today or date.today())
         problems += [problem for problem in problems_of_task if problem not in problems]
         if data is not None:
             loaded.setdefault(task.name, data)  # a name that occurs twice is reported with the settings
@@ -87,6 +106,7 @@ def load_task(
     seed: int,
     eval_limit: int | None = None,
     read_source: Read = read,
+    today: date | None = None,
 ) -> TaskData:
     """Reads, formats and tokenizes a task's training and evaluation records.
 
@@ -94,6 +114,7 @@ def load_task(
         seed: determines the sample that `limit` and `eval_limit` take.
         eval_limit: see `load_all`.
         read_source: reads a source's records.
+        today: see `load_all`.
 
     Raises:
         ConfigError: sources that cannot be read, records without a field that a template names, answers that the
@@ -101,7 +122,7 @@ def load_task(
             task's mistakes, but only the first few of each source.
     """
     problems = require_eos(tokenizer)
-    data, problems_of_task = _load(task, tokenizer, seed, eval_limit, read_source)
+    data, problems_of_task = _load(task, tokenizer, seed, eval_limit, read_source, today or date.today())
     if problems or data is None:
         raise ConfigError([*problems, *problems_of_task])
     return data
@@ -113,6 +134,7 @@ def _load(
     seed: int,
     eval_limit: int | None,
     read_source: Read,
+    today: date,
 ) -> tuple[TaskData | None, list[Problem]]:
     """Returns the task's data, None if there are mistakes or no tokenizer; and the mistakes."""
     problems: list[Problem] = []
@@ -120,48 +142,52 @@ def _load(
     metric = _metric(task, sources[0][1][0] if sources else {})
     form: Form | None = None
     train: list[RecordText] = []
-    for source, records in _sampled(sources, task.data.limit, seed):
-        faults = Faults(str(source))
-        form = form or _form(task, *records[0], tokenizer, faults)
-        train += [] if form is None else _texts(form, source, records, faults)
+    warnings: list[Problem] = []
+    for source, records, everything in _sampled(sources, task.data.limit, seed):
+        faults, doubts = Faults(str(source)), Faults(str(source), "warnings")
+        form = form or _form(task, *records[0], tokenizer, today, faults)
+        if form is not None:
+            texts = _texts(form, source, records, faults, doubts)
+            find_doubts(form, source, everything, faults, doubts)
+            find_empty([t.number for t in texts if _has_empty_completion(form, t)], len(records), doubts)
+            train += texts
         problems += faults.problems
+        warnings += doubts.problems
         if form is None:
             break
     limit = min((n for n in (task.data.eval_limit, eval_limit) if n is not None), default=None)
-    evaluation = _evaluation_texts(task, form, metric, limit, seed, problems, read_source)
+    evaluation = _evaluation_texts(task, form, metric, limit, seed, problems, warnings, read_source)
     if problems or tokenizer is None or form is None:
         return None, problems
-    special_tokens = form.templates.special_tokens
     try:
-        examples = [example for sequences in tokenize(train, tokenizer, special_tokens) for example in sequences]
+        sequences = tokenize(train, tokenizer, form.templates.special_tokens, form.ends)
         sets = {
-            name: EvaluationSet(name, _evaluation_examples(task, part.texts, tokenizer, special_tokens), part.choices)
+            name: EvaluationSet(name, _evaluation_examples(task, form, part.texts, tokenizer), part.choices)
             for name, part in evaluation.items()
         }
     except ConfigError as error:
         return None, list(error.problems)
     max_length = task.training.max_length
-    kept = [
-        Example(e.input_ids[:max_length], e.prompt_length, e.silent) for e in examples if e.prompt_length < max_length
-    ]
-    if not kept:
-        shortest = min(e.prompt_length for e in examples)
-        message = (
-            f"every prompt of task {task.name!r} fills max_length {max_length}: "
-            f"all {len(examples)} examples would be dropped"
-        )
-        remedy = f"set max_length to at least {shortest + 1}, one more than the shortest prompt"
-        return None, [Problem(message, "training.max_length", str(task.data.train[0]), remedy)]
+    parts = cut(sequences, train, max_length)
+    if not parts.kept:
+        return None, [nothing_kept(parts.dropped, task.name, max_length)]
     return TaskData(
-        train=kept,
+        train=parts.kept,
         evaluation=sets,
         templates=form.templates,
         records=len(train),
         metric=metric,
-        cut=sum(len(e.input_ids) > max_length > e.prompt_length for e in examples),
-        dropped=len(examples) - len(kept),
-        longest=max(len(e.input_ids) for e in examples),
+        cut=parts.shortened,
+        dropped=len(parts.dropped),
+        first_dropped=parts.first_dropped,
+        longest=parts.longest,
+        warnings=tuple(warnings),
+        date=today.isoformat() if form.wrote_date else "",
     ), []
+
+
+def _has_empty_completion(form: Form, text: RecordText) -> bool:
+    return isinstance(form, TemplateForm) and not text.turns[-1][1].strip()
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
@@ -188,15 +214,19 @@ def _read_all(
 
 def _sampled(
     sources: list[tuple[RecordSource, list[Record]]], limit: int | None, seed: int
-) -> list[tuple[RecordSource, list[NumberedRecord]]]:
-    """Draws at most `limit` records from all sources together by the seed; they stay in file order."""
+) -> list[tuple[RecordSource, list[NumberedRecord], list[Record]]]:
+    """Draws at most `limit` records from all sources together by the seed; they stay in file order.
+
+    Returns:
+        (source, drawn records, all records) of each source of which one was drawn.
+    """
     places = [(s, n) for s, (_, records) in enumerate(sources) for n in range(len(records))]
     if limit is not None and limit < len(places):
         places = sorted(random.Random(seed).sample(places, limit))
     sampled: dict[int, list[NumberedRecord]] = {}
     for s, n in places:
         sampled.setdefault(s, []).append((n + 1, sources[s][1][n]))
-    return [(sources[s][0], records) for s, records in sampled.items()]
+    return [(sources[s][0], records, sources[s][1]) for s, records in sampled.items()]
 
 
 def _metric(task: TaskConfig, first: Record) -> str:
@@ -206,21 +236,38 @@ def _metric(task: TaskConfig, first: Record) -> str:
 
 
 def _form(
-    task: TaskConfig, number: int, first: Record, tokenizer: PreTrainedTokenizerBase | None, faults: Faults
+    task: TaskConfig,
+    number: int,
+    first: Record,
+    tokenizer: PreTrainedTokenizerBase | None,
+    today: date,
+    faults: Faults,
 ) -> Form | None:
     try:
-        return (lori.form_of if task.recipe == "lori" else form_of)(task.data, first, tokenizer)
+        form = (lori.form_of if task.recipe == "lori" else form_of)(task.data, first, tokenizer)
+        return None if form is None else form.on(today)
     except RecordFault as fault:
         faults.add(f"record {number}", fault.message, fault.remedy)
         return None
 
 
-def _texts(form: Form, source: RecordSource, records: list[NumberedRecord], faults: Faults) -> list[RecordText]:
-    """Formats records; those that cannot become text are added to `faults`."""
+def _texts(
+    form: Form, source: RecordSource, records: list[NumberedRecord], faults: Faults, doubts: Faults
+) -> list[RecordText]:
+    """Formats records; those that cannot become text are added to `faults`, those that do in part to `doubts`."""
     texts = []
     for number, record in records:
         try:
-            texts.append(RecordText(form.texts(record), "", source, number, record))
+            if isinstance(form, ChatForm):
+                for name in CONVERSATION_FIELDS & record.keys():
+                    require_readable(record[name], name)
+            turns = form.texts(record)
+            for prompt, completion in turns:
+                require_encodable(prompt, "its prompt")
+                require_encodable(completion, "its completion")
+            texts.append(RecordText(turns, "", source, number, record))
+            for loss in form.losses:
+                doubts.add(f"record {number}", *loss)
         except RecordFault as fault:
             faults.add(f"record {number}", fault.message, fault.remedy)
     return texts
@@ -233,30 +280,42 @@ def _evaluation_texts(
     limit: int | None,
     seed: int,
     problems: list[Problem],
+    warnings: list[Problem],
     read_source: Read,
 ) -> dict[str, _EvaluationTexts]:
-    """Reads and formats every evaluation set, by name; appends the mistakes. Without a form, sources are only read."""
+    """Reads and formats every evaluation set, by name; appends mistakes and doubts.
+
+    Without a form, sources are only read.
+    """
     sets = {}
     for name, source in task.data.eval.items():
-        for _, records in _sampled(_read_all([source], "test", problems, read_source), limit, seed):
-            faults = Faults(str(source))
+        readable = _read_all([source], "test", problems, read_source)
+        for _, records, everything in _sampled(readable, limit, seed):
+            faults, doubts = Faults(str(source)), Faults(str(source), "warnings")
             choices = source.choices or (lori.choices_of(records[0][1]) if task.recipe == "lori" else ())
-            texts = [] if form is None else _texts(form, source, records, faults)
-            texts = _with_answers(texts, metric, choices, faults)
-            _try_grade(task, texts[:1], faults)
+            texts = [] if form is None else _texts(form, source, records, faults, doubts)
+            if form is not None:
+                find_doubts(form, source, everything, faults, doubts)
+            texts = _with_answers(form, texts, metric, choices, faults)
+            _try_grade(task, form, [*texts[:1], *(t for t in texts[1:] if _has_unreadable(t.record))], faults)
             sets[name] = _EvaluationTexts(texts, choices)
             problems += faults.problems
+            warnings += doubts.problems
     return sets
 
 
 def _with_answers(
-    texts: Sequence[RecordText], metric: str, choices: tuple[str, ...], faults: Faults
+    form: Form | None, texts: Sequence[RecordText], metric: str, choices: tuple[str, ...], faults: Faults
 ) -> list[RecordText]:
     """Adds the right answer to each text; records from which it does not follow are added to `faults`."""
     answered = []
     for text in texts:
-        answer = plain_text(text.record.get("answer"))
-        expected = expected_answer(metric, text.turns[-1][1], answer, choices)
+        given = text.record.get("answer")
+        if metric == "choice" and isinstance(given, Unreadable):
+            faults.add(f"record {text.number}", f"field 'answer' {given.reason}", given.remedy)
+            continue
+        answer = text_or_none(given)
+        expected = expected_answer(metric, _right_text(form, text), answer, choices)
         if expected is None:
             reason = "names none of the choices" if metric == "choice" else "states no number"
             remedy = f"fix the record or the choices, or use a metric other than {metric}"
@@ -266,25 +325,39 @@ def _with_answers(
     return answered
 
 
-def _try_grade(task: TaskConfig, texts: list[RecordText], faults: Faults) -> None:
+def _has_unreadable(record: Record) -> bool:
+    try:
+        require_readable(record, "")
+    except RecordFault:
+        return True
+    return False
+
+
+def _right_text(form: Form | None, text: RecordText) -> str:
+    """The text of a right answer, as it is graded."""
+    completion = text.turns[-1][1]
+    return completion if form is None else form.graded_text(completion)
+
+
+def _try_grade(task: TaskConfig, form: Form | None, texts: list[RecordText], faults: Faults) -> None:
     """Runs a metric of the user's own on right answers: what fails here would fail after the training."""
     if task.grade is None:
         return
     for text in texts:
         try:
-            graded(task.grade, text.turns[-1][1], text.record)
+            graded(task.grade, _right_text(form, text), text.record)
         except MetricFault as fault:
             faults.add(f"record {text.number}", fault.message, fault.remedy)
 
 
 def _evaluation_examples(
-    task: TaskConfig, texts: list[RecordText], tokenizer: PreTrainedTokenizerBase, special_tokens: bool
+    task: TaskConfig, form: Form, texts: list[RecordText], tokenizer: PreTrainedTokenizerBase
 ) -> list[EvaluationExample]:
     last_answers = [replace(text, turns=text.turns[-1:]) for text in texts]
     examples = []
-    for (example,), text in zip(tokenize(last_answers, tokenizer, special_tokens), texts, strict=True):
-        if task.grade is None:
-            examples.append(EvaluationExample(example, text.expected))
-        else:
-            examples.append(EvaluationExample(example, text.expected, text.record, str(text.source), text.number))
+    sequences = tokenize(last_answers, tokenizer, form.templates.special_tokens, form.ends)
+    for (example,), text in zip(sequences, texts, strict=True):
+        thinks = form.thinks(text.turns[-1][0])
+        origin = (text.record, str(text.source), text.number) if task.grade is not None else ({}, "", 0)
+        examples.append(EvaluationExample(example, text.expected, *origin, thinks))
     return examples

@@ -1,4 +1,4 @@
-"""The built-in metrics: whether the text of an answer is right, and the confidence interval of a share.
+"""The built-in metrics: whether the text of an answer is right; and the confidence intervals of scores.
 
 exact_match   the whole answer, except for white space at its ends
 gsm8k         the number that the answer states
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 
 DEFAULT_NEW_TOKENS = {"exact_match": 32, "gsm8k": 256, "choice": 32, "loss": 0}  # of every built-in metric
@@ -22,6 +23,18 @@ LOWER_IS_BETTER = frozenset({"loss"})
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", re.ASCII)
 _MARKER = re.compile(r"####|the final answer is:?", re.IGNORECASE)
+
+# A character that joins its neighbour to one word: letters, marks and digits of scripts that put spaces between words.
+_UNSPACED = "".join(
+    rf"\p{{{script}}}"
+    for script in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Tai_Le", "New_Tai_Lue")
+)
+_IN_WORD = rf"[[\p{{L}}\p{{M}}\p{{N}}_]--[{_UNSPACED}ー]]"
+_BEGINS_IN_WORD = rf"\A{_IN_WORD}"
+_ENDS_IN_WORD = rf"[{_IN_WORD}--\p{{Hangul}}]\Z"
+
+_RESAMPLES = 2000
+_RESAMPLES_AT_ONCE = 1 << 22  # drawn examples in memory at a time
 
 
 def exact_match(answer: str, expected: str) -> bool:
@@ -43,15 +56,20 @@ def stated_number(text: str) -> float | None:
 def first_choice(text: str, choices: Sequence[str]) -> str | None:
     """Returns the choice that `text` names first, of two at one place the longer (answer1, answer10); None: none.
 
-    Only whole words count: `true` does not occur in `untrue`.
+    Only whole words count: `true` does not occur in `untrue`, nor `нет` in `интернет`. Scripts without spaces between
+    words (Han, kana, Thai and others) have no such borders, and a Korean word may have a particle attached.
     """
+    import regex  # `inspect` needs this module, and should start fast
+
     best: tuple[int, int, str] | None = None
+    text = unicodedata.normalize("NFC", text)
     for choice in choices:
-        before = r"(?<![A-Za-z0-9_])" if re.match(r"\w", choice, re.ASCII) else ""
-        after = r"(?![A-Za-z0-9_])" if re.search(r"\w\Z", choice, re.ASCII) else ""
-        match = re.search(before + re.escape(choice) + after, text)
-        if match and (best is None or (match.start(), -len(choice)) < best[:2]):
-            best = (match.start(), -len(choice), choice)
+        word = unicodedata.normalize("NFC", choice)
+        before = rf"(?<!{_IN_WORD})" if regex.search(_BEGINS_IN_WORD, word, regex.VERSION1) else ""
+        after = rf"(?!{_IN_WORD})" if regex.search(_ENDS_IN_WORD, word, regex.VERSION1) else ""
+        match = regex.search(before + regex.escape(word) + after, text, regex.VERSION1)
+        if match and (best is None or (match.start(), -len(word)) < best[:2]):
+            best = (match.start(), -len(word), choice)
     return best[2] if best else None
 
 
@@ -100,3 +118,29 @@ def wilson_interval(right: float, count: int, z: float = 1.959963984540054) -> t
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
     return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
+
+
+def mean_interval(grades: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Returns a 95 % interval of the mean of grades from 0 to 1: bootstrapped, from the percentiles of resampled means.
+
+    Of grades that are all 0 or 1, or all equal, it is Wilson's interval: the bootstrap says nothing about a set without
+    spread, and Wilson's is wide enough for any grades of that mean.
+
+    Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+
+    Args:
+        seed: of the resampling, so that the same grades always give the same interval.
+    """
+    import numpy as np
+
+    values = np.asarray(grades, dtype=np.float64)
+    if len(values) < 2 or np.isin(values, (0.0, 1.0)).all() or (values == values[0]).all():
+        return wilson_interval(float(values.sum()), len(values))
+    rng = np.random.default_rng(seed)
+    at_once = max(1, _RESAMPLES_AT_ONCE // len(values))
+    means = [
+        values[rng.integers(len(values), size=(min(at_once, _RESAMPLES - done), len(values)))].mean(axis=1)
+        for done in range(0, _RESAMPLES, at_once)
+    ]
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return float(low), float(high)

@@ -2,13 +2,13 @@
 
     def grade(answer: str, record: Mapping[str, Any]) -> bool | float
 
-`answer` is the generated text without special tokens, `record` the evaluation record with all fields, as read. True and
-False count as 1 and 0, a number must be from 0 to 1; single values of numpy and torch are accepted. The score of an
-evaluation set is the mean over its examples, and higher is better.
+`answer` is the generated text without special tokens, and of a conversation without thoughts; `record` is the
+evaluation record with all fields, as read. True and False count as 1 and 0, a number must be from 0 to 1; single values
+of numpy and torch are accepted. The score of an evaluation set is the mean over its examples, and higher is better.
 
 `module` is a .py file next to the tasks.yaml, or any importable module. Only commands that read a tasks.yaml import it,
-never those that read a checkpoint: a checkpoint keeps only the function's name with each score. Stored scores are
-measured again when the name changes, but not when the function does.
+never those that read a checkpoint. Stored scores are measured again when the name changes or the module's code does; a
+change in another module that it imports goes unnoticed.
 """
 
 from __future__ import annotations
@@ -79,6 +79,15 @@ def find(name: str, folder: Path) -> Grade:
             raise MetricFault(f"there is no {attribute} in {file}", "name a function in it")
         target = getattr(target, part)
     return _checked(name, target)
+
+
+def code_digest(grade: Grade) -> str:
+    """Returns the SHA-256 (hex) of the source of the function's module; empty if there is none to read."""
+    try:
+        module = inspect.getmodule(inspect.unwrap(grade))
+        return hashlib.sha256(inspect.getsource(module or grade).encode()).hexdigest()
+    except (OSError, TypeError):
+        return ""
 
 
 def _checked(name: str, target: Any) -> Grade:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from loraf.checkpoint import Checkpoint
 from loraf.delta import combined_b, task_scale
 from loraf.errors import BaseMismatch, ConfigError, LorafError, Problem
 from loraf.manifest import Manifest, Templates
-from loraf.peft_import import CONFIG, Factors, read_peft
+from loraf.peft_import import CONFIG, Factors, Shapes, read_peft
 from loraf_train import set_options
 
 
@@ -43,6 +43,7 @@ class ForeignAdapter(Protocol):
     Attributes:
         description: in a few words.
         shapes: module → (d_out, d_in).
+        misfits: why these cannot be imported, see `open_foreign`; then it has no values.
         sparsity, dtype: its own; None: it has none.
         training: its provenance as far as it is known, for the manifest.
         origin: what identifies its bytes, for the manifest.
@@ -50,6 +51,7 @@ class ForeignAdapter(Protocol):
 
     description: str
     shapes: dict[str, tuple[int, int]]
+    misfits: list[Problem]
     sparsity: float | None
     dtype: str | None
     training: dict[str, Any]
@@ -74,18 +76,21 @@ class ForeignAdapter(Protocol):
         """Yields remarks for the user."""
 
 
-def open_foreign(folder: Path, tasks: str | None) -> ForeignAdapter:
+def open_foreign(
+    folder: Path, tasks: str | None, misfits: Callable[[Shapes], list[Problem]] = lambda shapes: []
+) -> ForeignAdapter:
     """Reads and verifies the adapter in `folder`.
 
     Args:
         tasks: the task set of a LoRAF checkpoint to import as one task; None: its only task.
+        misfits: returns why modules of these shapes cannot be imported. If it returns anything, no value is read.
 
     Raises:
         LorafError: the folder is of neither kind, is damaged or has features that a task cannot have, or there is no
             such task set.
     """
     if (folder / manifest.FILE_NAME).exists():
-        return LorafSource(folder, tasks)
+        return LorafSource(folder, tasks, misfits)
     if not (folder / CONFIG).exists():
         message = f"holds neither {manifest.FILE_NAME} nor {CONFIG}"
         raise ConfigError(Problem(message, "DIR", str(folder), "name a LoRAF checkpoint or a PEFT LoRA directory"))
@@ -93,7 +98,7 @@ def open_foreign(folder: Path, tasks: str | None) -> ForeignAdapter:
     if tasks is not None:
         problems.append(Problem("a PEFT directory has no tasks to choose from", "--tasks", str(folder), "leave it out"))
     try:
-        source = PeftSource(folder)
+        source = PeftSource(folder, misfits)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     if problems:
@@ -104,11 +109,12 @@ def open_foreign(folder: Path, tasks: str | None) -> ForeignAdapter:
 class PeftSource:
     """A PEFT LoRA directory."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, misfits: Callable[[Shapes], list[Problem]]):
         self._folder = folder
-        self._lora = read_peft(folder)
+        self._lora = read_peft(folder, misfits)
         self.description = f"a PEFT LoRA of rank {self._lora.rank}"
-        self.shapes = {name: factors.shape for name, factors in self._lora.modules.items()}
+        self.shapes = self._lora.shapes
+        self.misfits = self._lora.misfits
         self.sparsity: float | None = None
         self.dtype: str | None = None
         self.training: dict[str, Any] = {}
@@ -167,7 +173,7 @@ class PeftSource:
 class LorafSource:
     """A task set of another LoRAF checkpoint."""
 
-    def __init__(self, folder: Path, tasks: str | None):
+    def __init__(self, folder: Path, tasks: str | None, misfits: Callable[[Shapes], list[Problem]]):
         source = manifest.read(folder)
         if tasks is None and len(source.tasks) != 1:
             message = f"the checkpoint holds {', '.join(source.task_names) or 'no tasks'}"
@@ -175,8 +181,11 @@ class LorafSource:
         self._set = set_options.task_set(tasks or "all", source)
         if self._set.is_base:
             raise ConfigError(Problem(f"{tasks!r} is not a task", "--tasks", str(folder), "name one or more tasks"))
+        self.shapes = {name: (module.d_out, module.d_in) for name, module in source.modules.items()}
+        self.misfits = misfits(self.shapes)
         self._manifest = source
-        self._checkpoint = Checkpoint.open(folder, self._set.names)
+        if not self.misfits:
+            self._checkpoint = Checkpoint.open(folder, self._set.names)
         self._scales = [
             (name, task_scale(source.task(name).alpha, source.rank, weight)) for name, weight in self._set.weights
         ]
@@ -187,7 +196,6 @@ class LorafSource:
         imported = [source.task(name) for name in self._set.names]
         only = imported[0] if len(imported) == 1 else None
         self.description = f"{self._set} of a LoRAF checkpoint"
-        self.shapes = {name: (module.d_out, module.d_in) for name, module in source.modules.items()}
         self.sparsity = only.sparsity if only else None
         self.dtype = imported[0].dtype if len({task.dtype for task in imported}) == 1 else None
         self.training = dict(only.training) if only else {}

@@ -15,11 +15,13 @@ import torch
 
 from loraf.errors import ConfigError
 from loraf.tasksets import TaskSet
+from loraf_train.adapter import model_limits
 from loraf_train.data.examples import IGNORED, EvaluationExample
 from loraf_train.data.records import Faults
 from loraf_train.data.task_data import TaskData
-from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS, LOWER_IS_BETTER, MEAN, OWN_METRIC_NEW_TOKENS, is_right
+from loraf_train.grading.builtin import LOWER_IS_BETTER, MEAN, exact_match, is_right, mean_interval
 from loraf_train.grading.custom import Grade, MetricFault, graded
+from loraf_train.scoring.identity import answer_tokens, evaluation_digest
 from loraf_train.settings.config import TaskConfig
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ class Score:
         evaluation: name of the evaluation set; "mean": the plain mean over the task's sets.
         score: share of right answers, or the mean of a metric of the user's own; for `loss`, nats per token.
         count: number of examples.
+        digest: identifies what was measured, see `identity.evaluation_digest`; empty of a mean over evaluation sets,
+            and of scores that an earlier release stored.
+        interval: 95 % interval of a mean of grades; None: the score is of another kind.
     """
 
     set: str
@@ -46,16 +51,23 @@ class Score:
     metric: str
     score: float
     count: int
+    digest: str = ""
+    interval: tuple[float, float] | None = None
 
     def entry(self) -> dict[str, Any]:
         """Returns the score as the manifest stores it with its task."""
-        return {
+        entry: dict[str, Any] = {
             "set": self.set,
             "evaluation": self.evaluation,
             "metric": self.metric,
             "score": self.score,
             "count": self.count,
         }
+        if self.digest:
+            entry["digest"] = self.digest
+        if self.interval is not None:
+            entry["interval"] = list(self.interval)
+        return entry
 
 
 def score(
@@ -85,21 +97,23 @@ def score(
         def advance(count: int, before: int = done) -> None:
             on_progress(before + count, total)
 
+        interval = None
         if metric == "loss":
             value = completion_loss(model, evaluation.examples, advance)
         else:
-            new_tokens = task.max_new_tokens or DEFAULT_NEW_TOKENS.get(metric, OWN_METRIC_NEW_TOKENS)
-            prompts = [example.prompt_ids for example in evaluation.examples]
-            answers = generate(model, tokenizer, prompts, new_tokens, advance)
+            answers = _answers(model, tokenizer, evaluation.examples, answer_tokens(task, metric), advance)
             if task.grade is not None:
-                value = mean_grade(task.grade, answers, evaluation.examples)
+                grades = _grades(task.grade, [answer.text for answer in answers], evaluation.examples)
+                value, interval = sum(grades) / len(grades), mean_interval(grades)
             else:
                 right = sum(
-                    is_right(metric, answer, example.expected, evaluation.choices)
+                    answer.is_right(metric, example.expected, evaluation.choices)
                     for answer, example in zip(answers, evaluation.examples, strict=True)
                 )
                 value = right / len(evaluation.examples)
-        scores.append(Score(label, task.name, evaluation.name, metric, value, len(evaluation.examples)))
+        digest = evaluation_digest(task, metric, evaluation)
+        count = len(evaluation.examples)
+        scores.append(Score(label, task.name, evaluation.name, metric, value, count, digest, interval))
         done += len(evaluation.examples)
     if len(scores) > 1:
         mean = sum(s.score for s in scores) / len(scores)
@@ -107,30 +121,68 @@ def score(
     return scores
 
 
-def mean_grade(grade: Grade, answers: Sequence[str], examples: Iterable[EvaluationExample]) -> float:
-    """Returns the mean score of an evaluation set by a metric of the user's own.
+@dataclass(frozen=True)
+class _Answer:
+    """A generated answer as text, and the right answer's own tokens as text, both decoded in the same way.
+
+    Of a right answer that has special tokens in it, both keep them. The tokenizer may write a text differently than the
+    record does (lower case, other spaces, an unknown character): then no answer could equal the record's text, but a
+    right one equals `reference`.
+    """
+
+    text: str
+    reference: str
+
+    def is_right(self, metric: str, expected: str, choices: Sequence[str]) -> bool:
+        same = metric == "exact_match" and exact_match(self.text, self.reference)
+        return same or is_right(metric, self.text, expected, choices)
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[EvaluationExample],
+    max_new_tokens: int,
+    on_progress: Callable[[int], None],
+) -> list[_Answer]:
+    generated = generate_ids(
+        model, tokenizer, [example.prompt_ids for example in examples], max_new_tokens, on_progress
+    )
+    ends = end_tokens(model, tokenizer)
+    answers = []
+    for ids, example in zip(generated, examples, strict=True):
+        right = _until_end(example.example.input_ids[example.example.prompt_length :], ends)
+        reference = example.graded_text(_text(tokenizer, right))
+        with_special = example.graded_text(_text(tokenizer, right, keep_special=True))
+        # Only then: elsewhere a stray special token in an answer is ignored.
+        keep = with_special != reference and exact_match(with_special, example.expected)
+        answers.append(_Answer(example.graded_text(_text(tokenizer, ids, keep)), with_special if keep else reference))
+    return answers
+
+
+def _grades(grade: Grade, answers: Sequence[str], examples: Iterable[EvaluationExample]) -> list[float]:
+    """Returns the grade of each answer by a metric of the user's own.
 
     Raises:
         ConfigError: the function fails; names the first such records.
     """
-    total = 0.0
+    grades = []
     by_source: dict[str, Faults] = {}
     for answer, example in zip(answers, examples, strict=True):
         try:
-            total += graded(grade, answer, example.record)
+            grades.append(graded(grade, answer, example.record))
         except MetricFault as fault:
             faults = by_source.setdefault(example.source, Faults(example.source))
             faults.add(f"record {example.number}", fault.message, fault.remedy)
     if by_source:
         raise ConfigError(problem for faults in by_source.values() for problem in faults.problems)
-    return total / len(answers)
+    return grades
 
 
 def higher_is_better(metric: str) -> bool:
     return metric not in LOWER_IS_BETTER
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,18 +190,33 @@ def generate(
     max_new_tokens: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Returns greedy answers up to an end of sequence, without special tokens, in the order of the prompts.
+    """As `generate_ids`, but as text, without special tokens."""
+    answers = generate_ids(model, tokenizer, prompts, max_new_tokens, on_progress)
+    return [_text(tokenizer, ids) for ids in answers]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[list[int]]:
+    """Returns the token ids of greedy answers up to an end of sequence, without it, in the order of the prompts.
+
+    An answer also ends with the model's positions, if it has a table of them.
 
     Args:
         prompts: token ids, at least one each.
         on_progress: called with the number of prompts done.
     """
     ends = end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    answers: list[str] = [""] * len(prompts)
+    pad = model_limits.padding_id(tokenizer, model_limits.vocabulary(model))
+    answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     with _for_answers(model, ends, pad, max_new_tokens):
-        for batch in batches([len(prompt) for prompt in prompts], max_new_tokens):
+        for batch, room in _with_room(prompts, max_new_tokens, model_limits.positions(model)):
             width = max(len(prompts[i]) for i in batch)
             ids = torch.full((len(batch), width), pad)
             mask = torch.zeros((len(batch), width), dtype=torch.long)
@@ -157,12 +224,10 @@ def generate(
                 ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                 mask[row, width - len(prompts[i]) :] = 1
             out = model.generate(  # type: ignore[operator] # transformers does not declare it on PreTrainedModel
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device)
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=room
             )
             for row, i in enumerate(batch):
-                answer = tokenizer.decode(_until_end(out[row, width:].tolist(), ends), skip_special_tokens=True)
-                assert isinstance(answer, str)  # a list only for a batch of sequences
-                answers[i] = answer
+                answers[i] = _until_end(out[row, width:].tolist(), ends)
             done += len(batch)
             on_progress(done)
     return answers
@@ -199,6 +264,21 @@ def completion_loss(
     return total / tokens
 
 
+def _with_room(
+    prompts: Sequence[Sequence[int]], new_tokens: int, positions: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Yields batches as `batches` does, each with the number of tokens that its answers may have.
+
+    A prompt that leaves fewer positions than `new_tokens` is a batch by itself; the last token takes no position.
+    """
+    for batch in batches([len(prompt) for prompt in prompts], new_tokens):
+        if positions is None or max(len(prompts[i]) for i in batch) + new_tokens - 1 <= positions:
+            yield batch, new_tokens
+        else:
+            for i in batch:
+                yield [i], max(1, min(new_tokens, positions - len(prompts[i]) + 1))
+
+
 def batches(lengths: Sequence[int], new_tokens: int) -> Iterator[list[int]]:
     """Yields indices in batches of similar length, the longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -214,6 +294,12 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     configured = getattr(model.generation_config, "eos_token_id", None)
     more: Iterable[int] = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], keep_special: bool = False) -> str:
+    text = tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
+    assert isinstance(text, str)  # a list only for a batch of sequences
+    return text
 
 
 def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:

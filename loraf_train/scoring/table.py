@@ -18,6 +18,7 @@ from loraf_train.data.task_data import TaskData
 from loraf_train.grading.builtin import MEAN
 from loraf_train.scoring import continual
 from loraf_train.scoring.continual import Continual
+from loraf_train.scoring.identity import evaluation_digest
 from loraf_train.set_options import as_trained_or_none
 from loraf_train.settings.config import TaskConfig
 
@@ -53,21 +54,50 @@ def score_keys(manifest: Manifest, data: Mapping[str, TaskData]) -> list[ScoreKe
     return list(dict.fromkeys(keys + [ScoreKey(task_set, name) for name, task_set in as_trained.items() if task_set]))
 
 
-def missing(manifest: Manifest, data: Mapping[str, TaskData]) -> list[ScoreKey]:
-    """Returns the keys whose score is not stored, or was measured with another metric or number of examples."""
-    stored = {
-        (entry.get("set"), task.name, entry.get("evaluation"), entry.get("metric"), entry.get("count"))
+def missing(manifest: Manifest, tasks: Sequence[TaskConfig], data: Mapping[str, TaskData]) -> list[ScoreKey]:
+    """Returns the keys without a current score: none is stored, or the evaluation or its scoring has changed since."""
+    stored = _stored_digests(manifest)
+    current = _current_digests(tasks, data)
+    return [
+        key
+        for key in score_keys(manifest, data)
+        if any(stored.get((key, name)) != digest for name, digest in current[key.task].items())
+    ]
+
+
+def outdated(manifest: Manifest, tasks: Sequence[TaskConfig], data: Mapping[str, TaskData]) -> list[str]:
+    """Returns the tasks with a stored score of another evaluation, or of the same scored in another way."""
+    stored = _stored_digests(manifest)
+    current = _current_digests(tasks, data)
+    keys = score_keys(manifest, data)
+    return [
+        name
+        for name, digests in current.items()
+        if any(stored.get((k, e), d) != d for k in keys if k.task == name for e, d in digests.items())
+    ]
+
+
+def _stored_digests(manifest: Manifest) -> dict[tuple[ScoreKey, str], str]:
+    """(key, evaluation) → what the stored score was measured on; scores of earlier releases do not say: empty."""
+    labels = {str(task_set): task_set for _, task_set in rows(manifest)}
+    labels |= {str(s): s for s in (as_trained_or_none(manifest, name) for name in manifest.task_names) if s}
+    return {
+        (ScoreKey(labels[entry["set"]], task.name), entry["evaluation"]): entry.get("digest", "")
         for task in manifest.tasks
         for entry in task.scores
+        if entry["set"] in labels
     }
 
-    def is_stored(key: ScoreKey) -> bool:
-        return all(
-            (str(key.task_set), key.task, name, data[key.task].metric, len(evaluation.examples)) in stored
-            for name, evaluation in data[key.task].evaluation.items()
-        )
 
-    return [key for key in score_keys(manifest, data) if not is_stored(key)]
+def _current_digests(tasks: Sequence[TaskConfig], data: Mapping[str, TaskData]) -> dict[str, dict[str, str]]:
+    """Task → evaluation → its digest."""
+    return {
+        task.name: {
+            n: evaluation_digest(task, data[task.name].metric, e) for n, e in data[task.name].evaluation.items()
+        }
+        for task in tasks
+        if task.name in data
+    }
 
 
 def complete(
@@ -93,7 +123,7 @@ def complete(
     sharded = sharding.is_sharded(model)
     if sharded:
         group.wait()  # the first process may still be storing scores
-    keys = missing(read_manifest(checkpoint.path) if sharded else checkpoint.manifest, data)
+    keys = missing(read_manifest(checkpoint.path) if sharded else checkpoint.manifest, tasks, data)
     if not keys:
         return []
     settings = {task.name: task for task in tasks}
@@ -149,9 +179,12 @@ def stored(manifest: Manifest) -> list[Score]:
     for task in manifest.tasks:
         for entry in task.scores:
             try:
-                score = Score(task=task.name, **entry)
+                parts = {name: entry[name] for name in ("set", "evaluation", "metric", "score", "count")}
+                interval = entry.get("interval")
+                interval = None if interval is None else (float(interval[0]), float(interval[1]))
+                score = Score(task=task.name, **parts, digest=entry.get("digest", ""), interval=interval)
                 float(score.score), int(score.count)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, LookupError) as error:
                 where = f"tasks.{task.name}.scores"
                 remedy = "score it again with `loraf-train run`"
                 raise CorruptCheckpoint(Problem(f"is malformed ({error})", where, FILE_NAME, remedy)) from None

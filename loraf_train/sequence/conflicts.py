@@ -107,7 +107,7 @@ def _task_differences(config: RunConfig, manifest: Manifest, index: int, task: T
         return
     configured = {"recipe": FIRST_RECIPE, **settings(config, task)}
     recorded = recorded_settings(manifest.task(task.name))
-    for field, before, now in differences(recorded, {key: configured[key] for key in recorded}):
+    for field, before, now in differences(recorded, {key: configured.get(key) for key in recorded}):
         message = f"task {task.name!r} was trained with {value_text(before)}, but the file says {value_text(now)}"
         remedy = f"set it to {value_text(before)}, give the task another name, or {_OTHER_OUTPUT}"
         where = field if field == "recipe" else f"tasks[{index}].{field}"  # the only one that all tasks share

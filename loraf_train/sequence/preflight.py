@@ -7,41 +7,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraf import manifest
-from loraf.errors import ConfigError, LorafError, Problem, one_line
+from loraf.errors import ConfigError, LorafError, Problem
 from loraf.manifest import Manifest
+from loraf_train.data.examples import digest_of
 from loraf_train.data.task_data import TaskData, load_all
 from loraf_train.processes import launcher
+from loraf_train.sequence.base_checks import BaseModelShape, base_model_shape, load_tokenizer
+from loraf_train.sequence.experts import untouched_experts
+from loraf_train.sequence.model_fit import beyond_context, oversized
+from loraf_train.sequence.provenance import EXAMPLES_DIGEST
 from loraf_train.settings import loading
 from loraf_train.settings.config import RunConfig
 from loraf_train.terminal.tables import quiet_libraries
 from loraf_train.trainer import trackers
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class BaseModelShape:
-    """What a model's config alone says about it.
-
-    Attributes:
-        folder: of its files.
-        modules: target module → (d_out, d_in).
-        parameters: number in the whole model, tied weights counted once.
-        context: longest sequence that it supports, in tokens; None: its config does not say.
-        vocabulary: rows of its embedding.
-    """
-
-    folder: Path
-    modules: dict[str, tuple[int, int]]
-    parameters: int
-    context: int | None
-    vocabulary: int
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -95,7 +83,8 @@ def survey(
         return None, problems, []
     quiet_libraries()
     model, tokenizer = _model(config, problems)
-    data, data_problems = load_all(config, tokenizer, eval_limit)
+    today = recorded_date(config.output) if into_checkpoint else None
+    data, data_problems = load_all(config, tokenizer, eval_limit, today)
     problems += data_problems
     problems += trackers.missing(config) + launcher.problems()
     existing = _existing(config, problems) if into_checkpoint else None
@@ -104,22 +93,34 @@ def survey(
             from loraf_train.sequence.conflicts import obstacles  # imports torch, which takes seconds
 
             problems += obstacles(config, model.folder, model.modules, existing)
-        problems += _oversized(config, model, data)
+        if tokenizer is not None:
+            problems += oversized(config, model, tokenizer, data)
     warnings = _warnings(config, model, data)
+    if not problems:  # another tokenizer, say, makes other examples
+        warnings += _edited_data(config, existing, data)
     if problems or model is None or tokenizer is None:
         return None, problems, warnings
     return PreparedRun(config, model, tokenizer, data, existing, warnings), [], warnings
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer in a model's folder. Raises ConfigError."""
-    from transformers import AutoTokenizer
+def recorded_date(output: Path) -> date | None:
+    """Returns the date on which the run into this folder was begun; None: not yet, or no prompt names a date.
 
+    It is that of the first task that names one, so that an interrupted run goes on with the same prompts on any day.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        message = f"the tokenizer cannot be loaded ({one_line(error)})"
-        raise ConfigError(Problem(message, file=str(folder), remedy="add tokenizer.json to the folder")) from None
+        tasks = manifest.read(output).tasks if (output / manifest.FILE_NAME).exists() else ()
+    except LorafError:  # reported with the output folder
+        tasks = ()
+    begun = [str(task.training.get("date", "")) for task in tasks]
+    if not any(begun) and output.is_dir():
+        from loraf_train.sequence import resume  # imports torch, which takes seconds
+
+        begun.append(resume.begun_on(output))
+    for text in filter(None, begun):
+        with suppress(ValueError):
+            return date.fromisoformat(text)
+    return None
 
 
 def _model(config: RunConfig, problems: list[Problem]) -> tuple[BaseModelShape | None, PreTrainedTokenizerBase | None]:
@@ -143,40 +144,6 @@ def _model(config: RunConfig, problems: list[Problem]) -> tuple[BaseModelShape |
     return shape, tokenizer
 
 
-def base_model_shape(folder: Path, target_modules: Sequence[str], file: str = "") -> BaseModelShape:
-    """Builds the model without weights and finds its target modules.
-
-    Args:
-        target_modules: last parts of module names.
-        file: the configuration's path, for messages.
-
-    Raises:
-        ConfigError: transformers does not support the model, or it lacks a target module.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from loraf_train.adapter.trainable_base import find_targets, shapes_of
-
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # of transformers
-    except (OSError, ValueError, KeyError) as error:
-        message = f"transformers cannot build the model in {folder} ({one_line(error)})"
-        remedy = "use a causal language model that this version of transformers supports"
-        raise ConfigError(Problem(message, "model", file, remedy)) from None
-    targets = find_targets(model, target_modules, file)
-    text = config.get_text_config()
-    return BaseModelShape(
-        folder=folder,
-        modules=shapes_of(targets),
-        parameters=sum(p.numel() for p in model.parameters()),
-        context=getattr(text, "max_position_embeddings", None),
-        vocabulary=model.get_input_embeddings().weight.shape[0],
-    )
-
-
 def _existing(config: RunConfig, problems: list[Problem]) -> Manifest | None:
     """The checkpoint in the output folder; None if there is none or it cannot be read."""
     output, file = config.output, str(config.file)
@@ -195,28 +162,8 @@ def _existing(config: RunConfig, problems: list[Problem]) -> Manifest | None:
         return None
 
 
-def _oversized(config: RunConfig, model: BaseModelShape, data: dict[str, TaskData]) -> list[Problem]:
-    """Training examples that the model cannot take: too long, or with token ids beyond its embedding."""
-    problems = []
-    for i, task in enumerate(config.tasks):
-        if task.name not in data:
-            continue
-        train = data[task.name].train
-        longest = max(len(example.input_ids) for example in train)
-        if model.context is not None and longest > model.context:
-            message = f"task {task.name!r} has examples of {longest} tokens, but the model's context is {model.context}"
-            field = f"tasks[{i}].training.max_length"
-            problems.append(Problem(message, field, str(config.file), f"set it to {model.context} or less"))
-        highest = max(max(example.input_ids) for example in train)
-        if highest >= model.vocabulary:
-            message = f"the tokenizer produces id {highest}, but the model's embedding has {model.vocabulary} rows"
-            problems.append(Problem(message, "model", str(config.file), "use the tokenizer that belongs to the model"))
-            break
-    return problems
-
-
 def _warnings(config: RunConfig, model: BaseModelShape | None, data: dict[str, TaskData]) -> list[Problem]:
-    """Examples that max_length cuts or drops, and evaluation prompts that exceed the model's context."""
+    """Examples that max_length cuts or drops, doubts about records, and what is longer than the model's context."""
     warnings = []
     first_index = {task.name: i for i, task in reversed(list(enumerate(config.tasks)))}
     for i, task in enumerate(config.tasks):
@@ -226,14 +173,32 @@ def _warnings(config: RunConfig, model: BaseModelShape | None, data: dict[str, T
         if task_data.cut or task_data.dropped:
             message = (
                 f"max_length {task.training.max_length} cuts the end of {task_data.cut} examples and drops "
-                f"{task_data.dropped} whose prompt alone fills it ({len(task_data.train) + task_data.dropped} in all)"
+                f"{task_data.dropped} of which nothing to learn is left "
+                f"({len(task_data.train) + task_data.dropped} in all)"
             )
+            if task_data.first_dropped:
+                message += f"; the first that it drops is {task_data.first_dropped}"
             remedy = f"set it to {task_data.longest} to keep all"
             warnings.append(Problem(message, f"tasks[{i}].training.max_length", str(config.file), remedy))
-        for name, evaluation in task_data.evaluation.items():
-            longest = max(len(example.prompt_ids) for example in evaluation.examples)
-            if model is not None and model.context is not None and longest >= model.context:
-                message = f"a prompt has {longest} tokens, but the model's context is {model.context}"
-                remedy = "shorten it, or expect a wrong answer"
-                warnings.append(Problem(message, f"tasks[{i}].data.eval.{name}", str(config.file), remedy))
+        warnings += task_data.warnings
+    if model is not None:
+        warnings += beyond_context(config, model, data) + untouched_experts(config, model)
+    return warnings
+
+
+def _edited_data(config: RunConfig, existing: Manifest | None, data: dict[str, TaskData]) -> list[Problem]:
+    """Finished tasks whose training examples are others than those that they were trained on."""
+    warnings = []
+    finished = existing.task_names if existing else ()
+    for i, task in enumerate(config.tasks):
+        if existing is None or task.name not in finished or task.name not in data:
+            continue
+        trained_on = existing.task(task.name).training.get(EXAMPLES_DIGEST)
+        if trained_on is not None and trained_on != digest_of(data[task.name].train):
+            message = (
+                f"task {task.name!r} was trained on other examples than these: its records, the tokenizer or how "
+                "records become text have changed since, and it is not trained again"
+            )
+            remedy = "to train on them, give the task another name or remove it with `loraf-train remove`"
+            warnings.append(Problem(message, f"tasks[{i}].data.train", str(config.file), remedy))
     return warnings

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _NOT_RECORDED = {"micro_batch_size", "gradient_checkpointing", "packing", "report_to", "save_seconds"}
 FIRST_RECIPE = "paper"  # of tasks whose record has none
+EXAMPLES_DIGEST = "examples_sha256"  # where `training` has the digest of the training examples, see `digest_of`
 
 
 def settings(config: RunConfig, task: TaskConfig) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def recorded_settings(task: Task) -> dict[str, Any]:
         "recipe": FIRST_RECIPE,
         **recorded,
         **of_every_task,
-        **{part: {**values, **recorded[part]} for part, values in defaults.items()},
+        **{part: {**values, **recorded.get(part, {})} for part, values in defaults.items()},
     }
 
 

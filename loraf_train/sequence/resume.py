@@ -6,7 +6,7 @@
 The folder is not part of the checkpoint: only `loraf-train run` reads it, and it is removed once the task is in the
 checkpoint. The previous state stays until the next one is on disk, and is used if the last one is damaged. A state is
 used only if everything that determines the task's values is unchanged: settings, examples, base model, earlier tasks,
-precision and versions.
+precision and versions. A task that was begun before dropout was drawn by token is finished as it was begun.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ import safetensors.torch
 import torch
 
 from loraf import strict_json, strict_safetensors
+from loraf.bounded_file import read_bounded
 from loraf.checkpoint import unwritable, write_durably
+from loraf.durable_folder import flush_folder, make_durably
 from loraf.errors import CheckpointError, Problem
 from loraf.manifest import StoredFile
 from loraf.sealed_json import seal, unseal
@@ -41,6 +43,9 @@ _SEAL = "loraf-resume", 1
 _RECORD_FILE = re.compile(r"state-(\d+)\.json")
 _STATE_FILE = re.compile(r"\.?state-(\d+)\.(json|safetensors)(\.\d+\.tmp)?")
 _TEMPORARY = re.compile(r"\.(?:loraf\.json|.+\.safetensors)\.(\d+)\.tmp")  # of loraf.checkpoint.write_durably
+DROPOUT, BY_TOKEN = "dropout", "by token"  # in the provenance if the task draws anything; older states lack it
+DATE = "date"  # in the provenance if the prompts name one
+_LARGEST_RECORD = 1 << 24  # bytes
 _POSITIONS = "mask."  # prefix of the stored tensors' names; part of the format, like the fields of _Record
 
 
@@ -91,6 +96,7 @@ class ResumeStore:
 
     Attributes:
         state: where to resume; None: start the task from the beginning.
+        dropout_by_token: False: `state` is from before dropout was drawn by token; see `loop.Journal`.
         remarks: what to tell the user about the states on disk.
 
     Args:
@@ -100,6 +106,7 @@ class ResumeStore:
         environment: what only the last bits of the values depend on, as plain JSON.
         seconds: time between two saves within a phase.
         device: the one this process computes on.
+        misfit: returns what cannot be in a state of this task (`state_check.TaskShape.misfit`); empty if it fits.
 
     Raises:
         CheckpointError: the processes do not see the same state.
@@ -113,13 +120,16 @@ class ResumeStore:
         environment: Mapping[str, Any],
         seconds: float,
         device: torch.device,
+        misfit: Callable[[Mapping[str, torch.Tensor] | None, loop.Snapshot | None], str] = lambda positions, last: "",
     ):
         self._folder = output / FOLDER
         self._task = task
         self._provenance, self._environment = strict_json.plain(provenance), strict_json.plain(environment)
         self._seconds = seconds
+        self._misfit = misfit
         self._latest: int | None = None  # number of the newest usable state on disk
         self.state: State | None = None
+        self.dropout_by_token = True
         self.remarks: list[str] = []
         digest = self._load_newest()
         self._positions: dict[str, torch.Tensor] | None = self.state.positions if self.state else None
@@ -137,24 +147,43 @@ class ResumeStore:
                 record, digest = _read(file)
                 refusal = self._refusal(record)
                 state = None if refusal else _state(self._folder, record)
+                fault = self._misfit(state.positions, state.snapshot) if state else ""
+                if fault:
+                    raise ValueError(fault)
             except (OSError, ValueError) as error:
                 self.remarks.append(f"{file} cannot be used ({error})")
                 continue
             if state is not None:
                 self.state, self._latest = state, number
-                changes = _changes(record.where, self._environment)
-                if changes:
-                    self.remarks.append(f"the environment changed, so the last bits may differ: {changes}")
+                self._remark_on(record)
                 return digest
             if refusal not in self.remarks:
                 self.remarks.append(refusal)
         return "0" * 64
 
+    def _remark_on(self, record: _Record) -> None:
+        """Takes over how the loaded state's task draws dropout, and remarks on what differs now."""
+        changes = _changes(record.where, self._environment)
+        if self._drawn_before(record):
+            self.dropout_by_token = False
+            self._provenance = _without_rule(self._provenance)  # so that the next state says the same
+            self.remarks.append(
+                "an earlier version began this task, so until its end dropout depends on micro-batches and processes"
+                + (f"; the values will differ as with another seed: {changes}" if changes else "")
+            )
+        elif changes:
+            self.remarks.append(f"the environment changed, so the last bits may differ: {changes}")
+
+    def _drawn_before(self, record: _Record) -> bool:
+        """Whether something is drawn in the task, and the state is from before it was drawn by token."""
+        return DROPOUT in self._provenance and DROPOUT not in record.making
+
     def _refusal(self, record: _Record) -> str:
         """Why a state cannot be used; empty if it can."""
         if record.task != self._task:
             return f"the saved state of the interrupted task {record.task!r} is discarded"
-        changes = _changes(record.making, self._provenance)
+        now = _without_rule(self._provenance) if self._drawn_before(record) else self._provenance
+        changes = _changes(record.making, now)
         return f"the saved state of the interrupted training cannot be used: {changes}" if changes else ""
 
     def journal(self, phase: str) -> loop.Journal:
@@ -181,7 +210,7 @@ class ResumeStore:
         try:
             number = max(_numbers(self._folder, any_file=True), default=0) + 1
             _remove(self._folder, keep=self._latest)  # before writing, to free the space
-            _make_durably(self._folder)
+            make_durably(self._folder)
         except OSError as error:
             raise unwritable(self._folder, error) from error
         positions = self._positions or {}
@@ -217,6 +246,7 @@ class _Journal(loop.Journal):
         self._store = store
         self._phase = phase
         self.start = store.state.snapshot if store.state and store.state.phase == phase else None
+        self.dropout_by_token = store.dropout_by_token
 
     def after_step(self, step: int, steps: int, snapshot: Callable[[], loop.Snapshot]) -> None:
         # The end of calibration is saved as the positions it selects.
@@ -225,12 +255,14 @@ class _Journal(loop.Journal):
             self._store.save(snapshot())
 
 
-def digest_of(examples: Sequence[object]) -> str:
-    """Returns the SHA-256 (hex) of the examples in order: of their `repr`, so of class and field names too."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr(example).encode())
-    return digest.hexdigest()
+def begun_on(output: Path) -> str:
+    """Returns the date in the newest readable state, YYYY-MM-DD; empty if it has none, or there is no state."""
+    for number in sorted(_numbers(output / FOLDER), reverse=True):
+        try:
+            return str(_read(output / FOLDER / f"state-{number}.json")[0].making.get(DATE, ""))
+        except (OSError, ValueError):
+            continue
+    return ""
 
 
 def tidy(output: Path, finished: Collection[str]) -> None:
@@ -270,6 +302,10 @@ def _task_of(file: Path) -> str | None:
         return None
 
 
+def _without_rule(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in provenance.items() if name != DROPOUT}
+
+
 _CHANGED_PARTS = {
     "examples": "the training data",
     "earlier": "the adapter's A or its earlier tasks",
@@ -295,14 +331,6 @@ def _numbers(folder: Path, any_file: bool = False) -> set[int]:
     return {int(match[1]) for match in matches if match}
 
 
-def _make_durably(folder: Path) -> None:
-    """Creates the folder and flushes its entry in the parent to disk."""
-    if folder.is_dir():
-        return
-    folder.mkdir()
-    _flush(folder.parent)
-
-
 def _remove(folder: Path, keep: int | None = None) -> None:
     """Removes all states but number `keep`; without one, the folder too. Leaves other files alone."""
     if not folder.is_dir():
@@ -312,20 +340,12 @@ def _remove(folder: Path, keep: int | None = None) -> None:
         (folder / match[0]).unlink(missing_ok=True)
     if keep is None and not os.listdir(folder):
         folder.rmdir()
-        _flush(folder.parent)
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush_folder(folder.parent)
 
 
 def _read(file: Path) -> tuple[_Record, str]:
     """Returns the record in a state's JSON file, and its digest. Raises OSError, ValueError."""
-    content, digest = unseal(file.read_bytes(), *_SEAL)
+    content, digest = unseal(read_bounded(file, _LARGEST_RECORD), *_SEAL)
     problems: list[str] = []
     record = strict_json.build(_Record, content, "", lambda field, message: problems.append(f"{field} {message}"))
     if record is None or record.tensors.path != f"{file.stem}.safetensors":
@@ -335,7 +355,7 @@ def _read(file: Path) -> tuple[_Record, str]:
 
 def _state(folder: Path, record: _Record) -> State:
     """Reads and verifies a state's tensors. Raises OSError, ValueError."""
-    data = (folder / record.tensors.path).read_bytes()
+    data = read_bounded(folder / record.tensors.path, record.tensors.bytes)
     if len(data) != record.tensors.bytes or hashlib.sha256(data).hexdigest() != record.tensors.sha256:
         raise ValueError(f"{record.tensors.path} does not match its digest")
     try:

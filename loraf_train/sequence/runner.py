@@ -14,9 +14,11 @@ A task trains on top of the stored earlier tasks (`start: previous`, Algorithm 1
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +26,22 @@ import torch
 import transformers
 from torch import nn
 
-from loraf import base_model, manifest
+from loraf import base_files, base_model, manifest
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError, Problem, one_line
-from loraf_train.adapter import sharding
+from loraf.folder_lock import locked
+from loraf_train.adapter import model_limits, sharding
 from loraf_train.adapter.trainable_base import TrainableBase, earlier_tasks, find_targets, projections, shapes_of
+from loraf_train.data.examples import digest_of
 from loraf_train.processes import group, launcher
 from loraf_train.sequence import provenance, resume
+from loraf_train.sequence.base_checks import load_tokenizer
 from loraf_train.sequence.calibrate import calibrate
 from loraf_train.sequence.conflicts import obstacles
 from loraf_train.sequence.phases import CALIBRATION, CALIBRATION_SEED, TRAINING, TRAINING_SEED, seeds_of
+from loraf_train.sequence.state_check import TaskShape
 from loraf_train.sequence.train_task import train_task
+from loraf_train.trainer.randomness import own_randomness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,28 +109,29 @@ def load_model(config: RunConfig) -> Loaded:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     precision = config.precision
     use_bfloat16 = precision == "bfloat16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+    base_files.require_loadable(folder)
+    tokenizer = load_tokenizer(folder)
     # Written a second time in loraf_serve.backends.merged: neither package imports the other, and `loraf` must not
-    # import transformers. Precision, devices, messages and what is checked differ.
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    # import transformers.
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         with _no_progress_bars():
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
-                use_safetensors=True,
                 output_loading_info=True,
-                **options,
+                ignore_mismatched_sizes=True,  # `loading_problems` reports them
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             )
     except Exception as error:  # transformers, tokenizers and safetensors have no exception in common
         message = f"the model in {folder} cannot be loaded ({one_line(error)})"
         remedy = "use a causal language model that this version of transformers supports, with safetensors weights"
         raise ConfigError(Problem(message, "model", file, remedy)) from error
     model: PreTrainedModel = loaded[0]
-    missing: set[str] = loaded[1]["missing_keys"]
-    if missing:
-        message = f"the weights in {folder} lack {', '.join(sorted(missing)[:3])}"
-        raise ConfigError(Problem(message, "model", file, "use a complete causal language model"))
+    problems = base_files.loading_problems(folder, model, loaded[1])
+    if problems:
+        raise ConfigError(problems)
     model.train(False).requires_grad_(False)
     sharded = launcher.sharding()
     if sharded is None:
@@ -151,9 +159,21 @@ def run(
 
     Raises:
         ConfigError: all obstacles to the run, before anything is trained: see `conflicts.obstacles`.
-        CheckpointError: the checkpoint in `config.output` cannot be read or written.
+        CheckpointError: the checkpoint in `config.output` cannot be read or written, or another process writes to it.
     """
-    model, tokenizer, folder = loaded or load_model(config)
+    loaded = loaded or load_model(config)
+    with locked(config.output, "loraf-train run") if group.is_first() else contextlib.nullcontext():
+        return _run(config, data, observer, loaded, select_positions)
+
+
+def _run(
+    config: RunConfig,
+    data: Mapping[str, TaskData] | Callable[[TaskConfig], TaskData],
+    observer: Observer | None,
+    loaded: Loaded,
+    select_positions: SelectPositions,
+) -> Checkpoint:
+    model, tokenizer, folder = loaded
     targets = find_targets(model, config.adapter.target_modules, str(config.file))
     group.join(model.device)
     if observer is None or not (group.is_first() or sharding.is_sharded(model)):
@@ -176,7 +196,8 @@ def run(
             continue
         if base is None:
             model.requires_grad_(False)
-            base = TrainableBase(model, targets, projections(checkpoint, targets), pad_id(tokenizer), config.output)
+            pad_id = model_limits.padding_id(tokenizer, model_limits.vocabulary(model))
+            base = TrainableBase(model, targets, projections(checkpoint, targets), pad_id, config.output)
         observer.task_started(task)
         task_data = data(task) if callable(data) else data[task.name]
         checkpoint = _add_task(base, config, task, task_data, checkpoint, observer, select_positions)
@@ -212,6 +233,7 @@ def _add_task(
     earlier = {module: earlier_tasks(checkpoint, trained_with, module) for module in base.targets}
     taken = {module: [values[module] for values in checkpoint.tasks.values()] for module in base.targets}
     seeds = seeds_of(config.seed, task.name)
+    _require_one_date(task, data, base.model.device)
     store = _resume_store(base, config, task, data, checkpoint)
     for remark in store.remarks:
         observer.remarked(task, remark)
@@ -247,6 +269,8 @@ def _add_task(
     training_record = {
         "settings": provenance.settings(config, task),
         "examples": len(data.train),
+        provenance.EXAMPLES_DIGEST: digest_of(data.train),
+        **({resume.DATE: data.date} if data.date else {}),
         "steps": outcome.steps,
         "loss": {"first": outcome.first_loss, "last": outcome.last_loss},
         "seeds": seeds,
@@ -267,6 +291,15 @@ def _add_task(
         return checkpoint
 
     return group.first_writes(commit, lambda: Checkpoint.open(config.output))
+
+
+def _require_one_date(task: TaskConfig, data: TaskData, device: torch.device) -> None:
+    """Raises ConfigError if processes that were started about midnight wrote different dates into their prompts."""
+    if data.date and not group.agree(date.fromisoformat(data.date).toordinal(), device):
+        message = (
+            f"task {task.name!r}: the processes of this run began on different days, and its prompts name the date"
+        )
+        raise ConfigError(Problem(message, remedy="start the run again"))
 
 
 def _require_agreement(task: TaskConfig, positions: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -290,11 +323,13 @@ def _resume_store(
         task.name,
         provenance={
             "settings": settings,
-            "examples": resume.digest_of(data.train),
+            "examples": digest_of(data.train),
             "earlier": checkpoint.manifest.adapter_digest,
             "base": checkpoint.manifest.base_model.fingerprint,
             "precision": environment["precision"],
             "versions": environment["versions"],
+            **({resume.DATE: data.date} if data.date else {}),
+            **({resume.DROPOUT: resume.BY_TOKEN} if task.training.dropout or own_randomness(base.model) else {}),
         },
         environment={
             "device": environment["device"],
@@ -305,12 +340,14 @@ def _resume_store(
         },
         seconds=task.training.save_seconds,
         device=base.model.device,
+        misfit=_task_shape(base, task, data, checkpoint).misfit,
     )
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns an id to pad batches with. Any would do, since attention and loss skip it."""
-    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+def _task_shape(base: TrainableBase, task: TaskConfig, data: TaskData, checkpoint: Checkpoint) -> TaskShape:
+    shapes = {module: (linear.out_features, base.rank) for module, linear in base.targets.items()}
+    taken = {module: [values[module] for values in checkpoint.tasks.values()] for module in shapes}
+    return TaskShape(task, shapes, taken, len(data.train))
 
 
 def _weight_sample(targets: Mapping[str, nn.Linear]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from loraf.limits import MAX_RANK
 from loraf_train.settings.data import RecordSource
 from loraf_train.settings.declare import SettingsModel, Whole, mistake, setting
 from loraf_train.settings.parts import TaskOverrides
@@ -51,9 +52,9 @@ class MethodSettings(TaskOverrides):
     rank: Whole | None = setting(
         None,
         "Rank of the method's adapter; by default adapter.rank.",
-        expects="a whole number from 1, for example 64",
+        expects=f"a whole number from 1 to {MAX_RANK}, for example 64",
         ge=1,
-        le=1 << 16,
+        le=MAX_RANK,
     )
     tasks: dict[str, TaskOverrides] = setting(
         {}, "What the method changes for single tasks, by their names.", expects="a mapping of tasks to settings"

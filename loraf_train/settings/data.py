@@ -15,7 +15,19 @@ from loraf_train.grading.builtin import MEAN
 from loraf_train.settings.declare import SettingsModel, Whole, mistake, setting
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED = ".gz"  # may follow any of them
+_COMPRESSIONS = (COMPRESSED, ".bz2", ".xz", ".zst", ".zip", ".lz4")
+_KNOWN_FORMATS = f"{', '.join(FILE_SUFFIXES)}, each also with {COMPRESSED}"
 GENERIC_NAMES = frozenset({"train", "test", "dev", "eval", "valid", "validation", "evaluation", "data"})
+
+
+def file_format(file: Path) -> str:
+    """Returns the suffix that says how a file is read, in small letters: `.jsonl` for `A.JSONL` and `a.jsonl.gz`."""
+    return _uncompressed(file).suffix.lower()
+
+
+def _uncompressed(file: Path) -> Path:
+    return file.with_suffix("") if file.suffix.lower() == COMPRESSED else file
 
 
 class RecordSource(SettingsModel):
@@ -24,7 +36,7 @@ class RecordSource(SettingsModel):
     file: Path | None = setting(
         None,
         "A local data file, relative to the tasks.yaml.",
-        expects="a data file: " + ", ".join(FILE_SUFFIXES),
+        expects=f"a data file: {_KNOWN_FORMATS}",
     )
     dataset: str | None = setting(
         None,
@@ -62,6 +74,8 @@ class RecordSource(SettingsModel):
         if dataset is None or not info.context:
             return dataset
         folder = info.context["folder"] / Path(dataset).expanduser()
+        if folder.suffix and folder.is_file():
+            raise mistake(f"{dataset} is a local file", "give file: instead of dataset:")
         return str(folder) if folder.is_dir() else dataset
 
     @field_validator("file")
@@ -72,8 +86,8 @@ class RecordSource(SettingsModel):
         file = info.context["folder"] / file.expanduser()
         if not file.is_file():
             raise mistake(f"there is no file {file}", f"paths are relative to {info.context['folder']}")
-        if file.suffix not in FILE_SUFFIXES:
-            raise mistake(f"{file.name} is not in a known format", f"use one of: {', '.join(FILE_SUFFIXES)}")
+        if file_format(file) not in FILE_SUFFIXES:
+            raise mistake(f"{file.name} is not in a known format", f"use one of: {_KNOWN_FORMATS}")
         return file
 
     @model_validator(mode="after")
@@ -94,15 +108,29 @@ class RecordSource(SettingsModel):
 
 def _is_file(text: str, info: ValidationInfo) -> bool:
     """Whether a plain text names a file rather than a dataset of the hub."""
-    if info.context and (info.context["folder"] / Path(text).expanduser()).is_dir():
+    path = Path(text)
+    local = info.context["folder"] / path.expanduser() if info.context else None
+    if local is not None and local.is_dir():
         return False
-    return Path(text).suffix in FILE_SUFFIXES or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if local is not None and path.suffix and local.is_file():
+        return True
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    if last in FILE_SUFFIXES or last in _COMPRESSIONS and before in FILE_SUFFIXES:
+        return True
+    return text.startswith((".", "/", "~")) or text.count("/") > 1
+
+
+def _require_characters(text: str) -> str:
+    """Refuses a lone surrogate, which YAML's \\u escapes can spell and no tokenizer can read."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise mistake("has half of a character, a lone surrogate", r"write the character itself, or \U and 8 digits")
+    return text
 
 
 class EvaluationSource(RecordSource):
     """Records to score a task on."""
 
-    choices: tuple[str, ...] = setting(
+    choices: tuple[Annotated[str, AfterValidator(_require_characters)], ...] = setting(
         (),
         "The possible answers, for the metric choice.",
         expects='a list of texts, for example ["true", "false"]',
@@ -122,7 +150,7 @@ def _check_template(text: str) -> str:
     return text
 
 
-Template = Annotated[str, AfterValidator(_check_template)]
+Template = Annotated[str, AfterValidator(_require_characters), AfterValidator(_check_template)]
 
 
 def _as_list(value: Any) -> Any:
@@ -146,7 +174,7 @@ def _by_name(value: Any) -> Any:
 
 def _set_name(source: Any) -> str:
     origin = source.get("file") or source.get("dataset") if isinstance(source, dict) else source
-    path = Path(str(origin))
+    path = _uncompressed(Path(str(origin)))
     return path.parent.name if path.stem in GENERIC_NAMES and path.parent.name else path.stem
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from loraf.limits import MAX_RANK
 from loraf_train.settings.declare import Number, SettingsModel, Whole, setting
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -26,9 +27,9 @@ class AdapterConfig(SettingsModel):
     rank: Whole = setting(
         64,
         "Rank of every adapter: the rows of A and the columns of B.",
-        expects="a whole number from 1, for example 64",
+        expects=f"a whole number from 1 to {MAX_RANK}, for example 64",
         ge=1,
-        le=1 << 16,
+        le=MAX_RANK,
     )
     sparsity: Number = setting(
         0.9,

@@ -65,12 +65,12 @@ def score_text(score: float, metric: str) -> str:
 
 
 def interval_text(score: Score) -> str:
-    """Formats Wilson's 95 % interval of a share; a mean of sets and a loss have none."""
+    """Formats the 95 % interval of a score: Wilson's of a share, bootstrapped of graded answers; others have none."""
     from loraf_train.grading.builtin import wilson_interval
 
     if score.metric == "loss" or score.evaluation == MEAN:
         return NONE
-    low, high = wilson_interval(score.score * score.count, score.count)
+    low, high = score.interval or wilson_interval(score.score * score.count, score.count)
     return f"{low:.3f}–{high:.3f}"
 
 

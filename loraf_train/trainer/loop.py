@@ -1,8 +1,9 @@
 """Runs one phase on transformers' Trainer: from examples to updated parameters, without writing to disk.
 
-Calibration and training are each such a phase. Everything random is a function of the phase's seed and of a counter:
-the order of examples depends on the epoch, torch's generator (dropout) on the step and the process. So a phase resumed
-from a Snapshot after any step continues as if it had never stopped.
+Calibration and training are each such a phase. Everything random is a function of the phase's seed and of counters: the
+order of examples depends on the epoch; dropout on the step, the example and the place of a token in it. So a phase
+resumed from a Snapshot after any step continues as if it had never stopped, and neither micro-batches nor the number of
+processes change what is drawn.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from loraf.errors import ConfigError, Problem
 from loraf_train.adapter import sharding
+from loraf_train.adapter.dropout import TokenKeys
 from loraf_train.data.examples import IGNORED
 from loraf_train.processes import launcher
-from loraf_train.trainer import trackers
+from loraf_train.trainer import batches, trackers
+from loraf_train.trainer.master_weights import MasterAdamW
 from loraf_train.trainer.order import BlankPadded, EpochOrder, derived_seed, split_batch
 from loraf_train.trainer.packing import PackingCollator, require_separate
+from loraf_train.trainer.randomness import drawn_by_token
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -93,34 +97,18 @@ class Journal:
 
     Attributes:
         start: the state to resume from; None: start at step 0.
+        dropout_by_token: False: dropout is drawn as before it was drawn by token, from a generator seeded by step and
+            process, and the base model's own dropout is on. So a phase that an earlier version began is finished.
     """
 
     start: Snapshot | None = None
+    dropout_by_token: bool = True
 
     def after_step(self, step: int, steps: int, snapshot: Callable[[], Snapshot]) -> None:
         """Called in every process after each step; call `snapshot` only if the state is to be saved."""
 
 
 NO_JOURNAL = Journal()
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads examples on the right to one batch. Only completions have labels, and never position 0."""
-
-    pad_id: int
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Returns input_ids, attention_mask and labels, each (examples, longest) int64."""
-        longest = max(len(e.input_ids) for e in examples)
-        ids = [e.input_ids + [self.pad_id] * (longest - len(e.input_ids)) for e in examples]
-        attention = [[1] * len(e.input_ids) + [0] * (longest - len(e.input_ids)) for e in examples]
-        labels = [e.labels() + [IGNORED] * (longest - len(e.input_ids)) for e in examples]
-        return {
-            "input_ids": torch.tensor(ids),
-            "attention_mask": torch.tensor(attention),
-            "labels": torch.tensor(labels),
-        }
 
 
 def completion_loss(
@@ -158,8 +146,8 @@ def fit(
     if not examples:
         raise ConfigError(Problem(f"{phase.name}: there are no examples to train on", remedy="add training records"))
     settings = phase.settings
-    use_cache = model.config.use_cache
-    collator: Collator | PackingCollator = Collator(pad_id)
+    use_cache = getattr(model.config, "use_cache", None)  # a multimodal model has it in the config of its text part
+    collator: batches.Collator | PackingCollator = batches.Collator(pad_id)
     if settings.packing:
         require_separate(model)
         collator = PackingCollator(pad_id, settings.max_length)
@@ -175,24 +163,29 @@ def fit(
         with (
             launcher.plain_data_parallel(),
             _scratch_folder() as folder,
+            drawn_by_token(model, phase.seed) if journal.dropout_by_token else nullcontext() as tokens,
             trackers.opened(phase.tracking) as callbacks,
         ):
             trainer = _Trainer(
                 model=model,
                 args=_arguments(phase, folder, model.device),
                 train_dataset=BlankPadded(examples, pad_id),
-                data_collator=collator,
+                data_collator=batches.NumberedCollator(collator),
                 compute_loss_func=completion_loss,
                 optimizers=(optimizer, None),
             )
             report = _Report(phase, on_step, journal, parameters, optimizer)
+            trainer.tokens = tokens
             trainer.remove_callback(PrinterCallback)
             for callback in (report, *callbacks):
                 trainer.add_callback(callback)
             trainer.train_from(start, parameters, optimizer)
     finally:
         # Undo what Trainer and accelerate leave behind: a config without a cache, training mode, and global state.
-        model.config.use_cache = use_cache
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        elif hasattr(model.config, "use_cache"):
+            del model.config.use_cache
         model.train(False)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]  # of transformers
@@ -210,8 +203,12 @@ class _Trainer(transformers.Trainer):
 
     transformers' `checkpoint-N` folders are pickles, and a crash may leave half of one. The Trainer's own bookkeeping
     for resuming (epoch, batches to skip, accumulation) is used; what it would load from files is put in place here.
+
+    Attributes:
+        tokens: where the adapter's layers read which tokens they compute; None: they do not ask.
     """
 
+    tokens: TokenKeys | None = None
     _restore: Callable[[], None]
     _steps_done: int
     _order: EpochOrder
@@ -262,6 +259,14 @@ class _Trainer(transformers.Trainer):
         assert isinstance(self.train_dataset, BlankPadded)
         self._order = EpochOrder(len(self.train_dataset), self.args.seed, multiple)
         return self._order
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        examples, places = inputs.pop(batches.EXAMPLES), inputs.pop(batches.PLACES)
+        if self.tokens is not None:
+            self.tokens.set(self.state.global_step, examples, places)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
         return 0  # an unused estimate; counting parameters at every step takes longer than a small step
@@ -342,8 +347,7 @@ def _restore_optimizer(
         kind, _, key_and_name = stored_name.partition(".")
         if kind == "optimizer":
             key, _, name = key_and_name.partition(".")
-            optimizer.state[parameters[name]][key] = tensor.clone()
-    optimizer.load_state_dict(optimizer.state_dict())  # moves the state to the parameters' devices
+            optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
 
 
 @contextmanager
@@ -366,6 +370,8 @@ def _optimizer(phase: Phase, parameters: list[nn.Parameter]) -> torch.optim.Opti
     settings = phase.settings
     if phase.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=settings.learning_rate)
+    if any(torch.promote_types(p.dtype, torch.float32) != p.dtype for p in parameters):
+        return MasterAdamW(parameters, settings.learning_rate, settings.weight_decay)
     return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 

@@ -41,8 +41,8 @@ class EpochOrder(torch.utils.data.Sampler[int]):
         return iter(torch.randperm(self._size, generator=generator).tolist() + [self._size] * self._blanks)
 
 
-class BlankPadded(torch.utils.data.Dataset[Example]):
-    """Examples, followed by one blank example without labels at the index after the last.
+class BlankPadded(torch.utils.data.Dataset[tuple[int, Example]]):
+    """Examples with their numbers, followed by one blank example without labels at the index after the last.
 
     Processes take equal shares of a step, so the last step of an epoch may have too few examples for all of them.
     accelerate would repeat examples of the epoch; a blank changes neither the loss nor a gradient.
@@ -55,8 +55,9 @@ class BlankPadded(torch.utils.data.Dataset[Example]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: int) -> Example:
-        return self._blank if index == len(self._examples) else self._examples[index]
+    def __getitem__(self, index: int) -> tuple[int, Example]:
+        """Returns (index, example): the number tells dropout which example it is, however the batch is cut."""
+        return index, self._blank if index == len(self._examples) else self._examples[index]
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, processes: int) -> tuple[int, int]:

@@ -7,8 +7,8 @@ transformers (5.19, `masking_utils.find_packed_sequence_indices`) starts another
 not follow the one before, and restricts attention to the sequence, within a sliding window too. This requires
 position_ids, no attention_mask and no cache. `require_separate` tests before training whether a model supports it.
 
-A step sees the same examples and divides by the same number of tokens as without packing, so its gradient is the same
-up to rounding (and dropout, which is drawn for each row).
+A step sees the same examples and divides by the same number of tokens as without packing, and dropout is drawn by
+example and place, so its gradient is the same up to rounding.
 """
 
 from __future__ import annotations
@@ -39,9 +39,13 @@ class PackingCollator:
     pad_id: int
     row_length: int
 
+    def rows(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Returns the indices of the examples in each row."""
+        return first_fit([len(e.input_ids) for e in examples], self.row_length)
+
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Returns input_ids, position_ids and labels, each (rows, longest) int64."""
-        rows = first_fit([len(e.input_ids) for e in examples], self.row_length)
+        rows = self.rows(examples)
         width = max(sum(len(examples[i].input_ids) for i in row) for row in rows)
         ids, position_ids, labels = [], [], []
         for row in rows:

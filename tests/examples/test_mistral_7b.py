@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -204,7 +206,7 @@ def counts(get_data) -> dict[str, int]:
 def test_data_sets_are_downloaded_split_and_counted_and_existing_files_kept(get_data, tmp_path):
     urls: list[str] = []
     fetch, expected = upstream(get_data, urls), counts(get_data)
-    get_data.get(tmp_path / "data", fetch, expected)
+    get_data.get(tmp_path / "data", fetch, expected, {})
     assert len(urls) == len(get_data.COUNTS) - 2 + 1
     siqa = json.loads((tmp_path / "data/nlu/social_i_qa/train.json").read_text())
     assert siqa == made_up("social_i_qa", 7)
@@ -212,15 +214,25 @@ def test_data_sets_are_downloaded_split_and_counted_and_existing_files_kept(get_
     shutil.copy(EXAMPLE / "tasks.yaml", tmp_path)
     load(tmp_path / "tasks.yaml")  # every file is where it says
     (tmp_path / "data/gsm8k/test.jsonl").unlink()
-    get_data.get(tmp_path / "data", fetch, expected)
+    get_data.get(tmp_path / "data", fetch, expected, {})
     assert urls[-1] == f"{get_data.GSM8K}/test.jsonl" and len(urls) == len(get_data.COUNTS)
 
 
 def test_an_unexpected_number_of_records_is_refused(get_data, tmp_path):
     expected = counts(get_data) | {"nlu/social_i_qa/train.json": 8}
     with pytest.raises(ValueError, match="social_i_qa/train.json would have 7 records, not 8"):
-        get_data.get(tmp_path, upstream(get_data, []), expected)
+        get_data.get(tmp_path, upstream(get_data, []), expected, {})
     assert not list((tmp_path / "nlu/social_i_qa").glob("train*"))
+
+
+def test_a_file_with_other_bytes_is_refused_and_every_url_names_a_commit(get_data, tmp_path):
+    urls: list[str] = []
+    expected = counts(get_data)
+    with pytest.raises(ValueError, match=r"gsm8k/train.jsonl: the download has SHA-256 .*, not 17f347dc"):
+        get_data.get(tmp_path, upstream(get_data, urls), expected)
+    assert not list(tmp_path.iterdir())
+    get_data.get(tmp_path, upstream(get_data, urls), expected, {})
+    assert [url for url in urls if not re.search(r"/[0-9a-f]{40}/", url)] == []
 
 
 def test_the_counts_are_those_of_the_local_files(get_data):
@@ -232,4 +244,6 @@ def test_the_counts_are_those_of_the_local_files(get_data):
         text = (whole / name).read_text()
         count = len(text.splitlines()) if name.endswith("l") else len(json.loads(text))
         assert count == get_data.COUNTS[name], name
+        if name in get_data.DIGESTS:
+            assert hashlib.sha256((whole / name).read_bytes()).hexdigest() == get_data.DIGESTS[name], name
     assert len(present) >= 12

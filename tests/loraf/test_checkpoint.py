@@ -334,7 +334,9 @@ def test_scores_that_cannot_be_stored_are_refused(tmp_path):
     checkpoint = small.make(tmp_path)
     before, manifest = small.snapshot(tmp_path), checkpoint.manifest
     with pytest.raises(CheckpointError, match="cannot be written"):
-        checkpoint.set_scores("math", [{"score": float("nan")}])
+        checkpoint.set_scores(
+            "math", [{"set": "math", "evaluation": "eval", "metric": "exact", "score": float("nan"), "count": 1}]
+        )
     assert small.snapshot(tmp_path) == before
     assert checkpoint.manifest == manifest
 

@@ -179,7 +179,7 @@ def test_an_interrupted_create_leaves_no_checkpoint_or_an_empty_one(tmp_path, st
 
 def test_interrupted_scores_are_stored_or_not(tmp_path, states):
     before = manifests.read(states / "after")
-    scores = [{"score": 0.5}]
+    scores = [{"set": "math", "evaluation": "eval", "metric": "exact", "score": 0.5, "count": 1}]
     at, stopped = 0, True
     while stopped:
         at += 1

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from loraf import manifest as manifests
 from loraf.checkpoint import Checkpoint
-from loraf.delta import Merger, OriginalWeights, combined_b, delta_weight, target_modules, task_scale
+from loraf.delta import (
+    Merger,
+    OriginalWeights,
+    combined_b,
+    delta_weight,
+    shared_weights,
+    target_modules,
+    task_scale,
+)
 from loraf.errors import BaseMismatch, CorruptCheckpoint
 from loraf.tasksets import TaskSet
 from tests.loraf import small_checkpoints as small
@@ -184,7 +192,7 @@ def test_two_checkpoints_on_one_model_undo_each_other(checkpoint, tmp_path):
     Merger(alone, narrow).merge(art)
     model = Layered(torch.bfloat16)
     start = bits(model)
-    originals = OriginalWeights()
+    originals = OriginalWeights(model)
     first = Merger(model, checkpoint, originals=originals)
     first.merge(parse("all"))
     with_all = bits(model)
@@ -236,3 +244,55 @@ def test_a_wrong_projection_is_not_merged(tmp_path):
     with pytest.raises(CorruptCheckpoint, match="is not the A"):
         Merger(model, other, keep_projections=False).merge(parse("math"))
     assert bits(model) == start
+
+
+# --- shared weights ---------------------------------------------------------------------------------------------
+
+
+class Tied(Layered):
+    """The adapted up_proj shares its weight with an embedding, as a tied lm_head does."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__(dtype)
+        self.table = torch.nn.Embedding(*SHAPES[UP])
+        self.table.weight = self.get_submodule(UP).weight
+
+
+def test_a_shared_weight_is_changed_for_the_adapted_module_alone(checkpoint):
+    separate, tied = Layered(torch.bfloat16), Tied(torch.bfloat16)
+    original = tied.table.weight
+    bits_before = bits(tied)
+    originals = OriginalWeights(tied)
+    merger, other = (Merger(tied, checkpoint, originals=originals) for _ in range(2))
+    reference = Merger(separate, checkpoint)
+    for text in ("all", "math", "nlu:-2"):
+        for one in (merger, other):  # the second finds a weight that no longer is shared
+            one.merge(parse(text))
+            reference.merge(parse(text))
+            for name in SHAPES:
+                assert torch.equal(tied.get_submodule(name).weight, separate.get_submodule(name).weight), (text, name)
+            assert tied.table.weight is original
+            assert not torch.equal(tied.get_submodule(UP).weight, original)
+    merger.merge(TaskSet())
+    assert tied.get_submodule(UP).weight is original
+    assert bits(tied) == bits_before
+    merger.merge(parse("all"))
+    originals.release()
+    assert tied.get_submodule(UP).weight is original and originals.resident_bytes == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_shared_weights_are_found_wherever_they_lie(device):
+    tied = Tied(torch.float32).to(device)
+    tied.get_submodule(UP).weight = tied.table.weight  # moving to another device has made two
+    assert shared_weights(tied) == {UP: ("table",), "table": (UP,)}
+    assert shared_weights(Layered(torch.float32).to(device)) == {}
+
+
+def test_float64_weights_get_a_float64_delta(checkpoint):
+    model = Layered(torch.float64)
+    originals = {name: model.get_submodule(name).weight.detach().clone() for name in SHAPES}
+    Merger(model, checkpoint).merge(parse("math:0.3+nlu"))
+    for name in SHAPES:
+        expected = originals[name].numpy() + slow_delta(checkpoint, name, parse("math:0.3+nlu"))
+        np.testing.assert_allclose(model.get_submodule(name).weight.detach().numpy(), expected, rtol=1e-13, atol=1e-13)

@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from loraf.errors import ConfigError
+from loraf import peft_import
+from loraf.errors import ConfigError, Problem
 from loraf.peft_import import CONFIG, WEIGHTS, read_peft
 from tests import standins
 from tests.loraf_train import foreign_loras
@@ -44,6 +45,22 @@ def test_factors_give_the_delta_that_peft_computes(model, tmp_path, config):
         assert factors.shape == tuple(expected[name].shape)
     assert len({factors.scale for factors in found.modules.values()}) == (5 if config is foreign_loras.PATTERNS else 1)
     assert found.base_model == str(model) and found.file.bytes == (tmp_path / WEIGHTS).stat().st_size
+
+
+def test_patterns_match_the_weight_s_name_where_a_layer_is_named_by_its_weight(model, tmp_path):
+    config = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["layers.0.mlp.up_proj.weight", "down_proj.weight"],
+        "rank_pattern": {"down_proj.weight": 3, "up_proj": 7},
+        "alpha_pattern": {"up_proj": 5, "layers.1.mlp.down_proj.weight": 9, "q_proj.weight": 6},
+    }
+    foreign_loras.make(tmp_path, model, **config)
+    found = read_peft(tmp_path).modules
+    expected = foreign_loras.deltas(tmp_path, model)
+    assert found.keys() == expected.keys()
+    for name, factors in found.items():
+        delta = factors.scale * factors.b @ factors.a
+        torch.testing.assert_close(delta, expected[name].view_as(delta), rtol=1e-5, atol=1e-6)
 
 
 def test_missing_config_fields_have_peft_s_defaults(model, tmp_path):
@@ -134,3 +151,55 @@ def test_pickled_weights_are_never_read(model, tmp_path):
     with pytest.raises(ConfigError) as refused:
         read_peft(tmp_path)
     assert "is not JSON" in str(refused.value) and "cannot be read" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rank_pattern": {r"(\w|\w\w|\.)*[!?]": 4}}, "rank_pattern: matching its keys"),
+        ({"alpha_pattern": {r"(\w|\w\w|\.)*[!?]": 4}}, "alpha_pattern: matching its keys"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern: '(' is not a valid pattern"),
+        ({"rank_pattern": {"a)(b": 4}}, "rank_pattern: 'a)(b' is not a valid pattern"),
+        ({"rank_pattern": {"(?i)q": 4}}, "rank_pattern: '(?i)q' is not a valid pattern"),
+        ({"rank_pattern": {"(" * 500 + ")" * 500: 4}}, "is not a valid pattern"),
+        ({"rank_pattern": {"a{99999999999999999999}": 4}}, "is not a valid pattern"),
+        ({"r": 2**100}, "is not a valid rank"),
+        ({"lora_alpha": 1e300}, "lora_alpha: 1e+300 is out of range"),
+        ({"alpha_pattern": {"q_proj": -1e300}}, "alpha_pattern.q_proj: -1e+300 is out of range"),
+    ],
+)
+def test_patterns_and_numbers_that_would_take_for_ever_are_refused(model, tmp_path, monkeypatch, change, says):
+    monkeypatch.setattr(peft_import, "_MATCHING_SECONDS", 0.01)
+    foreign_loras.make(tmp_path, model)
+    edit(tmp_path, **change)
+    with pytest.raises(ConfigError) as caught:
+        read_peft(tmp_path)
+    assert says in str(caught.value)
+    assert all(problem.file == str(tmp_path / CONFIG) for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("key", [r"([a-z0-9._]+)+!", r"((.*)*)*!", "(x+x+)+y", r"(\w|\w\w|\.)*[!?]"])
+def test_a_pattern_that_would_take_re_for_ever_takes_seconds(model, tmp_path, key):
+    foreign_loras.make(tmp_path, model)
+    edit(tmp_path, rank_pattern={key: 7})
+    assert {factors.a.shape[0] for factors in read_peft(tmp_path).modules.values()} == {4}  # it matches no module
+
+
+def test_no_weight_is_read_unless_the_shapes_fit(model, tmp_path):
+    """A file of holes takes no space on the disk, but all of the memory."""
+    header = {
+        f"base_model.model.layers.{i}.q_proj.lora_{part}.weight": {
+            "dtype": "F32",
+            "shape": [4, 1 << 24] if part == "A" else [1 << 24, 4],
+            "data_offsets": [(2 * i + "AB".index(part)) << 28, (2 * i + "AB".index(part) + 1) << 28],
+        }
+        for i in range(1000)
+        for part in "AB"
+    }
+    text = json.dumps(header).encode()
+    with open(tmp_path / WEIGHTS, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + (2000 << 28))  # half a terabyte
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    found = read_peft(tmp_path, lambda shapes: [Problem(f"{len(shapes)} modules do not fit")])
+    assert [problem.message for problem in found.misfits] == ["1000 modules do not fit"] and not found.modules

@@ -117,6 +117,14 @@ def test_nothing_is_accepted_that_safetensors_refuses(case):
         (json.dumps({"a": ENTRY | {"shape": [True, 4]}}).encode(), "invalid number"),
         (json.dumps({"a": ENTRY | {"shape": [-2, -2]}}).encode(), "invalid number"),
         (json.dumps({"a": ENTRY | {"shape": [2**64, 0]}}).encode(), "invalid number"),
+        (
+            json.dumps({"a": ENTRY | {"shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}}).encode(),
+            "no memory can hold",
+        ),
+        (
+            json.dumps({"a": ENTRY | {"shape": [0] + [2**62] * 3, "data_offsets": [0, 0]}}).encode(),
+            "no memory can hold",
+        ),
         (json.dumps({"a": ENTRY | {"shape": None}}).encode(), "are not lists"),
         (json.dumps({"a": ENTRY | {"shape": [4] + [1] * 64}}).encode(), "65 dimensions"),
         (json.dumps({"a": ENTRY | {"data_offsets": [0, 2, 4]}}).encode(), "are not lists"),

@@ -161,7 +161,7 @@ def serving(
         finally:
             running.client.close()
             running.channel.close()
-            running.call(running.server.drain(0.0))
+            running.call(running.server.drain(0.0), 90)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)

@@ -1,6 +1,7 @@
 """Random requests that try to end the engine: ids, tokens and numbers at the edges of what the model can hold.
 
-    python -m tests.loraf_serve.hostile_requests --requests 10000 --backend merged
+    python -m tests.loraf_serve.hostile_requests --requests 10000 --backend merged resident slots \\
+        --json benchmarks/results/hostile-requests.json
 
 Each request must be answered or refused, other clients must not notice, and the engine must live.
 """
@@ -8,6 +9,8 @@ Each request must be answered or refused, other clients must not notice, and the
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import math
 import random
 import sys
@@ -27,7 +30,7 @@ from loraf_serve.backends import vocabulary
 from loraf_serve.backends.backend import Backend
 from loraf_serve.client import Client, ServiceError
 from tests.loraf_serve.harness import Running, serving
-from tests.loraf_serve.odd_models import BEYOND, ODD_CONTEXT, ODD_LETTERS, ODD_VOCAB_SIZE, make_odd_model
+from tests.loraf_serve.odd_models import FIRST, ODD_CONTEXT, ODD_MODELS, OddModel, make_odd_model
 from tests.standins import random_checkpoint
 
 BACKENDS = ("merged", "resident", "slots")
@@ -36,43 +39,54 @@ VLLM_OPTIONS = (
     *("--enforce-eager", "--max-num-seqs", "16"),
 )
 REFUSALS = ("INVALID_ARGUMENT", "NOT_FOUND")
-CONTROL: dict[str, Any] = {"prompt": "abcabc", "base": True, "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+CONTROL: dict[str, Any] = {
+    "prompt_token_ids": [1, 0, 1],
+    "base": True,
+    "temperature": 0,
+    "max_tokens": 12,
+    "ignore_eos": True,
+}
 CLIENTS = 8  # requests at once
 _STREAM_TOKENS = 100
-
-V = ODD_VOCAB_SIZE
 _HUGE = 2**32 - 1
-_GOOD_IDS = (0, 1, 3, 7, V - 1)
-_BAD_IDS = (V, V + 1, 63, 64, V + len(BEYOND) - 1, 400, 2**31, _HUGE)
-# field → values that the model can hold, values that it cannot. Some values are valid in company only.
-_NUMBERS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-    "max_tokens": ((1, 2, 8, _HUGE), (0,)),
-    "min_tokens": ((0, 1, 2), (ODD_CONTEXT, _HUGE)),
-    "temperature": ((0, 0.01, 0.5, 1, 2), (-1, 1e-9, 2.1, math.nan, math.inf)),
-    "top_p": ((1e-9, 0.5, 1), (0, 1.1, math.nan)),
-    "top_k": ((-1, 0, 1, V - 1, V, V + 1, 1000, 2**31 - 1), (-2, -(2**31))),
-    "min_p": ((0, 0.5, 1), (-0.1, 1.1, math.nan)),
-    "seed": ((0, 1, 2**63 - 1), (-1, -(2**63))),
-    "repetition_penalty": ((0.01, 0.5, 1, 100), (0, -1, 101, math.nan)),
-    "presence_penalty": ((-2, 0, 2), (2.1, math.inf)),
-    "frequency_penalty": ((-2, 0, 2), (-2.1, -math.inf)),
-    "logprobs": ((0, 1, V - 1, V), (V + 1, 20, 21, _HUGE)),
-    "n": ((1, 2, 16), (0, 17, _HUGE)),
-}
+_EDGE = 64  # vLLM pads an embedding to a multiple of this
 
 
-def random_request(source: random.Random) -> dict[str, Any]:
+def _numbers(v: int) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
+    """Sampling field → values that a model with `v` tokens can hold, values that it cannot. Some of the former are
+    valid in company only."""
+    most = min(v, 20)
+    return {
+        "max_tokens": ((1, 2, 8, _HUGE), (0,)),
+        "min_tokens": ((0, 1, 2), (ODD_CONTEXT, _HUGE)),
+        "temperature": ((0, 0.01, 0.5, 1, 2), (-1, 1e-9, 2.1, math.nan, math.inf)),
+        "top_p": ((1e-9, 0.5, 1), (0, 1.1, math.nan)),
+        "top_k": ((-1, 0, 1, v - 1, v, v + 1, 1000, 2**31 - 1), (-2, -(2**31))),
+        "min_p": ((0, 0.5, 1), (-0.1, 1.1, math.nan)),
+        "seed": ((0, 1, 2**63 - 1), (-1, -(2**63))),
+        "repetition_penalty": ((0.01, 0.5, 1, 100), (0, -1, 101, math.nan)),
+        "presence_penalty": ((-2, 0, 2), (2.1, math.inf)),
+        "frequency_penalty": ((-2, 0, 2), (-2.1, -math.inf)),
+        "logprobs": ((0, 1, most - 1, most), (most + 1, 21, _HUGE)),
+        "n": ((1, 2, 16), (0, 17, _HUGE)),
+    }
+
+
+def random_request(source: random.Random, odd: OddModel) -> dict[str, Any]:
     """Returns arguments of `Client.generate`. A third of the requests has nothing bad in it."""
     bad = source.choice((0.0, 0.05, 0.3))  # probability that a part is bad
+    v = odd.vocab_size
+    padded = -(-v // _EDGE) * _EDGE
 
     def is_bad() -> bool:
         return source.random() < bad
 
     def some_id() -> int:
-        return source.choice(_BAD_IDS if is_bad() else _GOOD_IDS)
+        good_ids, bad_ids = (0, 1, v // 2, v - 1), (v, v + 1, padded - 1 + (padded == v), padded, v + 99, 2**31, _HUGE)
+        return source.choice(bad_ids if is_bad() else good_ids)
 
     def text() -> str:
-        pieces = [source.choice((*BEYOND, "é", "\0")) if is_bad() else source.choice(ODD_LETTERS) for _ in range(6)]
+        pieces = [source.choice(odd.bad if is_bad() else odd.good) for _ in range(6)]
         return "".join(pieces[: source.randint(1, 6)])
 
     request: dict[str, Any] = {"prompt": text()}
@@ -83,12 +97,11 @@ def random_request(source: random.Random) -> dict[str, Any]:
     elif kind == "prompt_token_ids":
         request = {"prompt_token_ids": [some_id() for _ in range(source.randint(1, 5))]}
     request |= source.choice(({"base": True}, {}, {"tasks": ["a"]}, {"tasks": {"a": 0.5, "b": -1.0}}))
-    for name, (good_values, bad_values) in _NUMBERS.items():
+    for name, (good_values, bad_values) in _numbers(v).items():
         if source.random() < 0.3:
             request[name] = source.choice(bad_values if is_bad() else good_values)
     if source.random() < 0.3:
-        every_id = list(range(V))
-        request["stop_token_ids"] = every_id if is_bad() else [some_id() for _ in range(source.randint(1, 4))]
+        request["stop_token_ids"] = list(range(v)) if is_bad() else [some_id() for _ in range(source.randint(1, 4))]
     if source.random() < 0.3:
         biases = (-100, 100, 101, math.nan, math.inf) if is_bad() else (-100, -1, 0, 1, 100)
         request["logit_bias"] = {some_id(): source.choice(biases) for _ in range(source.randint(1, 4))}
@@ -115,7 +128,7 @@ class Result:
     streams: int = 0
 
 
-def run_campaign(client: Client, count: int, seed: int) -> Result:
+def run_campaign(client: Client, count: int, seed: int, odd: OddModel = ODD_MODELS[FIRST]) -> Result:
     """Sends `count` requests, `CLIENTS` at once, while another client streams."""
     result, over = Result(), threading.Event()
     source = random.Random(seed)
@@ -145,7 +158,7 @@ def run_campaign(client: Client, count: int, seed: int) -> Result:
     before = client.generate(**CONTROL).token_ids
     with ThreadPoolExecutor(CLIENTS + 1) as pool:
         other = pool.submit(stream)
-        list(pool.map(ask, range(count), (random_request(source) for _ in range(count))))
+        list(pool.map(ask, range(count), (random_request(source, odd) for _ in range(count))))
         over.set()
         other.result()
     if client.health() != "SERVING":
@@ -158,19 +171,20 @@ def run_campaign(client: Client, count: int, seed: int) -> Result:
 
 
 @contextmanager
-def odd_server(kind: str, folder: Path) -> Iterator[Running]:
-    """A server with the odd model and a checkpoint of two tasks.
+def odd_server(kind: str, folder: Path, name: str = FIRST) -> Iterator[Running]:
+    """A server with an odd model and a checkpoint of two tasks.
 
     Args:
         kind: one of BACKENDS.
         folder: an empty folder for the model and the checkpoint.
+        name: of one of ODD_MODELS.
     """
-    model = make_odd_model(folder / "model")
+    model = make_odd_model(folder / "model", name)
     random_checkpoint(folder / "ck", model, tasks=("a", "b"), rank=8)
     adapters = check_adapters([f"ck={folder / 'ck'}"], model)
     backend = _backend(kind, model)
     with serving(backend, adapters, warm=False, vocab_size=vocabulary.vocab_size(model)) as running:
-        running.call(running.server.warm_up(), 300)
+        running.call(running.server.warm_up(), 600)
         yield running
 
 
@@ -184,21 +198,56 @@ def _backend(kind: str, model: Path) -> Backend:
     return {"resident": ResidentBackend, "slots": SlotsBackend}[kind](model, VLLM_OPTIONS, 8)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a campaign. Returns 1 if anything happened that must not."""
-    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_argument("--requests", type=int, default=1000)
-    command.add_argument("--backend", choices=BACKENDS, default="merged")
-    command.add_argument("--seed", type=int, default=0)
-    options = command.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder, odd_server(options.backend, Path(folder)) as running:
+def _campaign(kind: str, name: str, count: int, seed: int) -> dict[str, Any]:
+    """Runs one campaign. Returns what came of it, as JSON has it."""
+    with tempfile.TemporaryDirectory() as folder, odd_server(kind, Path(folder), name) as running:
         began = time.monotonic()
-        result = run_campaign(running.client, options.requests, options.seed)
+        result = run_campaign(running.client, count, seed, ODD_MODELS[name])
         seconds = time.monotonic() - began
-    outcomes = ", ".join(f"{code} {count}" for code, count in result.outcomes.most_common())
-    print(f"{options.requests} requests to {options.backend} in {seconds:.0f} s: {outcomes}; {result.streams} streams")
-    print("\n".join(result.faults) or "no faults")
-    return 1 if result.faults else 0
+    outcomes = dict(result.outcomes.most_common())
+    print(f"{kind}, {name}: {count} requests in {seconds:.0f} s: {outcomes}; {result.streams} streams", flush=True)
+    print("\n".join(result.faults) or "no faults", flush=True)
+    return {
+        "requests": count,
+        "outcomes": outcomes,
+        "faults": result.faults,
+        "streams of another client": result.streams,
+        "seconds": round(seconds, 1),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the campaigns. Returns 1 if anything happened that must not."""
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--requests", type=int, default=1000, help="in all, for each backend (default: 1000)")
+    command.add_argument("--backend", choices=BACKENDS, nargs="+", default=["merged"])
+    command.add_argument("--model", choices=ODD_MODELS, nargs="+", default=list(ODD_MODELS), help="(default: all)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--json", type=Path, help="file to add the results to")
+    options = command.parse_args(argv)
+    faults = 0
+    for kind, name in itertools.product(options.backend, options.model):
+        result = _campaign(kind, name, -(-options.requests // len(options.model)), options.seed)
+        faults += len(result["faults"])
+        if options.json:
+            _store(options.json, kind, name, {"seed": options.seed, **_setup(), **result})
+    return 1 if faults else 0
+
+
+def _setup() -> dict[str, Any]:
+    import transformers
+    import vllm
+
+    from benchmarks import measuring
+
+    versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
+    return {"machine": measuring.machine(), "commit": measuring.commit(), **versions}
+
+
+def _store(file: Path, kind: str, name: str, result: dict[str, Any]) -> None:
+    stored = json.loads(file.read_text()) if file.exists() else {"question": "Can a request end the engine?"}
+    stored.setdefault(kind, {})[name] = result
+    file.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -269,7 +269,8 @@ def test_auto_takes_slots_where_resident_cannot_or_an_option_is_about_slots(obst
     obstacle(None)
     found = chosen("auto", "--max-loras", "3")
     assert (found.backend.name, found.reason) == ("slots", "not resident: --max-loras is an option of slots")
-    assert found.backend._engine_options == ("--max-loras", "3") and found.backend._max_rank == 8
+    slots = found.backend._current
+    assert slots._engine_options == ("--max-loras", "3") and slots._max_rank == 8
 
 
 def test_auto_takes_slots_where_resident_is_not_the_default(obstacle, monkeypatch):

@@ -27,8 +27,18 @@ class Hub:
         self.created: list[dict] = []
         self.url = ""
 
-    def files(self, repository: str) -> dict[str, bytes]:
-        return self.commits[repository][-1]
+    def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
+        """The files of a commit; of the last one for main. Raises KeyError for another revision."""
+        commits = self.commits[repository]
+        return (
+            commits[-1]
+            if revision == "main"
+            else {self.oid(repository, i + 1): c for i, c in enumerate(commits)}[revision]
+        )
+
+    def oid(self, repository: str, count: int | None = None) -> str:
+        """The id of a repository's commit number `count`, by default its last."""
+        return hashlib.sha1(f"{repository}{count or len(self.commits[repository])}".encode()).hexdigest()
 
 
 @contextmanager
@@ -109,32 +119,35 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         self.hub.commits[name].append(files)
-        oid = self.oid(name)
+        oid = self.hub.oid(name)
         self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, "success": True})
-
-    def oid(self, name: str) -> str:
-        return hashlib.sha1(f"{name}{len(self.hub.commits[name])}".encode()).hexdigest()
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         listing = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(tree|revision)/([^/]+)", path)
-        file = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/[^/]+/(.+)", path)
+        file = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path)
         name = (listing or file or [None, None])[1]
         if name not in self.hub.commits:
             self.missing("RepoNotFound")
-        elif file:
-            content = self.hub.files(name).get(file[2])
+            return
+        revision = listing[3] if listing else file[2]
+        try:
+            files = self.hub.files(name, revision)
+        except KeyError:
+            self.missing("RevisionNotFound")
+            return
+        oid = self.hub.oid(name) if revision == "main" else revision
+        if file:
+            content = files.get(file[3])
             if content is None:
                 self.missing("EntryNotFound")
                 return
             etag = hashlib.sha1(content).hexdigest()
-            self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": self.oid(name)})
+            self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": oid})
         elif listing[2] == "tree":
-            self.answer(
-                200, [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in self.hub.files(name).items()]
-            )
+            self.answer(200, [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in files.items()])
         else:
-            siblings = [{"rfilename": path} for path in self.hub.files(name)]
-            self.answer(200, {"id": name, "sha": self.oid(name), "siblings": siblings, "private": False})
+            siblings = [{"rfilename": path} for path in files]
+            self.answer(200, {"id": name, "sha": oid, "siblings": siblings, "private": False})
 
     do_HEAD = do_GET

@@ -68,6 +68,20 @@ def sentencepiece_tokenizer():
     return _finished(Tokenizer.from_str(json.dumps(content)))
 
 
+def wordpiece_tokenizer():
+    """As BERT's: words in lower case, cut into pieces that begin with ## inside a word."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    specials = ["<pad>", "<s>", "</s>", "[UNK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=100, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator(LINES, trainer)
+    return _finished(tokenizer, specials[1::-1])
+
+
 def merging_tokenizer():
     """Merges bytes across words and lines, so that prompts and completions merge across their border."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -167,6 +167,29 @@ def test_a_second_run_measures_missing_scores_and_trains_only_new_tasks(copied, 
     assert [e["set"] for e in manifest.task("upper").scores] == ["upper", "upper+truth", "upper+truth+third"]
 
 
+def test_records_edited_after_a_task_was_trained_and_scored(copied, capsys):
+    """Training records: said, and not trained again. Evaluation records: said, and scored again."""
+    trained = digests(copied / "ckpt")
+    status, out, _ = run(capsys, "check", "tasks.yaml")
+    assert status == 0 and "other examples" not in out
+    lines = (copied / "truth.jsonl").read_text().splitlines()
+    edited = [json.loads(line) for line in lines]
+    edited[0]["a"] = "false" if edited[0]["a"] == "true" else "true"  # the same number of records
+    (copied / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in edited))
+    for command in ("check", "run"):
+        status, out, _ = run(capsys, command, "tasks.yaml")
+        words = " ".join(out.split())
+        assert status == 0
+        assert "tasks[1].data.train: task 'truth' was trained on other examples than these" in words
+        assert "task 'upper' was trained on other" not in words
+    assert "truth: its stored scores" in words and "upper: its stored scores" not in words
+    assert "scoring truth" in out and "scoring upper" not in out and "training step" not in out
+    after = digests(copied / "ckpt")
+    assert {name for name in after if after[name] != trained[name]} == {"loraf.json"}
+    status, out, _ = run(capsys, "run", "tasks.yaml")
+    assert "stored scores" not in out and "scoring" not in out
+
+
 def test_run_refuses_changed_settings_of_a_finished_task(copied, capsys):
     before = digests(copied / "ckpt")
     status, _, err = run(capsys, "run", "tasks.yaml", "--set", "tasks.upper.alpha=3", "--set", "seed=1")
@@ -284,15 +307,15 @@ def test_check_reports_mistakes_of_every_kind_at_once(copied, capsys):
     assert "Traceback" not in err
 
 
-def test_check_names_a_missing_target_module_and_data_too_long_for_the_model(copied, capsys):
+def test_check_names_a_missing_target_module_and_data_longer_than_the_context(copied, capsys):
     shutil.rmtree(copied / "ckpt")
     status, _, err = run(capsys, "check", "tasks.yaml", "--set", "adapter.target_modules=[q_proj, w_proj]")
     assert status == 2
     assert "adapter.target_modules: the model has no 'w_proj'" in err and "q_proj, k_proj" in err
     (copied / "upper.jsonl").write_text(json.dumps({"prompt": "p" * 2000, "completion": "c"}) + "\n")
-    status, _, err = run(capsys, "check", "tasks.yaml", "--set", "training.max_length=4096")
-    assert status == 2
-    assert "tasks[0].training.max_length" in err and "context is 1024" in err
+    status, out, _ = run(capsys, "check", "tasks.yaml", "--set", "training.max_length=4096")
+    assert status == 0  # rotary positions have no end
+    assert "tasks[0].training.max_length: training example 1 has 200" in out and "context is 1024" in out
     status, _, err = run(capsys, "check", "tasks.yaml")
     assert status == 2
     assert "every prompt of task 'upper' fills max_length 512" in err

@@ -19,7 +19,7 @@ from loraf_train.data.task_data import TaskData
 from loraf_train.settings.config import RunConfig, TaskConfig
 from loraf_train.settings.data import DataConfig, RecordSource
 from loraf_train.settings.parts import AdapterConfig, CalibrationConfig, TrainingConfig
-from loraf_train.trainer import loop
+from loraf_train.trainer import batches, loop
 from tests import standins
 
 PAD = 0
@@ -106,7 +106,7 @@ def phase(*, seed: int, optimizer: str = "adamw", **settings: Any) -> loop.Phase
 
 
 def batch(chosen: list[Example]) -> dict[str, torch.Tensor]:
-    return loop.Collator(PAD)(chosen)
+    return batches.Collator(PAD)(chosen)
 
 
 class DenseLoraf(torch.nn.Module):

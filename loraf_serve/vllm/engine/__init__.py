@@ -4,8 +4,10 @@
     vllm_backend   their common base
     slot_queue     decides which task sets get a slot
     support        whether vLLM can serve a model on this machine
+    quantised      quantised weights that vLLM adds no LoRA to
     arguments      the user's vLLM options as an engine's arguments
     environment    environment variables of vLLM's processes
+    answers        makes text of tokens, where vLLM's own way is not good enough
     convert        requests and outputs between the service's types and vLLM's
 
 May import `slots`, `resident` and `worker`; they never import this room.

@@ -15,6 +15,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from loraf.base_model import require_no_adapter
 from loraf.errors import ConfigError, Problem
 from loraf_serve.vllm.naming import RESIDENT_EXTENSION, SLOTS_EXTENSION, UNSUPPORTED_SPLITS, option
 
@@ -27,14 +28,25 @@ _MIN_GPU_SHARE = 0.1  # of a GPU's memory, for the model and its KV cache
 # Options that a user cannot set, and why.
 _FIXED = {
     "model": "the model is set with loraf-serve's own --model",
+    "revision": "the model's revision is set with loraf-serve's own --revision",
     "enable_lora": "LoRA is always enabled",
     "worker_extension_cls": "the backend brings its own worker extension",
     "default_mm_loras": "adapters are set with --adapter",
 }
 _SLOTS = {"max_loras": "slots", "max_cpu_loras": "slots", "max_lora_rank": "slots with a maximum rank"}
 
+# The values with which an engine generates text, and why no other is accepted.
+_NEEDED = {
+    "skip_tokenizer_init": ((False,), "the tokenizer is needed: it makes prompts of text, and text of answers"),
+    "runner": (("auto", "generate"), "loraf-serve generates text"),
+    "convert": (("auto", "none"), "loraf-serve generates text"),
+}
+
 UserOptions = Mapping[str, Any]  # the options of `_CHECKED_OPTIONS` that the user set, by their names in EngineArgs
-_CHECKED_OPTIONS = (*_FIXED, *UNSUPPORTED_SPLITS, *_SLOTS, "fully_sharded_loras", "gpu_memory_utilization")
+_CHECKED_OPTIONS = (
+    *(*_FIXED, *_NEEDED, *UNSUPPORTED_SPLITS, *_SLOTS),
+    *("fully_sharded_loras", "gpu_memory_utilization", "tokenizer", "tokenizer_revision"),
+)
 
 
 class _Parser(FlexibleArgumentParser):
@@ -108,8 +120,9 @@ def _engine_args(
 
     Raises:
         ConfigError: vLLM does not know an option or refuses its value, or options contradict the backend's settings
-            (lists all contradictions).
+            (lists all contradictions), or an adapter lies in the model's folder.
     """
+    require_no_adapter(model_folder)
     base = _Parser(add_help=False, allow_abbrev=False)  # type: ignore[no-untyped-call]  # vLLM leaves it unannotated
     parser = AsyncEngineArgs.add_cli_args(base)
     # None marks an option that the user did not set.
@@ -170,6 +183,12 @@ def lora_rank(rank: int) -> int:
 def _contradictions(user: UserOptions) -> list[Problem]:
     """Returns the user's options that no backend accepts."""
     problems = [Problem(reason, option(name), remedy="leave it out") for name, reason in _FIXED.items() if name in user]
+    if "tokenizer_revision" in user and "tokenizer" not in user:  # vLLM ignores it: the model is a local folder here
+        message, remedy = "the tokenizer has the model's revision", "leave it out, or set loraf-serve's --revision"
+        problems.append(Problem(message, option("tokenizer_revision"), remedy=remedy))
+    for name, (values, reason) in _NEEDED.items():
+        if user.get(name, values[0]) not in values:
+            problems.append(Problem(reason, option(name), remedy="leave it out"))
     for name in UNSUPPORTED_SPLITS:
         if user.get(name, 1) != 1:
             remedy = "use --tensor-parallel-size, or several servers"

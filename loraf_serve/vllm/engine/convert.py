@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -11,6 +13,10 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from loraf.errors import LorafError, Problem
 from loraf_serve.backends.backend import ChoiceDelta, Output, PositionLogprobs, Sampling, TokenLogprob
+from loraf_serve.backends.detokenize import CONTEXT, token_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def sampling_params(sampling: Sampling) -> SamplingParams:
@@ -45,42 +51,61 @@ def request_error(error: Exception) -> LorafError:
     return LorafError(Problem(message, f"sampling.{parameter}" if known else ""))
 
 
-def output(request_output: RequestOutput, logprobs: int | None) -> Output:
-    """Converts the increment since vLLM's last output.
+class Converter:
+    """Converts the outputs of one request, in their order.
 
     Args:
+        tokenizer: of the model.
         logprobs: `Sampling.logprobs`.
     """
-    choices = tuple(_choice(completion, logprobs) for completion in request_output.outputs)
-    return Output(choices, request_output.num_cached_tokens or 0)
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, logprobs: int | None):
+        self._tokenizer = tokenizer
+        self._count = logprobs
+        self._answers: defaultdict[int, list[int]] = defaultdict(list)  # index → tokens so far
 
-def _choice(completion: CompletionOutput, count: int | None) -> ChoiceDelta:
-    token_ids = tuple(completion.token_ids)
-    logprobs: tuple[PositionLogprobs, ...] = ()
-    if count is not None and completion.logprobs:
-        positions = zip(token_ids, completion.logprobs, strict=True)
-        logprobs = tuple(_position(token_id, entries, count) for token_id, entries in positions if entries is not None)
-    return ChoiceDelta(
-        index=completion.index,
-        text=completion.text,
-        token_ids=token_ids,
-        finish_reason=completion.finish_reason,
-        stop_reason="" if completion.stop_reason is None else str(completion.stop_reason),
-        logprobs=logprobs,
-    )
+    def output(self, request_output: RequestOutput) -> Output:
+        """Converts the increment since vLLM's last output."""
+        choices = tuple(self._choice(completion) for completion in request_output.outputs)
+        return Output(choices, request_output.num_cached_tokens or 0)
 
+    def _choice(self, completion: CompletionOutput) -> ChoiceDelta:
+        token_ids = tuple(completion.token_ids)
+        logprobs: tuple[PositionLogprobs, ...] = ()
+        if self._count is not None and completion.logprobs:
+            before = self._answers[completion.index]
+            positions = zip(token_ids, completion.logprobs, strict=True)
+            logprobs = tuple(
+                self._position([*before, *token_ids[:n]], token_id, entries)
+                for n, (token_id, entries) in enumerate(positions)
+                if entries is not None
+            )
+            before += token_ids
+            del before[:-CONTEXT]
+        return ChoiceDelta(
+            index=completion.index,
+            text=completion.text,
+            token_ids=token_ids,
+            finish_reason=completion.finish_reason,
+            stop_reason="" if completion.stop_reason is None else str(completion.stop_reason),
+            logprobs=logprobs,
+        )
 
-def _position(chosen: int, entries: Mapping[int, Logprob], count: int) -> PositionLogprobs:
-    """Converts the log-probabilities at one position of the output.
+    def _position(self, before: list[int], chosen: int, entries: Mapping[int, Logprob]) -> PositionLogprobs:
+        """Converts the log-probabilities at one position of the output.
 
-    Args:
-        chosen: the sampled token.
-        entries: of the `count` most likely tokens (-1 for all), and of the sampled token even if it is not among them.
-    """
-    converted = {
-        token_id: TokenLogprob(token_id, entry.logprob, entry.rank or 0, entry.decoded_token or "")
-        for token_id, entry in entries.items()
-    }
-    ranked = sorted(converted.values(), key=lambda entry: entry.rank)
-    return PositionLogprobs(converted[chosen], tuple(ranked if count < 0 else ranked[:count]))
+        Args:
+            before: the last tokens before it, at least CONTEXT or all.
+            chosen: the sampled token.
+            entries: of the most likely tokens, as many as requested (-1 for all), and of the sampled token even if it
+                is not among them.
+        """
+        assert self._count is not None
+        converted = {
+            token_id: TokenLogprob(
+                token_id, entry.logprob, entry.rank or 0, token_text(self._tokenizer, before, token_id)
+            )
+            for token_id, entry in entries.items()
+        }
+        ranked = sorted(converted.values(), key=lambda entry: entry.rank)
+        return PositionLogprobs(converted[chosen], tuple(ranked if self._count < 0 else ranked[: self._count]))

@@ -6,6 +6,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+from loraf.errors import one_line
+from loraf_serve.vllm.engine import quantised
 from loraf_serve.vllm.engine.environment import quiet
 
 
@@ -13,6 +15,9 @@ def can_serve(model_folder: Path) -> str | None:
     """Returns why vLLM cannot serve a model with LoRA, or None if it can.
 
     Imports vLLM, which takes seconds, and reads the model's config.
+
+    Raises:
+        ConfigError: no backend can serve it: its weights are quantised in a way that fails in vLLM.
     """
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
@@ -32,8 +37,13 @@ def can_serve(model_folder: Path) -> str | None:
         return "the model's config.json names no architecture"
     if not known:
         return f"vLLM has no model {' or '.join(architectures)}"
-    if not supports_lora(ModelRegistry.models[known[0]].load_model_cls()):
+    try:
+        model_class = ModelRegistry.models[known[0]].load_model_cls()
+    except ImportError as error:  # many models need packages that vLLM does not
+        return f"vLLM's {known[0]} cannot be imported ({one_line(error)})"
+    if not supports_lora(model_class):
         return f"vLLM does not support LoRA for {known[0]}"
+    quantised.require_supported(Path(model_folder))
     return None
 
 

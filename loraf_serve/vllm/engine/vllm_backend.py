@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import tempfile
 import uuid
 from abc import abstractmethod
 from collections import OrderedDict
@@ -12,14 +13,22 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from loraf.errors import ConfigError, Problem, UnknownTask
+from loraf.errors import ConfigError, Problem, UnknownTask, one_line
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
+from loraf_serve.backends.backend import (
+    Backend,
+    BackendUnavailable,
+    EngineFailed,
+    GenerationRequest,
+    Output,
+    ServedAdapter,
+)
 from loraf_serve.backends.vocabulary import ends_within
+from loraf_serve.vllm.engine import answers, quantised
 from loraf_serve.vllm.engine.environment import engine_environment
 from loraf_serve.vllm.engine.support import can_serve
 from loraf_serve.vllm.naming import lora_path
-from loraf_serve.vllm.worker import remote
+from loraf_serve.vllm.worker import faults, probe, remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,27 +85,56 @@ class VllmBackend(Backend):
 
     async def start(self) -> None:
         try:
-            await asyncio.to_thread(self._start_engine)
-            engine = self._running()
-            self.tokenizer = cast("PreTrainedTokenizerBase", engine.get_tokenizer())
-            self.max_model_len = engine.model_config.max_model_len
-            self.vocab_size = engine.model_config.get_vocab_size()
-            self.end_tokens = _keep_ends_within(engine, self.vocab_size)
-            if not all(await self._call_workers("loraf_layers")):
-                message = "vLLM's workers did not install LoRAF's LoRA manager"
-                raise ConfigError(Problem(message, self._option, remedy="serve with --backend merged"))
-            await self._warm_up()
+            with tempfile.TemporaryDirectory(prefix="loraf-") as folder:
+                faults_file = Path(folder) / "faults"
+                try:
+                    await self._start(faults_file)
+                except BackendUnavailable as error:
+                    raise self._failed(faults.first(faults_file) or one_line(error)) from error
         except BaseException:
             await self.stop()
             raise
+
+    async def _start(self, faults_file: Path) -> None:
+        await asyncio.to_thread(self._start_engine, faults_file)
+        engine = self._running()
+        self.tokenizer = cast("PreTrainedTokenizerBase", engine.get_tokenizer())
+        self.max_model_len = engine.model_config.max_model_len
+        self.vocab_size = engine.model_config.get_vocab_size()
+        self.end_tokens = _keep_ends_within(engine, self.vocab_size)
+        answers.install(engine)
+        if not all(await self._call_workers("loraf_layers")):
+            message = "vLLM's workers did not install LoRAF's LoRA manager"
+            raise ConfigError(Problem(message, self._option, remedy="serve with --backend merged"))
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        try:
+            await self._warm_up()
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise _dead() from error
 
     @property
     def _option(self) -> str:
         return f"--backend {self.name}"
 
-    def _start_engine(self) -> None:
-        """Blocks until the engine's processes have loaded the model."""
-        with engine_environment(self._environment()):
+    def _failed(self, reason: str) -> EngineFailed:
+        message, remedy = f"vLLM's engine failed while it started ({reason})", "serve with --backend merged"
+        method = quantised.method(self._model_folder)
+        if method:  # merged serves no quantised weights
+            message, remedy = f"{message}; the model's weights are quantised ({method})", quantised.REMEDY
+        return EngineFailed(Problem(message, self._option, remedy=remedy))
+
+    def _start_engine(self, faults_file: Path) -> None:
+        """Blocks until the engine's processes have loaded the model.
+
+        Args:
+            faults_file: where they write why they failed.
+
+        Raises:
+            ConfigError: the options or the model cannot be used.
+            BackendUnavailable: the processes failed.
+        """
+        with engine_environment({faults.FAULTS: str(faults_file), **self._environment()}):
             reason = can_serve(self._model_folder)
             if reason:
                 raise ConfigError(Problem(reason, self._option, remedy="serve with --backend merged"))
@@ -109,14 +147,13 @@ class VllmBackend(Backend):
             try:
                 config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
             # vLLM raises these for a user's options or model, with an explanation. Others are bugs and propagate.
-            except (ValueError, TypeError, NotImplementedError) as error:
+            except (ValueError, TypeError, NotImplementedError, ImportError) as error:
                 raise option_error(error) from None
             self._configured(config)
             try:
                 self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-            except Exception as error:  # vLLM's processes log the reason themselves
-                remedy = "see vLLM's own log above for the reason"
-                raise ConfigError(Problem(f"vLLM did not start ({error})", self._option, remedy=remedy)) from error
+            except Exception as error:
+                raise BackendUnavailable(one_line(error)) from error
         if self._stopping:  # `start` was cancelled in the meantime
             self._engine.shutdown(_EXIT_SECONDS)
 
@@ -125,15 +162,18 @@ class VllmBackend(Backend):
         return {}
 
     async def _warm_up(self) -> None:
-        """Generates one token of the base model, because an engine's first step is slow."""
+        """Generates some tokens of the base model, because an engine's first steps are slow. Meanwhile and afterwards
+        the workers prove that LoRA on vLLM's layers acts as in transformers."""
         from vllm.inputs import tokens_input
         from vllm.sampling_params import SamplingParams
 
+        def generate(prompt: list[int], tokens: int) -> AsyncGenerator[object, None]:
+            params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+            return self._running().generate(tokens_input(prompt), params, _new_request_id())
+
         bos = self.tokenizer.bos_token_id
         token = bos if bos is not None and 0 <= bos < (self.vocab_size or 0) else 0
-        params = SamplingParams(max_tokens=1)
-        async for _ in self._running().generate(tokens_input([token]), params, _new_request_id()):
-            pass
+        await probe.prove_layers(self._call_workers, generate, token, self.max_model_len, probe.AT_ONCE)
 
     async def add_adapter(self, adapter: ServedAdapter) -> None:
         """Has every worker read the checkpoint, verify it against the adapter's digest, and prepare it."""
@@ -200,6 +240,7 @@ class VllmBackend(Backend):
         engine = self._running()
         request_id = _new_request_id()  # the caller's ids may repeat
         finished = False
+        converter = convert.Converter(self.tokenizer, request.sampling.logprobs)
         self._request_ids.add(request_id)
         try:
             params = convert.sampling_params(request.sampling)
@@ -209,7 +250,7 @@ class VllmBackend(Backend):
                     finished = output.finished
                     if self._stopping and any(choice.finish_reason == "abort" for choice in output.outputs):
                         raise _stopped()
-                    yield convert.output(output, request.sampling.logprobs)
+                    yield converter.output(output)
         except EngineDeadError as error:
             raise _dead() from error
         except EngineGenerateError as error:

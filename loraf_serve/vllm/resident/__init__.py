@@ -9,7 +9,6 @@ vLLM takes for a LoRA adapter is a `TaskWeights`: a checkpoint's digest and one 
     manager      vLLM's LoRA managers: a task set becomes weights, a checkpoint becomes operands
     weights      the task weights of each row of a step's batch
     layers       vLLM's LoRA layers, with a delta in place of slots
-    parts        the parts of the modules' A and B that a worker's layer holds
     gpu          the memory that CUDA graphs read
     selfcheck    compares operands with ΔW
     compiling    keeps torch.compile on

@@ -38,10 +38,12 @@ class ResidentLayer(_Mixin):
         operands: adapter digest → operand of the adapter in this layer, if it has one.
         name: vLLM's name of the layer.
         gpu: used instead of `operands` on a GPU.
+        in_use: whether a checkpoint may have a part in this layer. vLLM may call others with some of a step's tokens.
     """
 
     operands: dict[str, kernels.Operand]
     name: str
+    in_use = True
     gpu: Gpu | None = None
 
     def create_lora_weights(
@@ -76,7 +78,7 @@ class ResidentLayer(_Mixin):
     def add_deltas(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Adds to y (n, d_out) the delta of every adapter that acts in this step."""
         step = cast("StepWeights", self.punica_wrapper)
-        if self.gpu is None and not step.active:
+        if not self.in_use or (self.gpu is None and not step.active):
             return
         if x.shape[0] < step.tokens:  # otherwise rows beyond the end of y would be written
             raise RuntimeError(f"{self.name}: {x.shape[0]} rows in a step of {step.tokens} tokens")

@@ -25,11 +25,12 @@ from loraf_serve import kernels
 from loraf_serve.backends.backend import SelfCheckFailed
 from loraf_serve.kernels import Operand
 from loraf_serve.vllm.naming import parse_lora_path
-from loraf_serve.vllm.resident import parts, selfcheck
+from loraf_serve.vllm.resident import selfcheck
 from loraf_serve.vllm.resident.layers import ResidentLayer, from_layer
 from loraf_serve.vllm.resident.weights import StepWeights, TaskWeights
-from loraf_serve.vllm.worker import targets
+from loraf_serve.vllm.worker import parts, targets
 from loraf_serve.vllm.worker.manager import CheckpointLoRAManager, LinearOnlyModelManager
+from loraf_serve.vllm.worker.proof import Proof
 
 if TYPE_CHECKING:
     from vllm.lora.punica_wrapper import PunicaWrapperBase
@@ -145,6 +146,10 @@ class ResidentLoRAManager(CheckpointLoRAManager[CheckpointStream, PreparedCheckp
         adapter.task_weights = TaskWeights.of(digest, manifest, TaskSet.parse(text, manifest.task_names))
         return adapter
 
+    def proven(self, proof: Proof) -> None:
+        for name, layer in self._resident_models.layers().items():
+            layer.in_use = proof.is_any_proven(name)
+
     def activate(self, digest: str) -> int:
         """Puts the operands into the layers, where the next step finds them."""
         operands, models = self.store.get(digest).operands, self._resident_models
@@ -174,7 +179,7 @@ class ResidentLoRAManager(CheckpointLoRAManager[CheckpointStream, PreparedCheckp
 
         Raises:
             CorruptCheckpoint: lists everything that is wrong with the checkpoint.
-            BaseMismatch: lists every reason why the engine cannot apply it.
+            BaseMismatch, NotProven: lists every reason why the engine cannot apply it, or not as transformers does.
             SelfCheckFailed: lists every layer whose delta differs from that of ΔW.
         """
         manifest, where = checkpoint.manifest, str(checkpoint.path)
@@ -182,7 +187,7 @@ class ResidentLoRAManager(CheckpointLoRAManager[CheckpointStream, PreparedCheckp
         layers, gpu, dtype = manager.layers(), manager.gpu, self.dtype
         if gpu is not None:
             gpu.require(manifest, where)
-        targets.require_layers(manifest, self.layer_shapes(), manager.model, where)
+        self.require_layers(manifest, where)
         modules = {targets.vllm_name(manager.model, module): module for module in manifest.modules}
 
         def prepare_layer(name: str) -> tuple[Operand, str | None] | None:

@@ -17,7 +17,7 @@ import torch
 
 from loraf.sparse import SparseB
 from loraf_serve import kernels
-from loraf_serve.vllm.resident.parts import LayerPart
+from loraf_serve.vllm.worker.parts import LayerPart
 
 _ROWS = 16  # in a run
 _COLUMNS = 4096  # of A at a time

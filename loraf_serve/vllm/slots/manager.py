@@ -73,14 +73,14 @@ class SlotsLoRAManager(CheckpointLoRAManager[Checkpoint, LoadedCheckpoint]):
 
         Raises:
             CheckpointError: the rank exceeds the engine's.
-            BaseMismatch: lists every module without a matching layer in vLLM.
+            BaseMismatch, NotProven: lists every module that vLLM would not apply, or not as transformers does.
         """
         manifest = checkpoint.manifest
         where = str(checkpoint.path)
         if manifest.rank > self.lora_config.max_lora_rank:
             message = f"rank {manifest.rank} is beyond the engine's largest, {self.lora_config.max_lora_rank}"
             raise CheckpointError(Problem(message, "rank", where, "start the server with a larger --max-lora-rank"))
-        targets.require_layers(manifest, self.layer_shapes(), self._adapter_manager.model, where)
+        self.require_layers(manifest, where)
         modules, dtype = list(manifest.modules), self.dtype
         projections = pool.map(lambda module: checkpoint.projection_of(module, dtype), modules)
         return LoadedCheckpoint(checkpoint, dict(zip(modules, projections, strict=True)))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from loraf import base_model, manifest
 from loraf.errors import CheckpointError, ConfigError, LorafError, Problem
+from loraf.hub import split_revision
 from loraf.manifest import FILE_NAME, Manifest
 from loraf.tasksets import TaskSet
 from loraf_serve.adapters.adapter_spec import AdapterSpec, check_adapter
@@ -42,7 +43,7 @@ def split_path(path: str) -> tuple[str, str] | None:
     """Splits a LoRA path into checkpoint and task set. Returns None if it is not a LoRAF checkpoint's path.
 
     A folder with a checkpoint is one, and so is any text followed by `@` and a set. A checkpoint on the hub is named
-    `org/name@all`. A path that exists is never split.
+    `org/name@all`, or `org/name#REVISION@all`. A path that exists is never split.
 
     Raises:
         ConfigError: there is no text before or after the `@`, or the path begins with the reserved `loraf:`.
@@ -130,8 +131,9 @@ class StockCheckpoints:
         self._checkpoints: dict[Path, NamedCheckpoint] = {}
 
     def check(self, name: str) -> NamedCheckpoint:
-        """Finds a checkpoint (a folder or a hub id) and checks all that can be checked without reading a task file: the
-        manifest, the files' presence and size, the base model, the rank. Takes seconds. Thread-safe.
+        """Finds a checkpoint (a folder, a hub id, or `org/name#REVISION`) and checks all that can be checked without
+        reading a task file: the manifest, the files' presence and size, the base model, the rank. Takes seconds.
+        Thread-safe.
 
         Raises:
             LorafError: it cannot be served, or was changed since the workers read it.
@@ -142,7 +144,9 @@ class StockCheckpoints:
             return known
         try:
             folder = base_model.resolve(self._model, self._revision, field="the served model")
-            adapter = check_adapter(AdapterSpec(name, "", name), folder, os.environ.get(ALLOW_OTHER_BASE) == "1")
+            source, revision = split_revision(name, f"--adapter {name}")
+            spec = AdapterSpec(name, "", source, revision=revision)
+            adapter = check_adapter(spec, folder, os.environ.get(ALLOW_OTHER_BASE) == "1")
         except LorafError as error:
             raise for_vllm_serve(error, name) from None
         rank = adapter.manifest.rank

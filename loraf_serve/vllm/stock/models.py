@@ -10,17 +10,21 @@ then each worker's loading threads read and verify the task files, once, and kee
 from __future__ import annotations
 
 import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Iterable
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.exceptions import VLLMNotFoundError
+from vllm.inputs import tokens_input
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
 
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
 from loraf.tasksets import TaskSet
@@ -34,10 +38,15 @@ from loraf_serve.vllm.stock.checkpoints import (
     read_set,
     split_path,
 )
-from loraf_serve.vllm.worker import remote
+from loraf_serve.vllm.worker import probe, remote
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = init_logger(f"vllm.{__name__}")  # a child of `vllm`, whose handlers print
 
+MAX_RESOLVED = 1024  # names NAME@SET
+MAX_IDS = 1 << 16
 _REMEDY = "start a server without that option, or use loraf-serve"
 
 
@@ -46,6 +55,9 @@ class TaskSetModels(OpenAIServingModels):
 
     A name stands for one content during the server's life, and a content has one id. vLLM compares LoRA requests by
     name and keeps weights by id, so a second meaning of either would give wrong answers or end the engine.
+
+    Names NAME@SET exist while NAME is loaded. Of those and of ids, the oldest are forgotten when there are many; a
+    forgotten name is resolved again, to the same content.
     """
 
     def __init__(self, engine_client: EngineClient, *args: Any, **kwargs: Any):
@@ -54,10 +66,12 @@ class TaskSetModels(OpenAIServingModels):
         rank = config.lora_config.max_lora_rank if config.lora_config else 0
         self._checkpoints = StockCheckpoints(config.model_config.model, config.model_config.revision, rank)
         self._loading = asyncio.Lock()
+        self._is_proven = False  # the workers have proven what they can about vLLM's layers
         self._loaded: set[str] = set()  # digests of the checkpoints in the workers
-        self._ids: dict[str, int] = {}  # LoRA path → id
-        self._paths: dict[str, str] = {}  # name → LoRA path, "" for one of vLLM's own adapters
-        self._whole: dict[str, NamedCheckpoint] = {}  # names that stand for a whole checkpoint
+        self._ids: dict[str, int] = {}  # LoRA path → id, the oldest first
+        self._paths: dict[str, str] = {}  # name that was loaded → LoRA path, "" for one of vLLM's own adapters
+        self._whole: dict[str, NamedCheckpoint] = {}  # names that stand for a whole checkpoint, loaded or unloaded
+        self._resolved: dict[str, None] = {}  # names NAME@SET in `lora_requests`, the oldest first
 
     async def load_lora_adapter(
         self, request: LoadLoRAAdapterRequest, base_model_name: str | None = None
@@ -94,28 +108,58 @@ class TaskSetModels(OpenAIServingModels):
         whole = {known: checkpoint for known, checkpoint in self._whole.items() if known in self.lora_requests}
         if name not in whole:
             resolved = await super().resolve_lora(lora_name)
+            self._drop_lock(lora_name)
             if isinstance(resolved, LoRARequest):
                 self._paths.setdefault(lora_name, "")
             elif at and whole and resolved.error.code == HTTPStatus.NOT_FOUND:
-                remedy = f"choose from: {', '.join(whole)}"
-                raise VLLMNotFoundError(str(Problem(f"there is no checkpoint {name!r}", "model", remedy=remedy)))
+                raise _no_checkpoint(name, whole)
             return resolved
         try:
-            return await self._resolve(lora_name, whole[name], text)
+            resolved = await self._resolve(lora_name, whole[name], text)
         except UnknownTask as error:
             raise VLLMNotFoundError(f"model {lora_name!r}: {error}") from None
         except LorafError as error:
             return _error_response(error, f"model {lora_name!r}: ")
+        if name not in self.lora_requests:  # unloaded in the meantime
+            self._forget([lora_name])
+            raise _no_checkpoint(name, [other for other in whole if other in self.lora_requests])
+        return resolved
+
+    async def unload_lora_adapter(self, request: UnloadLoRAAdapterRequest) -> ErrorResponse | str:
+        """Unloads a name. If it stands for a whole checkpoint, NAME@SET is no longer known either."""
+        response = await super().unload_lora_adapter(request)
+        self._drop_lock(request.lora_name)
+        if not isinstance(response, ErrorResponse):
+            self._forget([name for name in self._resolved if request.lora_name in (name, name.rpartition("@")[0])])
+        return response
 
     async def _resolve(self, name: str, checkpoint: NamedCheckpoint, text: str) -> LoRARequest:
         task_set = read_set(text, checkpoint.manifest)
         await asyncio.to_thread(checkpoint.require_unchanged)
-        return await self._serve(name, lora_path(checkpoint.digest, str(task_set)), None)
+        request = await self._serve(name, lora_path(checkpoint.digest, str(task_set)), None)
+        self._resolved[name] = None
+        self._forget(list(self._resolved)[: max(0, len(self._resolved) - MAX_RESOLVED)])
+        return request
+
+    def _forget(self, names: Iterable[str]) -> None:
+        """Removes names NAME@SET, which no longer answer unless they are resolved again."""
+        for name in names:
+            self._resolved.pop(name, None)
+            self.lora_requests.pop(name, None)
+            self._drop_lock(name)
+
+    def _drop_lock(self, name: str) -> None:
+        """Removes the lock of a name that is not served: vLLM keeps one for every name that was ever asked for."""
+        if name not in self.lora_requests and not self.lora_resolver_lock[name].locked():
+            del self.lora_resolver_lock[name]
 
     async def _add(self, name: str, checkpoint_path: str, text: str, base_model_name: str | None) -> None:
         """Loads a checkpoint and serves one of its task sets as a model."""
         checkpoint, task_set = await self._load(checkpoint_path, text)
-        await self._serve(name, lora_path(checkpoint.digest, str(task_set)), base_model_name)
+        path = lora_path(checkpoint.digest, str(task_set))
+        await self._serve(name, path, base_model_name)
+        self._paths[name] = path
+        self._resolved.pop(name, None)  # it stands on its own from now on
         if text == EVERY_TASK:
             self._whole[name] = checkpoint
 
@@ -124,22 +168,45 @@ class TaskSetModels(OpenAIServingModels):
         self._require_free(name, path)
         if path not in self._ids:
             self._ids[path] = self.lora_id_counter.inc(1)
+            self._forget_ids()
         request = LoRARequest(lora_name=name, lora_int_id=self._ids[path], lora_path=path)
         if base_model_name is not None and self.is_base_model(base_model_name):
             request.base_model_name = base_model_name
         await self.engine_client.add_lora(request)
-        self._paths[name] = path
         self.lora_requests[name] = request
         logger.info("Model '%s' is LoRAF task set '%s'", name, path)
         return request
+
+    def _forget_ids(self) -> None:
+        """Forgets the oldest ids when there are many, but none that a name or a running request has."""
+        if len(self._ids) <= MAX_IDS:
+            return
+        processor = cast("AsyncLLM", self.engine_client).output_processor
+        running = (state.lora_request for state in processor.request_states.values())
+        used = {request.lora_path for request in (*self.lora_requests.values(), *running) if request is not None}
+        for path in [path for path in self._ids if path not in used][: MAX_IDS // 4]:
+            del self._ids[path]
+
+    def _meaning(self, name: str) -> str | None:
+        """The LoRA path that a name has stood for in this server, or may have; None if there is none."""
+        if name in self._paths:
+            return self._paths[name]
+        whole, _, text = name.rpartition("@")
+        checkpoint = self._whole.get(whole)
+        if checkpoint is None:
+            return None
+        try:
+            return lora_path(checkpoint.digest, str(read_set(text, checkpoint.manifest)))
+        except LorafError:
+            return None
 
     def _require_free(self, name: str, path: str) -> None:
         """
         Raises:
             ConfigError: the name stands for something else.
         """
-        known = self._paths.get(name, path)
-        if known != path:
+        known = self._meaning(name)
+        if known not in (None, path):
             message = f"{name!r} already stands for {known or 'another adapter'!r} in this server"
             remedy = "choose another name, or restart the server"
             raise ConfigError(Problem(message, "lora_name", remedy=remedy))
@@ -175,11 +242,20 @@ class TaskSetModels(OpenAIServingModels):
         if not all(await call("loraf_layers")):
             message = "vLLM's workers did not install LoRAF's LoRA manager"
             raise ConfigError(Problem(message, remedy="serve it with loraf-serve"))
+        if not self._is_proven:
+            length = self.engine_client.model_config.max_model_len
+            await probe.prove_layers(call, self._generate, 0, length, probe.IN_SLICES)
+            self._is_proven = True
         try:
             await remote.load(call, str(checkpoint.folder), checkpoint.tasks, checkpoint.digest)
         except LorafError:
             await call("loraf_drop", checkpoint.digest, [])
             raise
+
+    def _generate(self, prompt: list[int], tokens: int) -> AsyncGenerator[object, None]:
+        """Runs a request of the base model, of token ids."""
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        return self.engine_client.generate(tokens_input(prompt), params, f"loraf-{uuid.uuid4().hex}")
 
     def _require_supported(self) -> None:
         """
@@ -202,6 +278,11 @@ class TaskSetModels(OpenAIServingModels):
             problems.append(Problem(f"no longer true of the installed vLLM: {statement}", remedy="use loraf-serve"))
         if problems:
             raise ConfigError(problems)
+
+
+def _no_checkpoint(name: str, others: Iterable[str]) -> VLLMNotFoundError:
+    remedy = f"choose from: {', '.join(others) or 'none'}"
+    return VLLMNotFoundError(str(Problem(f"there is no checkpoint {name!r}", "model", remedy=remedy)))
 
 
 def _error_response(error: LorafError, prefix: str) -> ErrorResponse:

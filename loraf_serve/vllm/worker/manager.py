@@ -12,8 +12,11 @@ from vllm.config import VllmConfig
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from loraf.errors import ConfigError, Problem
+from loraf.manifest import Manifest
 from loraf.manifest_view import CheckpointManifestView
 from loraf_serve.vllm.worker import targets
+from loraf_serve.vllm.worker.proof import Proof
 from loraf_serve.vllm.worker.store import CheckpointStore
 
 
@@ -52,6 +55,9 @@ class CheckpointLoRAManager(LRUCacheWorkerLoRAManager, Generic[C, P]):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, cores: Sequence[int] = (), **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
+        self._model_config = vllm_config.model_config
+        self._weights_are_random = vllm_config.load_config.load_format == "dummy"
+        self.proof: Proof | None = None
         self.store: CheckpointStore[C, P] = CheckpointStore(self._open, self._prepare, cores)
 
     def _open(self, folder: str, tasks: Sequence[str]) -> AbstractContextManager[C]:
@@ -72,10 +78,44 @@ class CheckpointLoRAManager(LRUCacheWorkerLoRAManager, Generic[C, P]):
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
         """vLLM calls it at the beginning of every step."""
         self.store.step_back()
+        if self.proof is not None and mapping is not None:
+            self.proof.begin_step(len(mapping.index_mapping), len(mapping.prompt_mapping))
         super().set_active_adapters(requests, mapping)
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         return targets.layer_shapes(self._adapter_manager)
+
+    def begin_proof(self, runner: Any) -> Proof:
+        """Returns a new proof, which begins to record. Until it is complete, every checkpoint is refused.
+
+        Args:
+            runner: vLLM's model runner.
+        """
+        model = self._model_config
+        assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved names by now
+        folder = None if self._weights_are_random else model.model
+        self.proof = Proof(self._adapter_manager, runner, folder, model.revision, model.dtype)
+        self.proof.start_recording()
+        return self.proof
+
+    def proven(self, proof: Proof) -> None:
+        """Called when the proof is complete."""
+
+    def require_layers(self, manifest: Manifest, where: str) -> None:
+        """Checks that vLLM applies an adapter to the modules of a checkpoint as transformers would.
+
+        Args:
+            where: the checkpoint's folder, for messages.
+
+        Raises:
+            BaseMismatch, NotProven: as `targets.require_layers`.
+            ConfigError: nothing has been proven yet.
+        """
+        if self.proof is None:
+            message = "vLLM's layers have not been compared with the model's files"
+            raise ConfigError(Problem(message, remedy="load the checkpoint once the server has started"))
+        shapes, model = self.layer_shapes(), self._adapter_manager.model
+        targets.require_layers(manifest, shapes, model, where, self.proof.problem)
 
     def activate(self, digest: str) -> int:
         """Makes a loaded checkpoint available to requests. Returns its bytes in this worker, without slots."""

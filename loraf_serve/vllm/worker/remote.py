@@ -54,6 +54,34 @@ class RemoteCalls:
             return None
         return {name: list(shape) for name, shape in manager.layer_shapes().items()}
 
+    def loraf_begin_proof(self) -> None:
+        """Begins to record the calls of layers."""
+        self.model_runner.lora_manager.begin_proof(self.model_runner)
+
+    def loraf_recorded(self) -> list[str]:
+        """Returns the kinds of steps recorded so far, see `loraf_serve.vllm.worker.calls`."""
+        proof = self.model_runner.lora_manager.proof
+        return sorted(proof.recorded()) if proof is not None else []
+
+    def loraf_end_recording(self) -> None:
+        proof = self.model_runner.lora_manager.proof
+        if proof is not None:
+            proof.stop_recording()
+
+    def loraf_compare(self, elements: int) -> bool:
+        """Compares the next layers with the model's files, see `Proof.compare`. Returns whether all have been."""
+        manager = self.model_runner.lora_manager
+        done = manager.proof is None or manager.proof.compare(elements)
+        if done and manager.proof is not None:
+            manager.proven(manager.proof)
+        return done
+
+    def loraf_problems(self) -> dict[str, str]:
+        """Returns module → why nothing is proven of it, by vLLM's names."""
+        manager = self.model_runner.lora_manager
+        found = {name: manager.proof.problem(name) for name in manager.layer_shapes()} if manager.proof else {}
+        return {name: problem for name, problem in found.items() if problem}
+
     def loraf_begin_load(self, folder: str, tasks: list[str], digest: str, notice: str) -> None:
         """Starts reading and preparing a checkpoint in threads.
 

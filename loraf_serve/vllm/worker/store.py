@@ -19,13 +19,13 @@ from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptChec
 from loraf.manifest_view import CheckpointManifestView
 from loraf.system import trim_heap
 from loraf_serve.adapters.priority import step_back
-from loraf_serve.backends.backend import SelfCheckFailed
+from loraf_serve.backends.backend import NotProven, SelfCheckFailed
 from loraf_serve.vllm.worker.notice import give
 
 C = TypeVar("C", bound=CheckpointManifestView)
 P = TypeVar("P")
-_ERRORS = (LorafError, ConfigError, UnknownTask, CheckpointError, CorruptCheckpoint, BaseMismatch, SelfCheckFailed)
-_KINDS: dict[str, type[LorafError]] = {kind.__name__: kind for kind in _ERRORS}
+_ERRORS = (LorafError, ConfigError, UnknownTask, CheckpointError, CorruptCheckpoint, BaseMismatch)
+_KINDS: dict[str, type[LorafError]] = {kind.__name__: kind for kind in (*_ERRORS, NotProven, SelfCheckFailed)}
 _SWITCH_SECONDS = 2e-4
 _THREADS = "loraf"  # prefix of the names of loading threads, including those of loraf.system
 

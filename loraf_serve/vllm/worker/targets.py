@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -10,6 +10,7 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
 from loraf.errors import BaseMismatch, Problem
+from loraf_serve.backends.backend import NotProven
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,24 +63,42 @@ def output_sizes(layer: LinearBase, count: int) -> list[int]:
     return sizes if len(sizes) == count else []
 
 
-def require_layers(manifest: Manifest, shapes: Mapping[str, tuple[int, int]], model: nn.Module, where: str) -> None:
-    """Checks that vLLM has a matching layer for every module of a checkpoint.
+def require_layers(
+    manifest: Manifest,
+    shapes: Mapping[str, tuple[int, int]],
+    model: nn.Module,
+    where: str,
+    not_proven: Callable[[str], str | None],
+) -> None:
+    """Checks that vLLM has a matching layer for every module of a checkpoint, and that an adapter acts there as in
+    transformers.
 
     Args:
         shapes: from `layer_shapes`.
         where: the checkpoint's folder, for messages.
+        not_proven: returns why the latter is not proven of a module by vLLM's name, or None if it is.
 
     Raises:
-        BaseMismatch: lists every module without a matching layer.
+        BaseMismatch: lists every module with another shape.
+        NotProven: lists every module, by its last name, that vLLM has no layer for or of which nothing is proven.
     """
     problems = []
+    refused: dict[tuple[str, str], list[str]] = {}  # last name, reason → modules
     for module, spec in manifest.modules.items():
-        shape = shapes.get(vllm_name(model, module))
-        if shape is None:
-            remedy = "serve it with --backend merged"
-            problems.append(Problem("vLLM applies no LoRA to this layer", module, where, remedy))
-        elif shape != (spec.d_out, spec.d_in):
+        name = vllm_name(model, module)
+        shape = shapes.get(name)
+        if shape is not None and shape != (spec.d_out, spec.d_in):
             message = f"has shape {shape} in the model, {(spec.d_out, spec.d_in)} in the checkpoint"
             problems.append(Problem(message, module, where, "use the base model of the checkpoint"))
+            continue
+        reason = "vLLM applies no LoRA to this layer" if shape is None else not_proven(name)
+        if reason is not None:
+            refused.setdefault((module.rpartition(".")[2], reason), []).append(module)
     if problems:
         raise BaseMismatch(problems)
+    if refused:
+        remedy = "serve it with --backend merged"
+        raise NotProven(
+            Problem(reason + (f" (and {len(modules) - 1} more)" if modules[1:] else ""), modules[0], where, remedy)
+            for (_, reason), modules in refused.items()
+        )

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraf import manifest
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, CorruptCheckpoint, LorafError, UnknownTask
 from loraf_serve.adapters.root import AdapterRoot, path_problem
 from loraf_serve.errors import InvalidRequest
@@ -191,10 +192,10 @@ def test_refusals_name_files_without_the_servers_folders(tree, tmp_path):
 
 
 def test_an_unreadable_manifest_is_shown_without_its_path(tree, root, monkeypatch):
-    def denied(self):
-        raise PermissionError(13, "Permission denied", str(self))
+    def denied(path, most):
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(manifest, "read_bounded", denied)
     with pytest.raises(CheckpointError) as refused:
         root.find("one", ())
     (problem,) = root.shown(refused.value).problems

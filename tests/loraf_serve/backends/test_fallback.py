@@ -1,4 +1,4 @@
-"""A backend that fails its self-check at start gives way to another; later it refuses."""
+"""A backend that turns out at start to be wrong, or not proven to be right, gives way to another; later it refuses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import pytest
 
 from loraf.errors import Problem
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.backend import GenerationRequest, Sampling, SelfCheckFailed
+from loraf_serve.adapters.checkpoint_folder import read_values
+from loraf_serve.backends.backend import GenerationRequest, NotProven, Sampling, SelfCheckFailed
 from loraf_serve.backends.fallback import Fallback
-from tests.loraf_serve.fake_backend import FakeBackend
+from tests.loraf_serve.fake_backend import FakeBackend, ReadingBackend
 from tests.loraf_serve.harness import two_adapters
 
 NUMBERS = itertools.count()
 WRONG = SelfCheckFailed(Problem("adds 1 where ΔW gives 2", "model.layers.0.mlp.down_proj"))
+UNPROVEN = NotProven(Problem("vLLM does not call it", "model.layers.0.self_attn.kv_b_proj"))
 
 
 class Named(FakeBackend):
@@ -33,7 +35,7 @@ def adapters():
 def made():
     """(fallback, first, second, what was said)"""
     first, second, said = Named("first"), Named("second"), []
-    return Fallback(first, lambda: second, said.append), first, second, said
+    return Fallback(first, {SelfCheckFailed: lambda error: second}, said.append, read_values), first, second, said
 
 
 async def answer(backend: Fallback, adapter) -> str:
@@ -101,3 +103,41 @@ def test_other_errors_do_not_change_the_backend(made, adapters) -> None:
 
     asyncio.run(scenario())
     assert backend.name == "first" and second.state == "new"
+
+
+def test_each_kind_of_error_has_its_own_backend_and_values_are_read_for_one_that_does_not(adapters) -> None:
+    """Resident, which fails its self-check, then slots, of which nothing is proven, then merged."""
+    first, second, merged, said = ReadingBackend(), ReadingBackend(), Named("merged"), []
+    others = {SelfCheckFailed: lambda error: second, NotProven: lambda error: merged}
+    backend = Fallback(first, others, said.append, read_values)
+
+    async def scenario() -> None:
+        await backend.start()
+        await backend.add_adapter(adapters[0])
+        first.add_failure, second.add_failure = WRONG, None
+        await backend.add_adapter(adapters[1])
+        assert backend.reads_checkpoints
+        second.add_failure = UNPROVEN
+        await backend.remove_adapter(adapters[1])
+        await backend.add_adapter(adapters[1])
+
+    asyncio.run(scenario())
+    assert backend.name == "merged" and not backend.reads_checkpoints
+    assert (first.state, second.state) == ("stopped", "stopped")
+    assert merged.added == {adapter.digest for adapter in adapters}
+    assert "kv_b_proj" in said[2] and "sets take turns" in said[3]
+    for adapter in adapters:  # the values, which the first two kept in their own processes
+        assert backend.adapter_bytes(adapter) == merged.adapter_bytes(adapter) + read_values(adapter).resident_bytes
+
+
+def test_what_is_not_proven_is_refused_where_no_backend_stands_ready(made, adapters) -> None:
+    backend, first, second, said = made
+
+    async def scenario() -> None:
+        await backend.start()
+        first.add_failure = UNPROVEN
+        with pytest.raises(NotProven, match="kv_b_proj"):
+            await backend.add_adapter(adapters[0])
+
+    asyncio.run(scenario())
+    assert backend.name == "first" and second.state == "new" and said == []

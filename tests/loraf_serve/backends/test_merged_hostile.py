@@ -10,9 +10,9 @@ from loraf_serve.backends import merged_engine
 from loraf_serve.backends.sampler import Sampler
 from loraf_serve.client import ServiceError
 from tests.loraf_serve.hostile_requests import CONTROL, odd_server, run_campaign
-from tests.loraf_serve.odd_models import BEYOND
+from tests.loraf_serve.odd_models import BEYOND, ODD_MODELS
 
-REQUESTS = 350
+REQUESTS = 150
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,15 @@ def test_a_fault_within_a_request_fails_that_request_alone(odd, monkeypatch, pla
 
 def test_random_requests_are_answered_or_refused(odd):
     result = run_campaign(odd.client, REQUESTS, seed=1)
+    assert not result.faults
+    assert min(result.outcomes["OK"], result.outcomes["INVALID_ARGUMENT"]) > REQUESTS / 5
+    assert result.streams > 0
+
+
+def test_random_requests_to_a_model_with_more_tokens_than_its_tokenizer(tmp_path):
+    name = "model beyond the tokenizer"
+    with odd_server("merged", tmp_path, name) as running:
+        result = run_campaign(running.client, REQUESTS, 3, ODD_MODELS[name])
     assert not result.faults
     assert min(result.outcomes["OK"], result.outcomes["INVALID_ARGUMENT"]) > REQUESTS / 5
     assert result.streams > 0

@@ -77,7 +77,7 @@ def test_end_tokens_beyond_the_vocabulary_are_left_out_with_a_warning(caplog, en
 def test_a_fallback_has_the_vocabulary_of_its_current_backend():
     backend = FakeBackend()
     backend.vocab_size, backend.end_tokens = 16, frozenset({2})
-    fallback = Fallback(backend, FakeBackend, print)
+    fallback = Fallback(backend, {}, print, lambda adapter: adapter)
     assert fallback.vocab_size == 16 and fallback.end_tokens == {2}
 
 

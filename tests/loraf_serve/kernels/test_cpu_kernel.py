@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraf.sparse import SparseB
 from loraf_serve.kernels import BatchWeights, Part, cpu_library, prepare
 from loraf_serve.kernels.cpu_kernel import NativeOperand
 from tests.loraf_serve.kernel_cases import (
@@ -273,3 +274,19 @@ def test_threads_are_shared_with_torch():
     names = ("libgomp", "libiomp", "libomp")
     runtimes = {line.split()[-1] for line in process.stdout.splitlines() if any(name in line for name in names)}
     assert len(runtimes) == 1, runtimes
+
+
+@needs_native
+def test_a_rank_whose_counts_do_not_fit_is_refused():
+    """A row with 65,536 nonzeros has the length 0 in 16 bits: the packed layer was written beyond its end."""
+    for rank, fits in ((65_535, True), (65_536, False)):
+        b = SparseB.from_positions(torch.arange(rank), torch.ones(rank), (3, rank))  # the first row is full
+        part = Part(torch.full((rank, 1), 1 / 256), [b], 0, 3, 0)
+        if not fits:
+            with pytest.raises(ValueError, match="above the native kernel's limit of 65535"):
+                NativeOperand([part])
+            continue
+        y = torch.zeros(1, 3)
+        batch = BatchWeights(torch.zeros(1, dtype=torch.int32), torch.ones(1, 1))
+        NativeOperand([part]).add_delta(y, torch.ones(1, 1), batch)
+        torch.testing.assert_close(y, torch.tensor([[rank / 256, 0.0, 0.0]]))

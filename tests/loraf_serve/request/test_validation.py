@@ -49,7 +49,7 @@ def test_a_prompt_is_tokenized_as_transformers_does_it(validator):
 
 
 def test_a_chat_goes_through_the_template_and_has_one_bos(validator):
-    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    chat = [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "hello"}]
     tokenizer = byte_tokenizer()
     expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     found = read(validator, messages=chat).prompt_token_ids

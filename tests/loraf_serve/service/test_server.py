@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -18,13 +20,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from loraf.errors import ConfigError
 from loraf_serve.adapters.registry import Registry
-from loraf_serve.addresses import is_loopback
+from loraf_serve.addresses import address_of, host_of, is_local
 from loraf_serve.client import Client, ServiceError, request_of
 from loraf_serve.service import server
 from loraf_serve.service.server_options import ServerOptions
 from loraf_serve.v1 import generation_pb2 as pb
 from tests.loraf_serve.fake_backend import GONE, FakeBackend, expected_text
-from tests.loraf_serve.harness import eventually, serving
+from tests.loraf_serve.harness import eventually, one_adapter, serving
 from tests.tools import needs
 
 CODES = grpc.StatusCode
@@ -179,7 +181,7 @@ def test_a_request_beyond_the_limit_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("host", "loopback"),
+    ("host", "local"),
     [
         ("127.0.0.1", True),
         ("127.8.9.10", True),
@@ -190,12 +192,17 @@ def test_a_request_beyond_the_limit_is_refused():
         ("10.0.0.1", False),
         ("example.org", False),
         ("localhost.example.org", False),
+        ("unix:/run/loraf.sock", True),
+        ("unix:loraf.sock", True),
+        ("unix-abstract:loraf", True),
+        ("unix.example.org", False),
     ],
 )
-def test_loopback_hosts_are_recognised(host, loopback):
-    assert is_loopback(host) is loopback
+def test_hosts_of_this_machine_only_are_recognised(host, local):
+    assert is_local(host) is local
+    assert host_of(address_of(host, 50051)) == host
     problems = [problem.field for problem in ServerOptions(host=host).problems()]
-    assert problems == ([] if loopback else ["--host"])
+    assert problems == ([] if local else ["--host"])
     assert not ServerOptions(host=host, insecure=True).problems()
 
 
@@ -289,3 +296,22 @@ def test_nothing_is_left_behind_by_a_server():
         with serving() as running:
             assert running.client.generate("x").text
     assert eventually(lambda: threading.active_count() <= before + 1)  # grpc keeps one poller for the process
+
+
+def test_a_unix_socket_serves_and_is_called_by_its_name(tmp_path):
+    host, said = f"unix:{tmp_path}/s.sock", []
+
+    def ask() -> int:
+        assert eventually(lambda: any("listening" in line for line in said))
+        with Client(host) as client:
+            return len(client.generate("Hello", max_tokens=2).token_ids)
+
+    async def scenario() -> None:
+        options = ServerOptions(host=host, grace=0.0)
+        running = asyncio.create_task(server.run(FakeBackend(), one_adapter(), options, None, None, said.append))
+        assert await asyncio.to_thread(ask) == 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await running == 0
+
+    asyncio.run(scenario())
+    assert f"listening on {host}" in said and not any("warning" in line for line in said)

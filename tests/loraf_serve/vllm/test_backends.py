@@ -76,6 +76,20 @@ def test_stop_texts_and_stop_tokens(engine: Engine) -> None:
     assert len(text.token_ids) == 3
 
 
+def test_a_prompt_that_ends_within_a_character_is_continued_and_not_repeated(engine: Engine) -> None:
+    def ids(text: str) -> list[int]:
+        return engine.backend.tokenizer.encode(text, add_special_tokens=False)
+
+    emoji, sign, (letter,) = ids("ab🙂"), ids("ab\ufffd"), ids("x")
+    completed, after, other = engine.ask(
+        engine.request("all", emoji[:-1], max_tokens=1, logit_bias={emoji[-1]: 100.0}, stop=("ab",)),
+        engine.request("base", sign, max_tokens=3, logit_bias={letter: 100.0}, stop=("b\ufffd",)),
+        engine.request("all", emoji[:-1], max_tokens=3, logit_bias={letter: 100.0}, stop=("ab",)),
+    )
+    assert [answer.text for answer in (completed, after, other)] == ["🙂", "xxx", "xxx"]
+    assert {answer.finish_reason for answer in (completed, after, other)} == {"length"}
+
+
 def test_the_end_of_sequence_token_ends_an_answer_unless_it_is_ignored(engine: Engine) -> None:
     bias = {engine.backend.tokenizer.eos_token_id: 100.0}
     ended, ignored = engine.ask(
@@ -384,15 +398,18 @@ def test_a_rank_that_was_not_known_at_start(engine: Engine, merged: Merged, tmp_
     assert answers_still(engine, merged)
 
 
-def test_another_model_and_layers_without_lora_are_refused_by_name(engine: Engine, merged: Merged, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lm_head": (320, 128), "model.embed_tokens": (320, 128), "model.layers.9.mlp.up_proj": (192, 128)},
+        {"model.layers.0.mlp.up_proj": (193, 128), "model.layers.0.self_attn.k_proj": (64, 64)},
+    ],
+    ids=["no layers", "other shapes"],
+)
+def test_another_model_and_layers_without_lora_are_refused_by_name(
+    engine: Engine, merged: Merged, tmp_path, wrong: dict[str, tuple[int, int]]
+) -> None:
     shapes = linear_shapes(engine.folder)
-    wrong = {
-        "lm_head": (320, 128),
-        "model.embed_tokens": (320, 128),
-        "model.layers.9.mlp.up_proj": (192, 128),
-        "model.layers.0.mlp.up_proj": (193, 128),
-        "model.layers.0.self_attn.k_proj": (64, 64),
-    }
     checkpoint = Checkpoint.create(tmp_path / "odd", describe("stand-in", engine.folder), 16, shapes | wrong, 3)
     for task, values in random_values(shapes | wrong, 16, ("math",), 0.75, 3).items():
         checkpoint.add_task(task, values, alpha=16.0, sparsity=0.75)

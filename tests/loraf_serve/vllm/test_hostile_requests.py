@@ -1,6 +1,6 @@
 """No request ends a vLLM engine: it is refused or answered, and other clients do not notice.
 
-The pool's models have ordinary tokenizers, so this file starts an engine of its own.
+The pool's models have ordinary tokenizers, so this file starts two engines of its own.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import pytest
 
 from loraf_serve.client import ServiceError
 from tests.loraf_serve.hostile_requests import CONTROL, odd_server, run_campaign
-from tests.loraf_serve.odd_models import BEYOND
+from tests.loraf_serve.odd_models import BEYOND, ODD_MODELS
 
-REQUESTS = 150
+REQUESTS = 100
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,15 @@ def test_text_with_a_token_beyond_the_model_is_refused_while_another_client_stre
 
 def test_random_requests_are_answered_or_refused(odd):
     result = run_campaign(odd.client, REQUESTS, seed=2)
+    assert not result.faults
+    assert min(result.outcomes["OK"], result.outcomes["INVALID_ARGUMENT"]) > REQUESTS / 5
+    assert result.streams > 0
+
+
+def test_random_requests_to_slots_and_a_model_with_more_tokens_than_its_tokenizer(tmp_path):
+    name = "model beyond the tokenizer"
+    with odd_server("slots", tmp_path, name) as running:
+        result = run_campaign(running.client, REQUESTS, 4, ODD_MODELS[name])
     assert not result.faults
     assert min(result.outcomes["OK"], result.outcomes["INVALID_ARGUMENT"]) > REQUESTS / 5
     assert result.streams > 0

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from loraf.sparse import SparseB
 from loraf_train.adapter import layer as layers
-from loraf_train.adapter.layer import EarlierTasks, LorafLinear, keep_mask
+from loraf_train.adapter.dropout import TokenKeys, keep_rate, random_mask
+from loraf_train.adapter.layer import EarlierTasks, LorafLinear
 
 D_IN, D_OUT, RANK, SCALE = 20, 14, 6, 1.75
 
@@ -62,8 +63,8 @@ def test_output_and_gradients_equal_those_of_the_dense_formula(shape, bias, drop
     mask = None
     if dropout:
         torch.manual_seed(3)
-        kept, probability = keep_mask(torch.Size((x.numel() // D_IN, D_IN)), dropout, x.device)
-        mask = kept.view(shape).double() / probability
+        kept = random_mask(torch.Size((x.numel() // D_IN, D_IN)), dropout, x.device)
+        mask = kept.view(shape).double() / keep_rate(dropout)
         assert not kept.all()
     torch.manual_seed(3)
     y = layer(x)
@@ -119,18 +120,29 @@ def test_evaluation_has_no_dropout():
     torch.testing.assert_close(layer(x), slow(layer, x, dense_values(layer)))
 
 
-@pytest.mark.parametrize("dropout", [0.05, 0.5, 0.999])
-def test_the_dropout_mask_keeps_the_right_share_and_is_drawn_anew(dropout):
-    torch.manual_seed(0)
-    shape = torch.Size((313, 1001))
-    mask, probability = keep_mask(shape, dropout, torch.device("cpu"))
-    assert mask.dtype == torch.bool and mask.shape == shape
-    assert probability == pytest.approx(1 - dropout, abs=2**-17)
-    deviation = (probability * (1 - probability) / mask.numel()) ** 0.5
-    assert abs(mask.double().mean().item() - probability) < 5 * deviation
-    columns = mask.double().mean(0)  # no lane of the 64-bit words is special
-    assert (columns - probability).abs().max() < 6 * (probability * (1 - probability) / shape[0]) ** 0.5
-    assert not torch.equal(mask, keep_mask(shape, dropout, torch.device("cpu"))[0])
+def by_token(layer: LorafLinear, shape: tuple[int, int], seed: int = 5) -> LorafLinear:
+    """The layer with its dropout drawn by token, for a batch of (rows, width)."""
+    tokens = TokenKeys(seed)
+    tokens.set(0, torch.arange(shape[0])[:, None].expand(shape), torch.arange(shape[1]).expand(shape))
+    layer.draws = tokens.of("layer")
+    return layer
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_dropout_by_token_equals_the_dense_formula_with_the_mask_that_is_drawn(flat):
+    layer = by_token(make(dropout=0.4), (2, 3))
+    x = torch.randn(2, 3, D_IN, dtype=torch.float64).view((6, D_IN) if flat else (2, 3, D_IN)).requires_grad_()
+    kept = layer.draws.mask(layer.draws.tokens.keys, x.shape, 0.4)
+    assert not kept.all()
+    mask = kept.view(x.shape).double() / keep_rate(0.4)
+    y = layer(x)
+    y.square().sum().backward()
+    slow_x, b = x.detach().clone().requires_grad_(), dense_values(layer)
+    slow_y = slow(layer, slow_x, b, mask)
+    slow_y.square().sum().backward()
+    torch.testing.assert_close(y, slow_y)
+    torch.testing.assert_close(x.grad, slow_x.grad)
+    torch.testing.assert_close(layer.values.grad, b.grad.view(-1)[layer.positions.long()])
 
 
 def test_bfloat16_is_close_to_the_exact_formula_and_values_stay_float32():
@@ -166,11 +178,14 @@ def test_autocast_computes_in_bfloat16_and_returns_float32_gradients():
         assert (fast.float() - reference).norm() < 0.02 * reference.norm()
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("drawn_by_token", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(drawn_by_token):
     results = []
     for checkpointed in (False, True):
         torch.manual_seed(4)
         first, second = make(dropout=0.3, d_out=D_IN, seed=1), make(dropout=0.3, seed=2)
+        if drawn_by_token:
+            first, second = by_token(first, (2, 3), 1), by_token(second, (2, 3), 2)
         x = torch.randn(2, 3, D_IN, dtype=torch.float64)
 
         def block(x, first=first, second=second):
@@ -229,7 +244,7 @@ def test_the_backward_pass_saves_rank_numbers_per_token_where_peft_saves_the_inp
     from peft.tuners.lora.layer import Linear as LoraLinear
 
     tokens, d_in, d_out, rank = 50, 96, 80, 8
-    ours = make(torch.float32, dropout=dropout, d_in=d_in, d_out=d_out, rank=rank)
+    ours = by_token(make(torch.float32, dropout=dropout, d_in=d_in, d_out=d_out, rank=rank), (5, 10))
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, init_lora_weights=False)
     base = nn.Linear(d_in, d_out, bias=False).requires_grad_(False)
     theirs = LoraLinear(base, "default", config=config, r=rank, lora_alpha=rank, lora_dropout=dropout)
@@ -244,10 +259,11 @@ def test_the_backward_pass_saves_rank_numbers_per_token_where_peft_saves_the_inp
             assert held == []  # nothing kept past the hooks
         y.sum().backward()
     z = ((tokens, rank), torch.float32)
-    mask = ((tokens, d_in), torch.bool)
+    keys = ((5, 10), torch.int64)
     assert kept["base alone"].what == []
-    assert kept["ours"].what == sorted([z, mask] if dropout else [z], key=str)
-    assert kept["ours"].bytes == tokens * rank * 4 + (tokens * d_in if dropout else 0)
+    assert kept["ours"].what == sorted([z, keys] if dropout else [z], key=str)
+    assert ours.draws.tokens.keys.data_ptr() in kept["ours"].tensors or not dropout  # which all layers share
+    assert kept["ours"].bytes == tokens * rank * 4 + (tokens * 8 if dropout else 0)
     wide = [t for t in kept["peft"].tensors.values() if t.shape[-1] == d_in and t.dtype == torch.float32]
     assert wide, "PEFT keeps the input of its trainable A: if it no longer does, this comparison has to change"
     assert kept["peft"].bytes >= tokens * d_in * 4 + tokens * rank * 4

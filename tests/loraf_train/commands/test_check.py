@@ -165,7 +165,7 @@ def test_all_mistakes_of_a_file_are_in_one_report(copied, capsys):
         r"ckpt: base_model\.fingerprint: .* has other weights .* → set model to .*, or name another output folder",
         r"tasks\.yaml: tasks\[8\]\.sparsity: task 'large' needs \d+ positions in .* → a sparsity of ",
         r"tasks\.yaml: tasks\[5\]\.training\.max_length: warning: max_length 8 cuts the end of 1 examples and drops 1 "
-        r".* \(4 in all\) → set it to 22 to keep all",
+        r".* \(4 in all\); the first that it drops is record \d of .*long\.jsonl → set it to 22 to keep all",
     ]
     for pattern in patterns:
         assert sum(bool(re.search(pattern, line)) for line in lines) == 1, (pattern, lines)
@@ -187,7 +187,8 @@ def test_check_and_run_count_the_examples_that_max_length_cuts(copied, capsys):
         assert status == 0
         (line,) = (line for line in out.splitlines() if line.startswith("warning"))
         assert "tasks[0].training.max_length" in line
-        assert "cuts the end of 1 examples and drops 1" in line and "(4 in all) → set it to 23" in line
+        assert "cuts the end of 1 examples and drops 1" in line and "(4 in all); the first that it drops is" in line
+        assert re.search(r"record 2 of \S*long\.jsonl → set it to 23", line)
     new_output(copied)
     status, out, _ = run(capsys, "check", "tasks.yaml", "--set", "tasks.long.training.max_length=23")
     assert status == 0 and "warning" not in out
@@ -199,7 +200,7 @@ def test_an_evaluation_prompt_longer_than_the_context_is_reported(copied, capsys
     (copied / "tasks.yaml").write_text(HEAD + "tasks:\n" + task("a", **data("upper.jsonl", eval="asked.jsonl")))
     status, out, _ = run(capsys, "check", "tasks.yaml")
     assert status == 0
-    assert "tasks[0].data.eval.asked: a prompt has 2001 tokens, but the model's context is 1024" in out
+    assert "eval.asked: the prompt of example 1 has 2001 tokens, but the model's context is 1024" in out
 
 
 def test_check_shows_the_loss_mask_of_a_conversation_and_the_rows_of_packing(copied, capsys):

@@ -14,6 +14,7 @@ from loraf.manifest import positions_per_matrix
 from loraf.sparse import SparseB
 from loraf_train.compare import methods
 from loraf_train.sequence import runner
+from loraf_train.trainer import loop
 from loraf_train.trainer.order import EpochOrder, derived_seed
 from tests.loraf_train import toys
 from tests.standins import make_model
@@ -247,8 +248,44 @@ def test_settings_hold_only_what_the_method_uses(model_folder, tmp_path):
     assert keys["frozen-a"] == lora | {"init_std", "dtype"}
     assert keys["random-mask"] == keys["frozen-a"] | {"sparsity", "start"}
     assert keys["loraf"] == keys["random-mask"] | {"calibration"}
-    assert keys["full"] == {"training"}
+    assert keys["full"] == {"training", "dtype"}
     assert "dropout" not in methods.ALL["full"].settings(config, config.tasks[0])["training"]
+
+
+def test_pefts_dropout_is_drawn_by_token_too(model_folder, tmp_path):
+    ends = []
+    for changes in ({}, {"micro_batch_size": 3, "packing": True}):
+        config = config_of(model_folder, tmp_path, dropout=0.1, max_steps=2, **changes)
+        ends.append(train("lora", config, tmp_path)[0].weights["two"])
+    without = train("lora", config_of(model_folder, tmp_path, max_steps=2), tmp_path)[0].weights["two"]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (without[name] - ends[0][name]).abs().max() > 1e-3
+    for key, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][key], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", methods.ALL)
+def test_on_a_bfloat16_base_every_method_trains_float32_values(model_folder, tmp_path, monkeypatch, name):
+    config = config_of(model_folder, tmp_path, max_steps=1).model_copy(update={"precision": "bfloat16"})
+    updated, make = [], loop._optimizer
+
+    def made(phase, parameters):
+        optimizer = make(phase, parameters)
+        step = optimizer.step
+
+        def stepping(*arguments):
+            step(*arguments)
+            updated.append({t.dtype for p in parameters for t in (*optimizer.state[p].values(), p)})
+            updated.append({optimizer.state[p].get("master", p).dtype for p in parameters})
+
+        optimizer.step = stepping
+        return optimizer
+
+    monkeypatch.setattr(loop, "_optimizer", made)
+    train(name, config, tmp_path)
+    widths = {torch.float32, torch.bfloat16} if name == "full" else {torch.float32}
+    assert updated[::2] == [widths] * len(updated[::2]) and updated[1::2] == [{torch.float32}] * len(updated[1::2])
+    assert updated
 
 
 @pytest.mark.slow

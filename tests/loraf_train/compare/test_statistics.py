@@ -75,6 +75,17 @@ def test_with_a_single_seed_the_interval_is_wilsons():
     assert sequence([[0.4], [0.3]], tasks=(loss,)).of_task("m", loss, "a").interval is None
 
 
+def test_with_a_single_seed_grades_keep_the_interval_that_was_measured_with_them():
+    results = compared.single(1)
+    runs = [
+        dataclasses.replace(r, scores=tuple(dataclasses.replace(s, interval=(0.125, 0.75)) for s in r.scores))
+        for r in results.runs
+    ]
+    task = compared.TASKS[0]
+    statistics = Statistics(dataclasses.replace(results, runs=tuple(runs)))
+    assert statistics.of_set("loraf", task, next(iter(task.evaluations)), task.name).interval == (0.125, 0.75)
+
+
 # --- scores -----------------------------------------------------------------------------------------------------
 
 

@@ -6,13 +6,16 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from loraf_train.grading.builtin import (
     exact_match,
     expected_answer,
     first_choice,
     is_right,
+    mean_interval,
     stated_number,
     wilson_interval,
 )
@@ -84,6 +87,26 @@ def test_first_choice_takes_the_longer_of_two_at_one_place():
     assert first_choice("我选对的", ["错", "对"]) == "对"  # no spaces between words
 
 
+@pytest.mark.parametrize(
+    ("text", "choices", "choice"),
+    [
+        ("это интернет, а не нет", ["да", "нет"], "нет"),
+        ("интернет", ["да", "нет"], None),
+        ("naïve", ["na"], None),
+        ("étrue", ["true"], None),
+        ("नहीं", ["नही"], None),  # a mark belongs to the letter before it
+        ("हाँ।", ["हाँ"], "हाँ"),
+        ("答案是true", ["true", "false"], "true"),
+        ("คำตอบคือใช่ครับ", ["ใช่"], "ใช่"),
+        ("정답은 참입니다", ["참", "거짓"], "참"),  # with a particle
+        ("нет2", ["нет"], None),
+        ("Cafe\u0301!", ["Café"], "Café"),  # composed and decomposed
+    ],
+)
+def test_first_choice_knows_words_of_every_script(text, choices, choice):
+    assert first_choice(text, choices) == choice
+
+
 def test_first_choice_agrees_with_a_slow_search_on_real_answers():
     choices = [f"answer{i}" for i in range(1, 6)]
     files = [*RECORDS.glob("nlu/arc*/*.json"), *RECORDS.glob("nlu/openbookqa/*.json")]
@@ -133,6 +156,20 @@ def test_wilson_interval_against_its_definition(right, count):
     assert low == pytest.approx(root(inner, 0.0) if share > 0 else 0.0, abs=1e-9)
     assert high == pytest.approx(root(inner, 1.0) if share < 1 else 1.0, abs=1e-9)
     assert 0 <= low <= share <= high <= 1  # exactly, rounding aside
+
+
+@pytest.mark.parametrize("count", [2, 30, 500])
+def test_the_interval_of_a_mean_is_the_bootstraps(count):
+    grades = np.random.default_rng(count).beta(2, 3, count)
+    reference = scipy.stats.bootstrap((grades,), np.mean, method="percentile", n_resamples=9999).confidence_interval
+    assert mean_interval(grades) == pytest.approx((reference.low, reference.high), abs=0.03)
+    assert mean_interval(grades) == mean_interval(grades)
+
+
+def test_the_interval_of_grades_without_spread_is_wilsons():
+    assert mean_interval([1.0, 0.0, 1.0, 1.0]) == wilson_interval(3, 4)  # right or wrong
+    assert mean_interval([0.5] * 8) == wilson_interval(4, 8)
+    assert mean_interval([0.25]) == wilson_interval(0.25, 1)
 
 
 def test_wilson_interval_without_examples():

@@ -8,11 +8,13 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import GenerationConfig
 
 from loraf.errors import ConfigError
 from loraf.tasksets import TaskSet
@@ -179,9 +181,11 @@ def test_every_answer_is_graded_with_its_own_record(tmp_path, monkeypatch):
     task, data = evaluation(tmp_path, grade, RECORDS)
     assert calls == [("0", 0)]  # the first right answer, before anything is trained
     calls.clear()
-    answers = [f"answer {i}" for i in range(5)]
-    monkeypatch.setattr(evaluate, "generate", lambda *arguments: answers)
-    (score,) = evaluate.score(None, None, task, data, TaskSet())
+    tokenizer = byte_tokenizer()
+    answers = [tokenizer(f"answer {i}", add_special_tokens=False)["input_ids"] for i in range(5)]
+    monkeypatch.setattr(evaluate, "generate_ids", lambda *arguments: answers)
+    model = SimpleNamespace(generation_config=GenerationConfig())
+    (score,) = evaluate.score(model, tokenizer, task, data, TaskSet())
     assert calls == [(f"answer {i}", i) for i in range(5)]
     assert score.score == sum(i / 4 for i in range(5)) / 5 and score.metric == "own.grade" and score.count == 5
     assert evaluate.higher_is_better(score.metric)
@@ -198,13 +202,17 @@ def test_a_function_that_fails_on_a_right_answer_fails_before_training(tmp_path)
         evaluation(tmp_path, lambda answer, record: None, RECORDS)
 
 
-def test_records_on_which_a_metric_fails_are_named(tmp_path):
+def test_records_on_which_a_metric_fails_are_named(tmp_path, monkeypatch):
     def grade(answer: str, record: Mapping) -> float:
         return record["length"] if answer != "bad" else 7 // (record["length"] - 3)
 
     task, data = evaluation(tmp_path, grade, RECORDS[:2] + RECORDS[3:4] + RECORDS[1:2])
+    tokenizer = byte_tokenizer()
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ok", "ok", "bad", "bad")]
+    monkeypatch.setattr(evaluate, "generate_ids", lambda *arguments: answers)
+    model = SimpleNamespace(generation_config=GenerationConfig())
     with pytest.raises(ConfigError) as caught:
-        evaluate.mean_grade(grade, ["ok", "ok", "bad", "bad"], data.evaluation["e"].examples)
+        evaluate.score(model, tokenizer, task, data, TaskSet())
     problems = caught.value.problems
     assert [(p.field, p.file) for p in problems] == [(f"record {n}", str(tmp_path / "data.jsonl")) for n in (3, 4)]
     assert "ZeroDivisionError" in problems[0].message and "returns -4" in problems[1].message

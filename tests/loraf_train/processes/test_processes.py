@@ -27,7 +27,7 @@ from loraf_train.scoring import table
 from loraf_train.sequence import resume, runner
 from loraf_train.sequence.preflight import survey
 from loraf_train.settings.config import RunConfig
-from loraf_train.trainer import loop, order
+from loraf_train.trainer import batches, loop, order
 from tests.loraf_train import toys
 from tests.loraf_train.command_line import TASKS, run, write_data
 from tests.loraf_train.interruptions import Stopped, Stopper
@@ -50,8 +50,8 @@ class Counter(runner.Observer):
 
 def make_config(model_folder: Path, output: Path) -> RunConfig:
     """Epochs of 16 = 6 + 6 + 4 and 9 = 8 + 1 examples, whose last steps two processes cannot share evenly."""
-    one = {"batch_size": 6, "save_seconds": 0.0}
-    two = {"micro_batch_size": 2, "packing": True, "gradient_checkpointing": True}
+    one = {"batch_size": 6, "save_seconds": 0.0, "dropout": 0.05}
+    two = {"micro_batch_size": 2, "packing": True, "gradient_checkpointing": True, "dropout": 0.1}
     tasks = [
         toys.task("one", sparsity=0.7, training=one),
         toys.task("two", calibration={"optimizer": "sgd"}, training=two),
@@ -312,11 +312,11 @@ def test_an_epoch_is_padded_with_blanks_that_change_no_loss(count, multiple):
     indices = list(order.EpochOrder(count, 5, multiple))
     assert len(indices) == len(order.EpochOrder(count, 5, multiple)) == -(-count // multiple) * multiple
     assert sorted(indices[:count]) == list(range(count)) == sorted(order.EpochOrder(count, 5))
-    assert len(padded) == count and [padded[i] for i in range(count)] == examples
-    blanks = [padded[i] for i in indices[count:]]
+    assert len(padded) == count and [padded[i] for i in range(count)] == list(enumerate(examples))
+    blanks = [padded[i][1] for i in indices[count:]]
     assert len(blanks) < multiple
     if blanks:
-        labels = loop.Collator(toys.PAD)(blanks)["labels"]
+        labels = batches.Collator(toys.PAD)(blanks)["labels"]
         logits = torch.randn(*labels.shape, 7, requires_grad=True)
         loss = loop.completion_loss(type("Outputs", (), {"logits": logits}), labels, num_items_in_batch=3)
         loss.backward()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -14,12 +17,15 @@ from loraf.manifest import Templates
 from loraf.tasksets import TaskSet
 from loraf_train.data.examples import EvaluationExample, EvaluationSet, Example
 from loraf_train.data.task_data import TaskData
-from loraf_train.grading.builtin import is_right
+from loraf_train.grading import custom
+from loraf_train.grading.builtin import is_right, mean_interval, wilson_interval
 from loraf_train.scoring import evaluate
 from loraf_train.scoring import table as scores
 from loraf_train.scoring.evaluate import Score, batches, completion_loss, generate, score
+from loraf_train.scoring.identity import evaluation_digest
 from loraf_train.settings.config import TaskConfig
 from loraf_train.settings.data import DataConfig
+from loraf_train.terminal.tables import interval_text
 from tests.standins import make_model, random_checkpoint
 
 PROMPTS = ["a", "Say something long: " + "x" * 70, "2+2=", "b" * 33, "What is true?", "cc"] * 3
@@ -166,7 +172,7 @@ def test_every_example_counts_and_the_mean_is_unweighted(model, tokenizer, monke
         TaskSet((("a", 0.5),)),
         lambda *at: seen.append(at),
     )
-    assert measured == [
+    assert [replace(s, digest="") for s in measured] == [
         Score("a:0.5", "t", "right", "exact_match", 1.0, 6),
         Score("a:0.5", "t", "half", "exact_match", 1 / 6, 6),
         Score("a:0.5", "t", "mean", "exact_match", (1 + 1 / 6) / 2, 12),
@@ -187,6 +193,51 @@ def test_choice_and_loss_scores(model, tokenizer):
     losses = task_data({"e": EvaluationSet("e", examples)}, "loss")
     (loss,) = score(model, tokenizer, task("t"), losses, TaskSet())
     assert (loss.metric, loss.score) == ("loss", completion_loss(model, examples))
+
+
+@pytest.fixture
+def answering(tokenizer, monkeypatch):
+    """Scores an evaluation set, with given token ids in place of what the model generates."""
+
+    def answers(examples, ids, metric="exact_match", choices=(), **settings) -> Score:
+        monkeypatch.setattr(evaluate, "generate_ids", lambda *_: ids)
+        data = task_data({"e": EvaluationSet("e", examples, choices)}, metric)
+        model = SimpleNamespace(generation_config=GenerationConfig())
+        (measured,) = score(model, tokenizer, task("t", **settings), data, TaskSet())
+        return measured
+
+    return answers
+
+
+def test_a_right_answer_with_special_tokens_can_be_right(tokenizer, answering):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>", "</call>"]})
+    right = example(tokenizer, "weather?", "<call>rain</call>")
+    ids = tokenizer("<call>rain</call>", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "rain"  # what was compared before
+    without = tokenizer("rain", add_special_tokens=False)["input_ids"]
+    assert answering([right] * 2, [ids, without]).score == 0.5
+    plain = example(tokenizer, "weather?", "rain")
+    assert answering([plain] * 2, [ids, without]).score == 1.0  # elsewhere a stray special token is ignored
+    choice = answering([right] * 2, [ids, without], "choice", ("<call>rain</call>", "rain"))
+    assert choice.score == 0.5
+
+
+def test_a_right_answer_that_the_tokenizer_writes_differently_can_be_right(tokenizer, answering, monkeypatch):
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: decode(ids, **options).lower().replace(".", " ."))
+    right, wrong = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Yes.", "No."))
+    assert answering([example(tokenizer, "a", "Yes.")] * 2, [right, wrong]).score == 0.5
+
+
+def test_graded_answers_have_a_bootstrapped_interval(tokenizer, answering):
+    examples = [replace(example(tokenizer, "a", "b"), record={"grade": i / 9}) for i in range(10)]
+    graded = answering(examples, [[]] * 10, "own:grade", grade=lambda answer, record: record["grade"])
+    assert graded.interval == mean_interval([i / 9 for i in range(10)])
+    low, high = scipy.stats.bootstrap(([i / 9 for i in range(10)],), np.mean, method="percentile").confidence_interval
+    assert graded.interval == pytest.approx((low, high), abs=0.02)
+    assert wilson_interval(graded.score * 10, 10) != pytest.approx(graded.interval, abs=0.02)
+    assert interval_text(graded) == "{:.3f}–{:.3f}".format(*graded.interval)
+    assert "interval" not in answering(examples[:1], [[]]).entry()
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -229,13 +280,13 @@ def test_complete_measures_the_missing_scores_and_restores_the_model(model, toke
     assert len({round(s.score, 6) for s in measured if (s.task, s.evaluation) == ("a", "one")}) == 3  # the sets differ
     stored = checkpoint.manifest
     assert sorted(map(str, scores.stored(stored))) == sorted(map(str, measured))
-    assert scores.missing(stored, data) == []
+    assert scores.missing(stored, TASKS, data) == []
     assert scores.complete(checkpoint, model, tokenizer, TASKS, data) == []
 
     # Some scores are missing, as after a killed run: the next run ends with the same manifest.
     checkpoint.set_scores("a", [entry for entry in stored.task("a").scores if entry["set"] != "a+b"])
     checkpoint.set_scores("b", [])
-    assert {(str(c.task_set), c.task) for c in scores.missing(checkpoint.manifest, data)} == {
+    assert {(str(c.task_set), c.task) for c in scores.missing(checkpoint.manifest, TASKS, data)} == {
         ("a+b", "a"),
         ("a+b", "b"),
         ("a+b+c", "b"),
@@ -249,9 +300,60 @@ def test_scores_of_other_examples_or_metrics_are_measured_again(model, tokenizer
     fewer = data | {
         "a": replace(data["a"], evaluation={"one": EvaluationSet("one", data["a"].evaluation["one"].examples[:2])})
     }
-    assert {c.task for c in scores.missing(checkpoint.manifest, fewer)} == {"a"}
+    assert {c.task for c in scores.missing(checkpoint.manifest, TASKS, fewer)} == {"a"}
     other = data | {"b": replace(data["b"], metric="exact_match")}
-    assert {c.task for c in scores.missing(checkpoint.manifest, other)} == {"b"}
+    assert {c.task for c in scores.missing(checkpoint.manifest, TASKS, other)} == {"b"}
+    assert scores.outdated(checkpoint.manifest, TASKS, data) == []
+    assert scores.outdated(checkpoint.manifest, TASKS, other) == ["b"]
+
+
+def test_a_score_is_of_its_examples_and_of_how_they_are_scored(tokenizer):
+    """Whatever can change a score changes the digest under which it is stored."""
+    examples = [example(tokenizer, f"q{i}", "yes") for i in range(3)]
+    evaluation = EvaluationSet("e", examples, ("yes", "no"))
+
+    def digest(evaluation=evaluation, metric="choice", **settings) -> str:
+        return evaluation_digest(task("t", **settings), metric, evaluation)
+
+    def grade(answer, record) -> bool:
+        return True
+
+    other = replace(examples[0], expected="no")
+    digests = [
+        digest(),
+        digest(replace(evaluation, examples=[other, *examples[1:]])),
+        digest(replace(evaluation, examples=[example(tokenizer, "q", "yes"), *examples[1:]])),
+        digest(replace(evaluation, examples=[replace(examples[0], record={"a": 1}), *examples[1:]])),
+        digest(replace(evaluation, examples=examples[::-1])),
+        digest(replace(evaluation, choices=("no", "yes", "maybe"))),
+        digest(metric="exact_match"),
+        digest(max_new_tokens=7),
+        digest(grade=grade),
+        digest(metric="loss"),
+    ]
+    assert len(set(digests)) == len(digests)
+    moved = replace(evaluation, name="f", examples=[replace(e, source="elsewhere", number=9) for e in examples])
+    assert digest(moved) == digest() == digest(max_new_tokens=32)
+    assert digest(metric="loss", max_new_tokens=7) == digest(metric="loss")
+
+
+def test_a_changed_metric_of_the_users_own_is_another_digest(tmp_path, tokenizer):
+    evaluation = EvaluationSet("e", [example(tokenizer, "q", "yes")])
+    digests = set()
+    for value in ("1.0", "0.5"):
+        (tmp_path / "own.py").write_text(f"def grade(answer, record):\n    return {value}\n")
+        grade = custom.find("own:grade", tmp_path)
+        digests.add(evaluation_digest(task("t", grade=grade), "own:grade", evaluation))
+    assert len(digests) == 2
+
+
+def test_scores_of_an_earlier_release_are_measured_again(model, tokenizer, checkpoint, data):
+    scores.complete(checkpoint, model, tokenizer, TASKS, data)
+    old = [{k: v for k, v in entry.items() if k != "digest"} for entry in checkpoint.manifest.task("a").scores]
+    checkpoint.set_scores("a", old)
+    assert {c.task for c in scores.missing(checkpoint.manifest, TASKS, data)} == {"a"}
+    assert scores.outdated(checkpoint.manifest, TASKS, data) == ["a"]
+    assert all(s.digest == "" for s in scores.stored(checkpoint.manifest) if s.task == "a")
 
 
 def test_the_summary_of_a_sequence(checkpoint):

@@ -14,6 +14,8 @@ import loraf
 from loraf import checkpoint as checkpoints
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CheckpointError
+from loraf.sealed_json import seal, unseal
+from loraf_train.adapter.dropout import TokenKeys
 from loraf_train.sequence import resume, runner
 from loraf_train.trainer import loop
 from tests.loraf.crash_steps import stopped_at
@@ -141,7 +143,8 @@ def test_bytes_differ_if_any_part_of_the_state_is_not_restored(alone, single, mo
     elif forgotten == "position":
         monkeypatch.setattr("transformers.trainer.skip_first_batches", lambda batches, count: batches)
     else:
-        monkeypatch.setattr(loop._Report, "on_step_begin", lambda *parts, **keywords: None)
+        tokens_of = TokenKeys.set
+        monkeypatch.setattr(TokenKeys, "set", lambda self, step, *tokens: tokens_of(self, step - 4, *tokens))
     resume_run(single, loaded)
     assert contents(single.output).keys() == files.keys()
     assert contents(single.output)["tasks/one.safetensors"] != files["tasks/one.safetensors"]
@@ -345,3 +348,57 @@ def test_a_run_may_resume_with_smaller_micro_batches_and_remarks_on_it(alone, mo
     assert observer.events[0] == ("one", "resumes after training step 3 of 6")
     assert observer.remarks == ["the environment changed, so the last bits may differ: micro_batch_size was 4, is 1"]
     assert contents(single.output).keys() == files.keys()
+
+
+# --- states from before dropout was drawn by token --------------------------------------------------------------------
+
+
+def as_before(config) -> None:
+    """Takes out of every state that dropout is drawn by token, which states of earlier versions do not say."""
+    for file in (config.output / resume.FOLDER).glob("state-*.json"):
+        record, _ = unseal(file.read_bytes(), *resume._SEAL)
+        assert record["making"].pop("dropout") == "by token"
+        file.write_bytes(seal(*resume._SEAL, record))
+
+
+def test_a_task_begun_before_that_is_finished_as_it_was_begun(alone, single, monkeypatch, tmp_path):
+    """tests/golden has a state that an earlier version wrote. This one is stopped and resumed twice."""
+    loaded, files = alone
+    before = single.model_copy(update={"output": tmp_path / "before"})
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Journal, "dropout_by_token", False)
+        patched.setattr(resume.ResumeStore, "_drawn_before", lambda self, record: False)
+        make = resume.ResumeStore.__init__
+
+        def made(self, *arguments, **keywords):
+            make(self, *arguments, **keywords)
+            self.dropout_by_token = False
+
+        patched.setattr(resume.ResumeStore, "__init__", made)
+        resume_run(before, loaded)
+        stop(single, loaded, "one", "step 3")
+    expected = contents(before.output)
+    assert expected["tasks/one.safetensors"] != files["tasks/one.safetensors"]
+    as_before(single)
+    stop(single, loaded, "one", "step 5")
+    observer = resume_run(single, loaded)
+    assert observer.events[0] == ("one", "resumes after training step 4 of 6")
+    assert [remark.partition(",")[0] for remark in observer.remarks] == ["an earlier version began this task"]
+    assert contents(single.output) == expected
+
+
+def test_such_a_task_says_that_another_cut_of_the_batch_changes_it(alone, model_folder, single):
+    loaded, _ = alone
+    stop(single, loaded, "one", "step 4")
+    as_before(single)
+    smaller = run_config(model_folder, single.output, names=("one",), micro_batch_size=1)
+    (remark,) = resume_run(smaller, loaded).remarks
+    assert remark.endswith("the values will differ as with another seed: micro_batch_size was 4, is 1")
+
+
+def test_a_state_of_a_task_without_dropout_says_nothing_of_it(alone, model_folder, single):
+    loaded, _ = alone
+    plain = run_config(model_folder, single.output, names=("one",), dropout=0.0)
+    stop(plain, loaded, "one", "step 4")
+    assert all("dropout" not in json.loads(path.read_text())["making"] for path in state_files(plain)[::2])
+    assert resume_run(plain, loaded).remarks == []

@@ -41,7 +41,7 @@ def tasks(**changes) -> list:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "loraf.json")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("loraf.json", ".lock"))
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

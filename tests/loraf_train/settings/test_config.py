@@ -195,6 +195,7 @@ def test_all_mistakes_are_reported_at_once(folder):
     ("change", "field", "message", "remedy"),
     [
         ({"adapter__rank": 0}, "adapter.rank", "0 is out of range", "whole number from 1"),
+        ({"adapter__rank": 4097}, "adapter.rank", "4097 is out of range", "from 1 to 4096"),
         ({"adapter__rank": 1.5}, "adapter.rank", "1.5 is not a whole number", "whole number"),
         ({"adapter__sparsity": 0}, "adapter.sparsity", "out of range", "above 0"),
         ({"adapter__sparsity": 1}, "adapter.sparsity", "out of range", "below 1"),

@@ -13,7 +13,7 @@ from torch import nn
 from loraf.errors import ConfigError
 from loraf_train.adapter.trainable_base import attached, earlier_tasks
 from loraf_train.data.examples import Example
-from loraf_train.trainer import loop
+from loraf_train.trainer import batches, loop
 from loraf_train.trainer.order import EpochOrder, split_batch
 from tests.loraf_train import toys
 from tests.standins import make_model
@@ -38,7 +38,7 @@ def shared(model_folder, tmp_path_factory):
 
 
 def test_batches_are_padded_on_the_right_and_only_completions_have_labels():
-    batch = loop.Collator(9)([Example([1, 5, 6, 2], 2), Example([4, 3], 0), Example([7, 8, 2], 3)])
+    batch = batches.Collator(9)([Example([1, 5, 6, 2], 2), Example([4, 3], 0), Example([7, 8, 2], 3)])
     assert batch["input_ids"].tolist() == [[1, 5, 6, 2], [4, 3, 9, 9], [7, 8, 2, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 6, 2], [-100, 3, -100, -100], [-100] * 4]

@@ -13,7 +13,7 @@ from loraf.errors import ConfigError
 from loraf_train.adapter.trainable_base import attached, earlier_tasks
 from loraf_train.data.examples import Example
 from loraf_train.sequence import runner
-from loraf_train.trainer import loop
+from loraf_train.trainer import batches, loop
 from loraf_train.trainer.packing import PackingCollator, first_fit, require_separate
 from tests.loraf_train import toys
 from tests.standins import ARCHITECTURES, make_model
@@ -128,7 +128,7 @@ def fitted(shared, **changes) -> tuple[torch.Tensor, list[float]]:
     """Values of all modules after four steps of 8 of 20 examples, and the losses of the steps."""
     base, earlier, positions = shared
     settings = {"learning_rate": 3e-2, "batch_size": 8, "seed": 11, "max_steps": 4}
-    layers, seen = base.layers(positions, 2.0, earlier), []
+    layers, seen = base.layers(positions, 2.0, earlier, dropout=0.1), []
     with attached(base.model, layers):
         phase = toys.phase(**(settings | changes))
         loop.fit(base.model, toys.examples(1, 20), phase, base.pad_id, lambda loss, *_: seen.append(loss))
@@ -162,7 +162,7 @@ def test_packing_accumulation_and_checkpointing_give_the_same_steps_as_the_whole
 def test_the_loss_is_divided_by_the_tokens_of_the_step_not_of_the_row(folders):
     model = toys.load(folders["llama"])
     examples = toys.examples(5, 8)
-    (packed, alone) = (collate(examples) for collate in (PackingCollator(toys.PAD, ROW), loop.Collator(toys.PAD)))
+    (packed, alone) = (collate(examples) for collate in (PackingCollator(toys.PAD, ROW), batches.Collator(toys.PAD)))
     values = []
     for batch in (packed, alone):
         labels = batch.pop("labels")

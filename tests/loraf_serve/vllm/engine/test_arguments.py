@@ -67,6 +67,32 @@ def test_contradictions_are_refused_all_at_once() -> None:
     assert all(problem.remedy for problem in refused.value.problems)
 
 
+def test_a_revision_that_vllm_would_ignore_is_refused() -> None:
+    """The engine gets a local folder as its model."""
+    with pytest.raises(ConfigError) as refused:
+        slots_args(MODEL, ["--revision", "v1", "--tokenizer-revision", "v1"], max_rank=8)
+    assert {problem.field for problem in refused.value.problems} == {"--revision", "--tokenizer-revision"}
+    options = ["--tokenizer", "org/other", "--tokenizer-revision", "v1"]
+    assert slots_args(MODEL, options, max_rank=8).tokenizer_revision == "v1"
+
+
+@pytest.mark.parametrize("args", [slots_args, resident_args])
+@pytest.mark.parametrize(
+    ("refused", "accepted", "words"),
+    [
+        (["--skip-tokenizer-init"], ["--no-skip-tokenizer-init"], "the tokenizer is needed"),
+        (["--runner", "pooling"], ["--runner", "generate"], "generates text"),
+        (["--convert", "embed"], ["--convert", "none"], "generates text"),
+    ],
+)
+def test_an_engine_that_could_not_generate_text_is_refused(args, refused, accepted, words) -> None:
+    rank = {"max_rank": 8} if args is slots_args else {}
+    args(MODEL, accepted, **rank)
+    with pytest.raises(ConfigError, match=words) as error:
+        args(MODEL, refused, **rank)
+    assert [problem.field for problem in error.value.problems] == [refused[0]]
+
+
 @pytest.mark.parametrize(("rank", "slot"), [(1, 1), (2, 8), (16, 16), (17, 32), (200, 256), (512, 512)])
 def test_the_rank_of_slots_is_the_next_larger_one(rank: int, slot: int) -> None:
     assert lora_rank(rank) == slot

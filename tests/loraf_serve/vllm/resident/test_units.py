@@ -14,9 +14,10 @@ from vllm.lora.layers import LoRAMapping
 from loraf.checkpoint import Checkpoint
 from loraf.tasksets import TaskSet
 from loraf_serve import kernels
-from loraf_serve.vllm.resident import parts, selfcheck
+from loraf_serve.vllm.resident import selfcheck
 from loraf_serve.vllm.resident.manager import _kernel_part
 from loraf_serve.vllm.resident.weights import StepWeights, TaskWeights
+from loraf_serve.vllm.worker import parts
 from tests.standins import make_model, random_checkpoint
 from tests.tools import needs
 

@@ -7,6 +7,7 @@ import builtins
 import io
 import os
 import shutil
+from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,15 +15,23 @@ from typing import Any
 
 import pytest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath, LoRAModulePath
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
+from loraf import bounded_file
 from loraf.checkpoint import Checkpoint
 from loraf_serve.vllm import naming
+from loraf_serve.vllm.stock import models as stock_models
 from loraf_serve.vllm.stock.models import TaskSetModels
 from loraf_serve.vllm.worker.notice import give
 from loraf_serve.vllm.worker.store import CheckpointStore
+
+_ANSWERS = {  # of a worker that has one layer, about which everything is proven
+    "loraf_layers": {"layer": [1, 1]},
+    "loraf_recorded": ["decode", "mixed", "prefill"],
+    "loraf_compare": True,
+}
 
 
 class FakeEngine:
@@ -41,6 +50,7 @@ class FakeEngine:
             parallel_config=SimpleNamespace(**config | parallel),
         )
         self.renderer = self.input_processor = None
+        self.output_processor = SimpleNamespace(request_states={})
         self.refusal = refusal
         self.calls: list[str] = []
         self.added: list[LoRARequest] = []
@@ -54,7 +64,13 @@ class FakeEngine:
             give(self.notice)  # the first notice is spurious
         if method == "loraf_load_state":
             return [None if self.calls.count(method) == 1 else self.refusal or {"bytes": 1}]
-        return [{"layer": [1, 1]} if method == "loraf_layers" else None]
+        return [_ANSWERS.get(method)]
+
+    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[None]:
+        """The requests of the proof."""
+        assert self.calls[-1] == "loraf_begin_proof"
+        for _ in range(params.max_tokens):
+            yield None
 
     async def add_lora(self, request: LoRARequest) -> bool:
         assert "loraf_load_state" in self.calls or not request.lora_path.startswith("loraf:")
@@ -80,7 +96,7 @@ class ReadingEngine(FakeEngine):
         if method == "loraf_load_state":
             state = self.store.state(args[0])
             return [{"bytes": 1} if state == {} else state]
-        return [{"layer": [1, 1]} if method == "loraf_layers" else None]
+        return [_ANSWERS.get(method)]
 
 
 @pytest.fixture
@@ -98,6 +114,7 @@ def task_file_openings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for module in (builtins, io, os):
         monkeypatch.setattr(module, "open", recording(module.open))
+    monkeypatch.setattr(bounded_file, "FileIO", recording(bounded_file.FileIO))
     return openings
 
 
@@ -304,12 +321,81 @@ def test_vllm_loads_its_own_adapters_itself() -> None:
 
 @pytest.mark.usefixtures("root")
 def test_a_checkpoint_that_was_unloaded_is_not_found() -> None:
+    """Nor are the names that were asked for while it was loaded; those of other names go on."""
+
     async def run() -> None:
-        served = models(FakeEngine(), "a=./ckpt", "b=./ckpt")
+        served = models(FakeEngine(), "a=./ckpt", "b=./ckpt", "math=./ckpt@math")
         await served.init_static_loras()
-        del served.lora_requests["a"]
+        before = [await served.resolve_lora(name) for name in ("a@math", "a@nlu+math", "b@math")]
+        assert "Success" in await served.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name="a"))
+        assert set(served.lora_requests) == {"b", "b@math", "math"}
         assert isinstance(await served.resolve_lora("b@math"), LoRARequest)
-        with pytest.raises(VLLMNotFoundError, match="there is no checkpoint 'a' → choose from: b"):
+        for name in ("a@math", "a@nlu+math", "a@code"):
+            with pytest.raises(VLLMNotFoundError, match="there is no checkpoint 'a' → choose from: b"):
+                await served.resolve_lora(name)
+        assert "Success" in await served.load_lora_adapter(load("a", "./ckpt"))
+        after = [await served.resolve_lora(name) for name in ("a@math", "a@nlu+math", "b@math")]
+        assert [(r.lora_name, r.lora_int_id) for r in after] == [(r.lora_name, r.lora_int_id) for r in before]
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("root")
+def test_a_checkpoint_that_is_unloaded_while_a_name_is_resolved() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        served = models(engine, "a=./ckpt")
+        await served.init_static_loras()
+        stock = engine.add_lora
+
+        async def add_lora(request: LoRARequest) -> bool:
+            await served.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name="a"))
+            return await stock(request)
+
+        engine.add_lora = add_lora
+        with pytest.raises(VLLMNotFoundError, match="there is no checkpoint 'a' → choose from: none"):
             await served.resolve_lora("a@math")
+        assert served.lora_requests == {}
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("root")
+def test_an_unloaded_name_keeps_its_meaning() -> None:
+    async def run() -> None:
+        served = models(FakeEngine(), "a=./ckpt")
+        await served.init_static_loras()
+        await served.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name="a"))
+        for name, path in (("a", "./ckpt@math"), ("a@math", "./ckpt@nlu"), ("a@all", "peft@home")):
+            answer = await served.load_lora_adapter(load(name, path))
+            assert answer.error.code == 400 and f"{name!r} already stands for" in answer.error.message
+        assert "Success" in await served.load_lora_adapter(load("a@math", "./ckpt@math"))
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("root")
+def test_what_is_kept_of_the_names_that_were_asked_for_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stock_models, "MAX_RESOLVED", 4)
+    monkeypatch.setattr(stock_models, "MAX_IDS", 16)
+
+    async def run() -> None:
+        engine = FakeEngine()
+        served = models(engine, "ckpt=./ckpt")
+        await served.init_static_loras()
+        held = await served.resolve_lora("ckpt@math:0.5")
+        engine.output_processor.request_states["r"] = SimpleNamespace(lora_request=held)  # a request that runs on
+        fixed = len(served.lora_requests), len(served.lora_resolver_lock), len(served._paths)
+        for n in range(60):
+            await served.resolve_lora(f"ckpt@math:0.{n + 10}")
+            assert (await served.resolve_lora(f"nothing{n}")).error.code == 404
+            absent = UnloadLoRAAdapterRequest(lora_name=f"absent{n}")
+            assert (await served.unload_lora_adapter(absent)).error.code == 404
+        assert len(served.lora_requests) <= fixed[0] + 4 and len(served.lora_resolver_lock) <= fixed[1] + 4
+        assert len(served._ids) <= 16 and len(served._resolved) == 4 and len(served._paths) == fixed[2]
+        again = await served.resolve_lora("ckpt@math:0.5")
+        assert (again.lora_int_id, again.lora_path) == (held.lora_int_id, held.lora_path)
+        by_id = {(request.lora_int_id, request.lora_path) for request in engine.added}
+        assert len(by_id) == len({number for number, _ in by_id}), "an id is never given to another content"
 
     asyncio.run(run())

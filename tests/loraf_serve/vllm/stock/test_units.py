@@ -101,7 +101,7 @@ def test_added_tasks_are_accepted_but_not_served(root: Path) -> None:
     checkpoint = store.check("./growing")
     store.keep(checkpoint)
     growing.add_task("later", drawn["later"], alpha=16.0, sparsity=0.75)
-    growing.set_scores("math", [{"score": 1.0}])
+    growing.set_scores("math", [{"set": "math", "evaluation": "eval", "metric": "exact", "score": 1.0, "count": 1}])
     assert store.check("./growing") is checkpoint
     assert checkpoint.tasks == ("math", "nlu")  # those that the workers have loaded
 
@@ -133,8 +133,8 @@ def test_everything_is_checked_outside_of_the_engine(root: Path, monkeypatch: py
 def test_a_checkpoint_on_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     downloads = []
 
-    def snapshot_download(name: str, **options: object) -> str:
-        downloads.append(name)
+    def snapshot_download(name: str, revision: str | None = None, **options: object) -> str:
+        downloads.append((name, revision))
         return str(root / "ckpt")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -142,7 +142,9 @@ def test_a_checkpoint_on_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     checkpoint = store.check("org/name")
     store.keep(checkpoint)
     assert store.check("org/name") is store.check("./ckpt") is checkpoint
-    assert downloads == ["org/name"] * 2
+    assert store.check("org/name#v1") is checkpoint
+    assert downloads == [("org/name", None)] * 2 + [("org/name", "v1")]
+    assert split_path("org/name#refs/pr/1@all") == ("org/name#refs/pr/1", "all")
 
 
 # --- replaced parts of vLLM -------------------------------------------------------------------

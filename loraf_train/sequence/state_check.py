@@ -1,0 +1,92 @@
+"""Checks that a saved state can be that of a task. It may come from anyone, as the checkpoint beside it may.
+
+What the state was trained with is compared elsewhere (`resume.ResumeStore`). Here it is its tensors and counts: a wrong
+one would end the run somewhere in the trainer, or write positions of other tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from loraf.manifest import positions_per_matrix
+from loraf.sparse import SparseB
+
+if TYPE_CHECKING:
+    from loraf_train.settings.config import TaskConfig
+    from loraf_train.trainer.loop import Snapshot
+
+_VALUES = ".values"  # the parameter of an adapter's layer, after its module's name
+_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+
+
+@dataclass(frozen=True)
+class TaskShape:
+    """What a task's state must fit.
+
+    Attributes:
+        shapes: module → (d_out, rank) of B.
+        taken: module → B of every task that owns positions.
+        examples: number of training examples.
+    """
+
+    task: TaskConfig
+    shapes: Mapping[str, tuple[int, int]]
+    taken: Mapping[str, Sequence[SparseB]]
+    examples: int
+
+    def misfit(self, positions: Mapping[str, torch.Tensor] | None, snapshot: Snapshot | None) -> str:
+        """Returns what cannot be in a state of this task; empty if it fits. Arguments as in `resume.State`."""
+        if positions is not None:
+            fault = self._position_fault(positions)
+            if fault:
+                return fault
+        if snapshot is None:
+            return ""
+        training = self.task.training
+        most = self.task.calibration.steps
+        if positions is not None:
+            most = training.max_steps or math.ceil(training.epochs * self.examples) + 1
+        if not 0 < snapshot.step <= snapshot.steps <= most:
+            return f"step {snapshot.step} of {snapshot.steps} is not one of this task"
+        return self._tensor_fault(snapshot.tensors, calibrated=positions is not None)
+
+    def _position_fault(self, positions: Mapping[str, torch.Tensor]) -> str:
+        if positions.keys() != self.shapes.keys():
+            return "it holds positions of other modules"
+        for module, (d_out, rank) in self.shapes.items():
+            own = positions[module]
+            if own.ndim != 1 or len(own) != positions_per_matrix(self.task.sparsity, d_out, rank):
+                return f"it holds another number of positions in {module}"
+            ascending = bool((own[1:] > own[:-1]).all())
+            if len(own) and not (ascending and own[0] >= 0 and own[-1] < d_out * rank):
+                return f"its positions in {module} are not ascending positions of the matrix"
+            if any(bool(torch.isin(b.positions, own).any()) for b in self.taken[module]):
+                return f"its positions in {module} belong to another task"
+        return ""
+
+    def _tensor_fault(self, tensors: Mapping[str, torch.Tensor], calibrated: bool) -> str:
+        keys: dict[str, set[str]] = {f"{module}{_VALUES}": set() for module in self.shapes}
+        for stored_name, tensor in tensors.items():
+            kind, _, rest = stored_name.partition(".")
+            key, _, name = rest.partition(".") if kind == "optimizer" else ("", "", rest)
+            if kind not in ("parameter", "optimizer") or name not in keys or (key and key not in _ADAMW):
+                return f"it holds {stored_name[:80]!r}, which is no tensor of this task"
+            module = name.removesuffix(_VALUES)
+            numbers = 1 if key == "step" else self._numbers(module, calibrated)
+            if not tensor.is_floating_point() or tensor.numel() != numbers or tensor.ndim > 1:
+                return f"{stored_name} is {tensor.dtype} {list(tensor.shape)}, not {numbers} numbers"
+            keys[name].add(key)
+        if set(map(frozenset, keys.values())) - {frozenset({""}), frozenset({"", *_ADAMW})}:
+            return "it lacks parameters, or a part of the optimizer's state"
+        return ""
+
+    def _numbers(self, module: str, calibrated: bool) -> int:
+        d_out, rank = self.shapes[module]
+        if calibrated:
+            return positions_per_matrix(self.task.sparsity, d_out, rank)
+        return d_out * rank - sum(len(b.values) for b in self.taken[module])
