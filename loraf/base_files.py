@@ -66,7 +66,7 @@ def _quantisation(folder: Path) -> Iterator[Problem]:
         return
     for prefix, part in parts:
         for key in ("quantization_config", "compression_config"):
-            if part.get(key):
+            if part.get(key) is not None:
                 method = part[key].get("quant_method") if isinstance(part[key], dict) else part[key]
                 message = (
                     f"the weights are quantised ({method or 'by an unnamed method'}), and ΔW is added to plain ones"

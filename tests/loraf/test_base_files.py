@@ -70,6 +70,16 @@ def test_an_adapter_beside_a_model_is_refused_wherever_a_model_is_named_or_descr
             use()
 
 
+def test_a_generation_config_that_transformers_cannot_take_is_named(folder):
+    file = folder / "generation_config.json"
+    for taken in ("{}", "{not json"):  # the latter, transformers skips
+        file.write_text(taken)
+        assert base_files.problems(folder) == []
+    for refused in ("[]", "null", "3"):
+        file.write_text(refused)
+        assert f"{file}: is not a JSON object" in only(folder)
+
+
 def test_pickled_weights_alone_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "has no model.safetensors but pytorch_model.bin, and pickled weights are never loaded" in only(folder)
@@ -113,6 +123,7 @@ def test_a_weight_that_no_file_holds_is_named(folder):
         {"quantization_config": {"quant_method": "fp8"}},
         {"quantization_config": {"quant_method": "not known"}},
         {"quantization_config": {"load_in_8bit": True}},
+        {"quantization_config": {}},
         {"compression_config": {"quant_method": "compressed-tensors"}},
         {"text_config": {"quantization_config": {"quant_method": "awq"}}},
     ],
