@@ -31,6 +31,12 @@ MLA = {
     "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4,
     "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1, "head_dim": 64,
 }  # fmt: skip
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+    }
+}  # fmt: skip
 DELTA_NET = {
     "num_hidden_layers": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
@@ -45,7 +51,7 @@ MAMBA_2 = {"mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     name: (name, {})
     for name in (
-        *("apertus", "arcee", "cohere", "cwm", "ernie4_5", "exaone4", "glm", "glm4", "gpt_oss", "granite"),
+        *("apertus", "arcee", "cwm", "ernie4_5", "exaone4", "glm", "glm4", "gpt_oss", "granite"),
         *(
             "hunyuan_v1_dense",
             "hyperclovax",
@@ -84,18 +90,21 @@ ARCHITECTURES |= {
         "gemma4_text",
         GEMMA_4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 2, "tie_word_embeddings": True},
     ),
-    "cohere2": ("cohere2", {"sliding_window": 16}),
+    "cohere": ("cohere", {"tie_word_embeddings": True}),
+    "cohere-untied": ("cohere", {}),
+    "cohere2": ("cohere2", {"tie_word_embeddings": True, "sliding_window": 1024}),
     "llama4": (
         "llama4_text",
         {"intermediate_size_mlp": 192, "interleave_moe_layer_step": 3, "moe_layers": [], "num_experts_per_tok": 1,
          "attn_temperature_tuning": False},
     ),
-    "deepseek_v2": ("deepseek_v2", MLA | {"q_lora_rank": None}),
-    "deepseek_v3": ("deepseek_v3", MLA | {"q_lora_rank": 64, "topk_method": "noaux_tc"}),
-    "deepseek_v32": ("deepseek_v32", MLA | {"q_lora_rank": 64}),
+    "deepseek_v2": ("deepseek_v2", MLA | YARN | {"q_lora_rank": None}),
+    "deepseek_v3": ("deepseek_v3", MLA | YARN | {"q_lora_rank": 64, "topk_method": "noaux_tc"}),
+    "deepseek_v3-without-yarn": ("deepseek_v3", MLA | {"q_lora_rank": 64, "topk_method": "noaux_tc"}),
+    "deepseek_v32": ("deepseek_v32", MLA | YARN | {"q_lora_rank": 64}),
     "glm4_moe_lite": ("glm4_moe_lite", MLA | {"q_lora_rank": 64, "topk_method": "noaux_tc"}),
     "glm_moe_dsa": ("glm_moe_dsa", MLA | {"q_lora_rank": 64}),
-    "axk1": ("axk1", MLA | {"q_lora_rank": 64}),
+    "axk1": ("axk1", MLA | YARN | {"q_lora_rank": 64}),
     "longcat_flash": ("longcat_flash", MLA | {"q_lora_rank": 64, "num_layers": 1, "ffn_hidden_size": 192}),
     "minicpm3": ("minicpm3", MLA | {"q_lora_rank": 64, "kv_lora_rank": 64}),
     "qwen3_next": ("qwen3_next", DELTA_NET | {"mlp_only_layers": [0, 1, 2, 3]}),

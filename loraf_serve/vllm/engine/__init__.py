@@ -5,6 +5,7 @@
     slot_queue     decides which task sets get a slot
     support        whether vLLM can serve a model on this machine
     quantised      quantised weights that vLLM adds no LoRA to
+    inexact        base models that vLLM computes wrongly
     arguments      the user's vLLM options as an engine's arguments
     environment    environment variables of vLLM's processes
     answers        makes text of tokens, where vLLM's own way is not good enough

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from loraf.errors import one_line
-from loraf_serve.vllm.engine import quantised
+from loraf_serve.vllm.engine import inexact, quantised
 from loraf_serve.vllm.engine.environment import quiet
 
 
@@ -44,7 +44,7 @@ def can_serve(model_folder: Path) -> str | None:
     if not supports_lora(model_class):
         return f"vLLM does not support LoRA for {known[0]}"
     quantised.require_supported(Path(model_folder))
-    return None
+    return inexact.why_inexact(Path(model_folder))
 
 
 def can_serve_resident(model_folder: Path) -> str | None:
