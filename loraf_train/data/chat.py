@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 from loraf.manifest import Templates
 from loraf_train.data.chat_template import ChatTemplate, TemplateRefusal, end_tokens
 from loraf_train.data.form import Form, RecordFault
-from loraf_train.data.messages import CALLS, PARTS, Conversation, Message, arguments_of, conversation_of, variants
+from loraf_train.data.messages import (
+    CALLS,
+    PARTS,
+    THOUGHTS,
+    Conversation,
+    Message,
+    arguments_of,
+    conversation_of,
+    other_calls,
+    variants,
+)
 from loraf_train.data.records import Record
 from loraf_train.grading.thoughts import CLOSES, OPENS, after_thoughts, has_thoughts_twice, opened_thoughts
 
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PLACEHOLDER = "loraf-prompt-placeholder"
+_SHORT = 16  # characters
 _NO_THOUGHTS = f"{OPENS}\n\n{CLOSES}\n\n"  # as Qwen3's template writes an answer without thoughts
 
 
@@ -164,9 +175,21 @@ class _Rendering:
         place = whole.rfind(opening) if opening != prompt and opening.strip() else -1
         if place >= 0:
             return self._to_end(whole[place + len(opening) :], content)
+        header = self._header(messages[:-1])
+        if header and prompt.startswith(header) and whole.startswith(header) and not messages[-1].keys() & {*THOUGHTS}:
+            return self._to_end(whole[len(header) :], content)
         written = content.strip()
         place = whole.rfind(written) if written else -1
         return content if place < 0 else self._to_end(whole[place:], content)
+
+    def _header(self, messages: list[Message]) -> str:
+        """Returns what the template writes before an answer's text in a finished turn; "" if it cannot be found."""
+        answer = {"role": "assistant", "content": _PLACEHOLDER}
+        try:
+            before, found, _ = self._render([*messages, answer], opening=False).partition(_PLACEHOLDER)
+        except RecordFault:
+            return ""
+        return before if found else ""
 
     def _to_end(self, turn: str, content: str) -> str:
         """Returns a turn up to its first end token, and without one up to the last text in it.
@@ -219,7 +242,9 @@ class _Rendering:
                 if self._is_lost(i, key, answers):
                     raise RecordFault(lost.format(key), remedy)
             shown = answers[i][1] if i in answers else next(answers[k][0] for k in answers if k > i)
-            if (message["content"] or "").strip() not in shown and self._is_lost(i, "content", answers):
+            written = (message["content"] or "").strip()
+            unsure = written not in shown or 0 < len(written) < _SHORT  # a short text may stand there by accident
+            if unsure and self._is_lost(i, "content", answers):
                 if i in answers and not any(key in message for key in CALLS):
                     raise RecordFault(lost.format("content"), remedy)
                 yield lost.format("content"), "remove it, if it is not meant to be read or learned"
@@ -234,15 +259,26 @@ class _Rendering:
                     f"has thoughts in content in {self._conversation.place(i)}, after those of the chat template",
                     "write them as reasoning_content, or use a template that reads them in content",
                 )
-        written = "".join(turns[-1])
+        last = "".join(turns[-1])
         for arguments in arguments_of(self._messages):
-            if _is_no_json(arguments, written):
+            if _is_no_json(arguments, last):
                 remedy = "use a template that writes them as JSON"
                 raise RecordFault("has tool_calls whose arguments the chat template does not write as JSON", remedy)
 
     def _is_lost(self, index: int, key: str, answers: dict[int, tuple[str, str]]) -> bool:
-        """Whether the template writes the same with and without a part of a message."""
-        changed = _without(self._messages, index, key)
+        """Whether the template writes the same with and without a part of a message, or with another call in it."""
+        message = self._messages[index]
+        others = other_calls(message) if key == "tool_calls" else []
+        return any(
+            self._is_same(index, changed, answers)
+            for changed in (
+                _without(self._messages, index, key),
+                *(_replaced(self._messages, index, o) for o in others),
+            )
+        )
+
+    def _is_same(self, index: int, changed: list[Message], answers: dict[int, tuple[str, str]]) -> bool:
+        """Whether the template writes the same with another message at `index`."""
         try:
             if index in answers:
                 prompt, answer = answers[index]
@@ -292,7 +328,11 @@ def _without(messages: list[Message], index: int, key: str) -> list[Message]:
     changed = {k: v for k, v in messages[index].items() if k != key}
     if key == "content":
         changed["content"] = _PLACEHOLDER
-    return [*messages[:index], changed, *messages[index + 1 :]]
+    return _replaced(messages, index, changed)
+
+
+def _replaced(messages: list[Message], index: int, message: Message) -> list[Message]:
+    return [*messages[:index], message, *messages[index + 1 :]]
 
 
 def _is_no_json(arguments: Any, text: str) -> bool:

@@ -4,6 +4,7 @@
     messages             written as JSON by a template of the task
     null                 written in JSON for the keys that a table adds to its mappings
     an empty completion  the model learns to answer nothing
+    system, history, …   fields beside the known ones that other trainers read, and no form writes
 
 Only what a form writes as it is can be doubted: a placeholder with a format, such as {answer:.1f}, says what is meant.
 """
@@ -15,12 +16,25 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loraf_train.data.chat import ChatForm
 from loraf_train.data.form import Form
 from loraf_train.data.forms import TemplateForm, holds_messages
 from loraf_train.data.records import Faults, Record
 from loraf_train.settings.data import RecordSource, file_format
 
 _CONVERSATION = ("prompt", "completion", "messages")  # fields that hold messages in records of other trainers
+_UNUSED = (
+    "system",
+    "system_prompt",
+    "history",
+    "context",
+    "functions",
+    "documents",
+    "images",
+    "image",
+    "audio",
+    "videos",
+)
 _INTEGERS = "store the column as whole numbers (in pandas: astype('Int64'))"
 
 
@@ -32,6 +46,8 @@ def find_doubts(form: Form, source: RecordSource, records: Sequence[Record], fau
         faults: gets the mistakes.
         warnings: gets the others.
     """
+    if type(form) is not TemplateForm:  # there the task's own templates decide
+        _unused(form, records, warnings)
     if not isinstance(form, TemplateForm):
         return
     kind = file_format(source.file) if source.file is not None else ""
@@ -62,6 +78,25 @@ def find_empty(numbers: Sequence[int], count: int, warnings: Faults) -> None:
     if numbers:
         message = f"the completion is empty in {len(numbers)} of {count} records: the model learns to answer nothing"
         warnings.add(f"record {numbers[0]}", message, "fill the field or leave those records out, unless this is meant")
+
+
+def _unused(form: Form, records: Sequence[Record], warnings: Faults) -> None:
+    """Finds fields that would be a part of the prompt in other trainers."""
+    used = form.plain_fields() if isinstance(form, TemplateForm) else []
+    for field in _UNUSED:
+        if field in used:
+            continue
+        filled = (n for n, record in enumerate(records, 1) if field in record and _is_filled(record[field]))
+        number = next(filled, None)
+        if number is not None:
+            chat = isinstance(form, ChatForm)
+            where = "write it as a message of the conversation" if chat else "name it in data.prompt"
+            message = f"has field {field!r}, which is not a part of the prompt"
+            warnings.add(f"record {number}", message, f"{where}, or leave the field out if it is not meant to be read")
+
+
+def _is_filled(value: Any) -> bool:
+    return not _is_missing(value) and not (isinstance(value, str | list | Mapping) and not value)
 
 
 def _whole_numbers(field: str, values: Sequence[Any], beside_null: Faults, others: Faults) -> None:

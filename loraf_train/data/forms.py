@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loraf.manifest import Templates
 from loraf_train.data.chat import ChatForm
 from loraf_train.data.form import Form, RecordFault
+from loraf_train.data.messages import NOT_AS_TEXT, are_messages_as_text
 from loraf_train.data.records import Record
 from loraf_train.data.text import field_text, readable, text_of
 from loraf_train.data.values import Unreadable
@@ -33,6 +34,7 @@ INSTRUCTION_PROMPT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_CONVERSATIONS = ("conversations", "conversation", "dialog", "dialogue")  # ShareGPT's, and others
 _NAME_FIELDS = "name only fields of the record in data.prompt and data.completion"
 
 
@@ -63,6 +65,10 @@ def form_of(data: DataConfig, first: Record, tokenizer: PreTrainedTokenizerBase 
         return PairForm()
     if first.keys() >= {"instruction", "output"}:
         return InstructionForm()
+    conversation = next((name for name in _CONVERSATIONS if isinstance(first.get(name), list)), None)
+    if conversation is not None:
+        remedy = 'name it messages, as a list of {"role": …, "content": text}; human is user, and gpt is assistant'
+        raise RecordFault(f"has a conversation in field {conversation!r}, which is not read", remedy)
     raise RecordFault(
         f"has none of the known forms (it has: {', '.join(map(str, first)) or 'no fields'})",
         "set templates over its fields in data:, such as prompt: '{question}\\n' and completion: '{answer}'",
@@ -106,6 +112,9 @@ class PairForm(TemplateForm):
     def texts(self, record: Record) -> list[tuple[str, str]]:
         for name in ("prompt", "completion"):
             value = record.get(name)
+            if are_messages_as_text(value):
+                remedy = f"{NOT_AS_TEXT}; if the text is meant, write data.prompt and data.completion over the fields"
+                raise RecordFault(f"has messages as one text in field {name!r}", remedy)
             if holds_messages(value):
                 message = f"has messages in field {name!r}, but the task's first record has text in its fields"
                 raise RecordFault(message, "use one form for all records of a task")

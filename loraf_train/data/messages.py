@@ -9,6 +9,7 @@ Beside them a record may have `tools` and `chat_template_kwargs`, which go to th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,9 @@ PARTS = frozenset({*CALLS, *THOUGHTS, "tool_plan", "refusal", "functions", "tool
     *("image", "images", "image_url", "audio", "audios", "video", "videos", "file", "files", "attachments", "parts")
 }
 _READ = PARTS | {"role", "content", "weight"}  # what is looked at; other keys may hold anything
+_OTHER = "loraf_other"
+_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:.*["'](role|content)["']\s*:.*\}\s*\]\s*""", re.DOTALL)
+NOT_AS_TEXT = "store the list itself, in JSON lines or Parquet: CSV and JSON text make one text of it"
 _AS_A_LIST = 'write messages as a list of {"role": …, "content": text}'
 _OPTIONS_OF_RENDERING = {  # of apply_chat_template; a record may not decide them
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
@@ -118,12 +122,48 @@ def arguments_of(messages: list[Message]) -> Iterator[Any]:
             yield function["arguments"]
 
 
+def other_calls(message: Message) -> list[Message]:
+    """Returns copies of a message, each with another name or other arguments in one of its calls.
+
+    What a template writes of a copy differs from what it writes of the message, if it writes every call.
+    """
+    copies = []
+    calls = message["tool_calls"]
+    for i, call in enumerate(calls):
+        function = call.get("function", call)
+        if not isinstance(function, Mapping):
+            continue
+        changes: list[dict[str, Any]] = [{"name": _OTHER}]
+        if function.get("arguments"):
+            changes.append({"arguments": _other_arguments(function["arguments"])})
+        for change in changes:
+            other = {**function, **change}
+            call_with_other = {**call, "function": other} if "function" in call else other
+            copies.append({**message, "tool_calls": [*calls[:i], call_with_other, *calls[i + 1 :]]})
+    return copies
+
+
+def _other_arguments(arguments: Any) -> Any:
+    mapping = _as_mapping(arguments)
+    if not isinstance(mapping, Mapping):
+        return arguments if not isinstance(arguments, str) else arguments + _OTHER
+    other = {**mapping, _OTHER: _OTHER}
+    return _as_json(other) if isinstance(arguments, str) else other
+
+
+def are_messages_as_text(value: object) -> bool:
+    """Whether a text is a list of messages, as JSON or as pandas writes it to CSV."""
+    return isinstance(value, str) and _AS_TEXT.fullmatch(value) is not None
+
+
 def _has_messages(value: object) -> bool:
     return isinstance(value, list) and any(isinstance(part, Mapping) and "role" in part for part in value)
 
 
 def _messages(value: object, name: str) -> list[Message]:
     """Returns copies of a field's messages; each then has `content`, which is None if there is something else only."""
+    if are_messages_as_text(value):
+        raise RecordFault(f"has no list of messages, but {name} as one text", NOT_AS_TEXT)
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         raise RecordFault(
             f"has no list of messages in {name}" if name != "messages" else "has no list of messages", _AS_A_LIST

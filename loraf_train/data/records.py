@@ -103,8 +103,9 @@ def _is_by_columns(record: Record) -> bool:
     values = list(record.values())
     if len(values) < 2:
         return False
-    if all(isinstance(value, dict) for value in values):
-        return bool(values[0]) and all(list(value) == [str(i) for i in range(len(values[0]))] for value in values)
+    if all(isinstance(value, dict) for value in values):  # numbered as in the table that its rows were taken from
+        numbers = list(values[0])
+        return bool(numbers) and all(n.isdecimal() for n in numbers) and all(list(v) == numbers for v in values)
     lists = [value for value in values if isinstance(value, list)]
     known = any(record.keys() >= form for form in ({"prompt", "completion"}, {"instruction", "output"}))
     same = len(lists) == len(values) and len({len(value) for value in lists}) == 1 and len(lists[0]) > 1

@@ -187,6 +187,8 @@ def _load(
 
 
 def _has_empty_completion(form: Form, text: RecordText) -> bool:
+    if isinstance(form, ChatForm):
+        return not all(form.graded_text(completion).strip() for _, completion in text.turns)
     return isinstance(form, TemplateForm) and not text.turns[-1][1].strip()
 
 

@@ -213,3 +213,47 @@ def test_an_answer_of_several_parts_is_learned_whole():
         f"{channel}analysis<|message|>hm<|end|>{start}final<|message|>Yes\n2<|return|>",
         f"{channel}final<|message|>four <|return|>",
     ]
+
+
+@pytest.mark.parametrize(
+    "loses",
+    [
+        ("in m.tool_calls or []", "in (m.tool_calls or [])[:1]"),  # gpt-oss writes the first call only
+        ("c.function | tojson", "{'name': c.function.name} | tojson"),  # the name only
+        ("c.function | tojson", "'' | tojson"),  # a mark, but nothing of the call
+    ],
+)
+def test_calls_that_the_template_writes_in_part_are_refused(tmp_path, loses):
+    tokenizer = templates.tokenizer_of(templates.QWEN2, tmp_path)
+    tokenizer.chat_template = tokenizer.chat_template.replace(*loses)
+    twice = [*call({"a": 1})["tool_calls"], *call({"a": 2})["tool_calls"]]
+    record = {"messages": [USER, {**call({}), "content": None, "tool_calls": twice}], "tools": TOOLS}
+    with pytest.raises(RecordFault, match="tool_calls in message 2, which the chat template does not write"):
+        ChatForm(tokenizer).texts(record)
+
+
+def test_a_call_is_learned_after_a_prompt_that_ends_with_empty_thoughts(tmp_path):
+    """As Gemma 4 writes them without thinking: in the prompt, but not in a finished turn."""
+    tokenizer = templates.tokenizer_of(templates.QWEN2, tmp_path)
+    opening = "{{ '<|im_start|>assistant\n"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        f"{opening}' }}}}{{% endif %}}", f"{opening}<|no thoughts|>' }}}}{{% endif %}}"
+    )
+    for content in (None, "Let me add."):
+        ((prompt, answer),) = answers_of(tokenizer, {"messages": [USER, {**call({"a": 1}), "content": content}]})
+        assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<|no thoughts|>")
+        written = '\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+        assert tokenizer.decode(answer) == (content or "") + written
+
+
+def test_a_short_content_that_stands_elsewhere_by_accident_is_missed(tmp_path):
+    tokenizer = templates.tokenizer_of(templates.QWEN2, tmp_path)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"
+    )
+    record = {
+        "messages": [{"role": "user", "content": "1 + 2"}, call({"a": 1}), {"role": "tool", "content": "2"}, ANSWER]
+    }
+    form = ChatForm(tokenizer)
+    form.texts(record)
+    assert "content in message 3" in form.losses[0][0]

@@ -139,6 +139,9 @@ def test_what_pandas_writes_by_default_is_a_table_of_columns(tmp_path):
     pandas.DataFrame(ROWS).to_json(tmp_path / "table.json")
     with pytest.raises(ConfigError, match="is one object of columns, not of records → .* orient='records'"):
         read(RecordSource(file=tmp_path / "table.json"))
+    pandas.DataFrame(ROWS, index=[9, 5, 7][: len(ROWS)]).to_json(tmp_path / "table.json")  # rows of a larger table
+    with pytest.raises(ConfigError, match="is one object of columns"):
+        read(RecordSource(file=tmp_path / "table.json"))
     single = [{"prompt": {"0": "a"}, "completion": {"a": "0"}}]  # a record of mappings is none
     assert read(RecordSource(file=write_jsonl(tmp_path / "a.jsonl", single))) == single
 

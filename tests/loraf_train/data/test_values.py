@@ -356,3 +356,50 @@ def test_general_text_with_a_lone_surrogate_is_refused(tmp_path, tokenizer):
     file = write_jsonl(tmp_path / "general.jsonl", [{"text": "good text"}, {"text": "half \ud83d"}])
     with pytest.raises(ConfigError, match="record 2: field 'text' has a lone surrogate"):
         general_text(RecordSource(file=file), tokenizer, 64)
+
+
+@pytest.mark.parametrize("written", [json.dumps, str], ids=["JSON", "as pandas writes it to CSV"])
+def test_messages_that_are_one_text_are_not_learned_as_it(tmp_path, tokenizer, written):
+    question, answer = [{"role": "user", "content": "hi"}], [{"content": "ho", "role": "assistant"}]
+    for name, row in {
+        "prompt": {"prompt": written(question), "completion": written(answer)},
+        "completion": {"prompt": "hi", "completion": written(answer)},
+        "messages": {"messages": written(question + answer)},
+    }.items():
+        ((field, message, remedy),) = problems_of(task(tmp_path, [row]), tokenizer)
+        assert field == "record 1" and "as one text" in message and name in message
+        assert "JSON lines or Parquet" in remedy
+    row = {"prompt": written(question), "completion": "ho"}  # templates say that the text is meant
+    data = load_task(task(tmp_path, [row], prompt="{prompt}", completion="{completion}"), tokenizer, 0)
+    assert texts(data, tokenizer) == [(f"<s>{written(question)}", "ho</s>")]
+
+
+@pytest.mark.parametrize("value", ['[{"role": "x"}]', "[1, 2]", 'see [{"role": "user", "content": "hi"}]', "[]"])
+def test_text_that_is_not_a_list_of_messages_is_learned_as_it_is(tmp_path, tokenizer, value):
+    data = load_task(task(tmp_path, [{"prompt": value, "completion": value}]), tokenizer, 0)
+    assert texts(data, tokenizer) == [(f"<s>{value}", f"{value}</s>")]
+
+
+def test_fields_that_other_trainers_read_are_warned_of_where_no_form_writes_them(tmp_path, tokenizer):
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    alpaca = {"instruction": "Add.", "output": "3", "history": []}
+    for rows, field in [
+        ([chat | {"system": ""}, chat | {"system": "Be brief."}], "system"),  # as of Anthropic's files
+        ([alpaca, alpaca | {"history": [["a", "b"]]}], "history"),  # as of LLaMA-Factory's
+    ]:
+        (warning,) = load_task(task(tmp_path, rows), tokenizer, 0).warnings
+        assert warning.field == "record 2" and f"field {field!r}, which is not a part" in warning.message
+    row = {"system": "Be brief.", "v": "a", "c": "b"}  # the task's own templates choose
+    assert load_task(task(tmp_path, [row], **AS_IT_IS), tokenizer, 0).warnings == ()
+
+
+def test_a_conversation_under_another_name_is_told_how_to_write_it(tmp_path, tokenizer):
+    row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+    ((_, message, remedy),) = problems_of(task(tmp_path, [row]), tokenizer)
+    assert "conversation in field 'conversations'" in message and "human is user" in remedy
+
+
+def test_an_empty_answer_of_a_conversation_is_warned_of(tmp_path, tokenizer):
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}
+    (warning,) = load_task(task(tmp_path, [chat]), tokenizer, 0).warnings
+    assert "empty in 1 of 1 records" in warning.message
