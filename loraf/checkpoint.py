@@ -2,6 +2,7 @@
 
     loraf.json                   the manifest (loraf.manifest)
     tasks/<name>.safetensors     per module: <module>.rows, <module>.cols, <module>.values (loraf.task_file)
+    statistics/<name>.safetensors  optional: what protects the task while later ones train; read only on request
 
 A save writes new files under temporary names, flushes and renames them, and replaces the manifest last. So at every
 moment the folder holds either the old checkpoint or the new one. The file of a finished task is never written again.
@@ -19,6 +20,7 @@ from typing import Any
 
 from loraf import manifest as manifests
 from loraf import projection, task_file
+from loraf.bounded_file import read_bounded
 from loraf.durable_folder import flush_folder, make_durably
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem
 from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task, Templates, positions_per_matrix
@@ -114,12 +116,14 @@ class Checkpoint(CheckpointManifestView):
         trained_with: Sequence[str] = (),
         templates: Templates = _PLAIN_TEMPLATES,
         training: Mapping[str, Any] | None = None,
+        statistics: bytes | None = None,
     ) -> Task:
-        """Commits a finished task: first its file, then the manifest. Values are stored in their own dtype.
+        """Commits a finished task: first its files, then the manifest. Values are stored in their own dtype.
 
         Args:
             values: module → SparseB, for every target module.
             training: the task's provenance.
+            statistics: content of its statistics file; None: it has none.
 
         Raises:
             CheckpointError: the name is taken or invalid, a mask overlaps another task's or does not have exactly
@@ -131,6 +135,8 @@ class Checkpoint(CheckpointManifestView):
         problem = name_problem(name, file=str(self.path))
         if name in self.manifest.task_names:
             problem = Problem(f"task {name!r} already exists", "name", str(self.path), "choose another name")
+        elif name in self.manifest.sets:
+            problem = Problem(f"{name!r} is the name of a named set", "name", str(self.path), "choose another name")
         if problem:
             raise CheckpointError(problem)
         if not 0 <= sparsity < 1:
@@ -163,9 +169,12 @@ class Checkpoint(CheckpointManifestView):
         if problems:
             raise CheckpointError(problems)
         data = task_file.encode({module: values[module] for module in self.manifest.modules})
-        stored = StoredFile(task.file.path, len(data), hashlib.sha256(data).hexdigest())
-        task = dataclasses.replace(task, file=stored)
-        self._commit((*self.manifest.tasks, task), {self.path / stored.path: data})
+        files = {task.file.path: data}
+        task = dataclasses.replace(task, file=_stored(task.file.path, data))
+        if statistics is not None:
+            task = dataclasses.replace(task, statistics=_stored(_statistics_path(name), statistics))
+            files[_statistics_path(name)] = statistics
+        self._commit(dataclasses.replace(self.manifest, tasks=(*self.manifest.tasks, task)), files)
         self.tasks = tasks
         return self.manifest.task(name)
 
@@ -177,21 +186,87 @@ class Checkpoint(CheckpointManifestView):
             CheckpointError: a score has no JSON form (such as NaN), or another process changed the folder. Nothing has
                 been written then.
         """
-        self.manifest.task(name)
-        self._commit(
-            tuple(
-                dataclasses.replace(t, scores=tuple(dict(s) for s in scores)) if t.name == name else t
-                for t in self.manifest.tasks
-            )
-        )
+        self._commit(self._with_task(name, scores=tuple(dict(s) for s in scores)))
+
+    def set_statistics(self, name: str, data: bytes | None) -> None:
+        """Replaces a task's statistics; None removes them. The adapter digest does not change.
+
+        If this is interrupted, the task has its old statistics, the new ones or none.
+
+        Raises:
+            UnknownTask: there is no such task.
+            CheckpointError: they are larger than statistics can be, or another process changed the folder. Nothing has
+                been written then.
+        """
+        self._require_whole()
+        path = _statistics_path(name)
+        without = self._with_task(name, statistics=None)
+        stored = None if data is None else _stored(path, data)
+        _encoded(self._with_task(name, statistics=stored), self.path)  # refuses before anything is written
+        if self.manifest.task(name).statistics is not None:
+            self._commit(without)
+        if data is not None:
+            self._commit(self._with_task(name, statistics=stored), {path: data})
+        else:
+            _delete(self.path / path)
+
+    def statistics_bytes(self, name: str) -> bytes | None:
+        """Returns the content of a task's statistics file, verified; None: it has none.
+
+        Raises:
+            UnknownTask: there is no such task.
+            CorruptCheckpoint: the file is missing, cannot be read or was changed.
+        """
+        stored = self.manifest.task(name).statistics
+        if stored is None:
+            return None
+        file = self.path / stored.path
+        remedy = "restore the file from a copy, or gather the statistics again with `loraf-train protect`"
+        try:
+            data = read_bounded(file, stored.bytes)
+        except OSError as error:
+            message = f"cannot be read ({error.strerror or error})"
+            raise CorruptCheckpoint(Problem(message, file=str(file), remedy=remedy)) from None
+        if _stored(stored.path, data) != stored:
+            message = f"was changed after it had been written ({len(data)} bytes, {stored.bytes} expected)"
+            if len(data) == stored.bytes:
+                message = "was changed after it had been written (its SHA-256 differs)"
+            raise CorruptCheckpoint(Problem(message, file=str(file), remedy=remedy))
+        return data
+
+    def verify_statistics(self) -> None:
+        """Checks every statistics file. Raises CorruptCheckpoint, which lists all damaged ones."""
+        problems: list[Problem] = []
+        for name in self.manifest.task_names:
+            try:
+                self.statistics_bytes(name)
+            except CorruptCheckpoint as error:
+                problems += error.problems
+        if problems:
+            raise CorruptCheckpoint(problems)
+
+    def set_named_set(self, name: str, weights: Mapping[str, float]) -> None:
+        """Adds or replaces a named set. The adapter digest does not change.
+
+        Args:
+            weights: task → weight.
+
+        Raises:
+            CheckpointError: the name is taken by a task or invalid, there is no such task, a weight is out of range,
+                or another process changed the folder. Nothing has been written then.
+        """
+        order = {task: i for i, task in enumerate(self.manifest.task_names)}
+        ordered = {task: float(weights[task]) for task in sorted(weights, key=lambda task: order.get(task, len(order)))}
+        self._commit(dataclasses.replace(self.manifest, sets=self.manifest.sets | {name: ordered}))
 
     @staticmethod
     def remove_task(path: str | Path, name: str) -> Manifest:
-        """Removes a task from the checkpoint in `path`, first from the manifest, then its file. Frees its positions.
+        """Removes a task from the checkpoint in `path`, first from the manifest, then its files. Frees its positions.
 
         Only the manifest is read, so that a damaged task can be removed too. Tasks that were trained on top of it keep
         their values and its name in `trained_with`, so they can no longer be served as trained. Scores of sets with the
-        task are removed. A file left behind by an interrupted removal is removed without an error.
+        task, and named sets with it, are removed. Files left behind by an interrupted removal are removed without an
+        error.
 
         Returns:
             The new manifest.
@@ -202,8 +277,8 @@ class Checkpoint(CheckpointManifestView):
         """
         path = Path(path)
         manifest = manifests.read(path)
-        file = path / f"tasks/{name}.safetensors"
-        if name in manifest.task_names or name_problem(name) or not file.exists():
+        files = [path / _statistics_path(name), path / f"tasks/{name}.safetensors"]
+        if name in manifest.task_names or name_problem(name) or not any(file.exists() for file in files):
             manifest.task(name)  # raises if there is no such task
 
             def without(task: Task) -> Task:
@@ -212,20 +287,34 @@ class Checkpoint(CheckpointManifestView):
                 return dataclasses.replace(task, scores=kept)
 
             remaining = tuple(without(task) for task in manifest.tasks if task.name != name)
-            manifest, data = _encoded(dataclasses.replace(manifest, tasks=remaining), path)
+            sets = {label: weights for label, weights in manifest.sets.items() if name not in weights}
+            manifest, data = _encoded(dataclasses.replace(manifest, tasks=remaining, sets=sets), path)
             write_durably(path / manifests.FILE_NAME, data)
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            raise unwritable(file, error) from error
+        for file in files:
+            _delete(file)
         return manifest
 
-    def _commit(self, tasks: tuple[Task, ...], new_files: Mapping[Path, bytes] | None = None) -> None:
-        """Writes new files, then the manifest with `tasks`. Memory is updated once everything is on disk."""
+    def _with_task(self, name: str, **changes: Any) -> Manifest:
+        """Returns the manifest with fields of a task replaced. Raises UnknownTask."""
+        changed = dataclasses.replace(self.manifest.task(name), **changes)
+        tasks = tuple(changed if task.name == name else task for task in self.manifest.tasks)
+        return dataclasses.replace(self.manifest, tasks=tasks)
+
+    def _commit(self, manifest: Manifest, new_files: Mapping[str, bytes] | None = None) -> None:
+        """Writes new files, then the manifest. Memory is updated once everything is on disk.
+
+        Args:
+            new_files: path in the checkpoint → content.
+        """
         self._require_whole()
-        manifest, data = _encoded(dataclasses.replace(self.manifest, tasks=tasks), self.path)
+        manifest, data = _encoded(manifest, self.path)
         self._require_unchanged()
-        for path, content in (new_files or {}).items():
+        for name, content in (new_files or {}).items():
+            path = self.path / name
+            try:
+                make_durably(path.parent)
+            except OSError as error:
+                raise unwritable(path.parent, error) from error
             write_durably(path, content)
         write_durably(self.path / manifests.FILE_NAME, data)
         self.manifest = manifest
@@ -246,6 +335,22 @@ class Checkpoint(CheckpointManifestView):
     def nbytes(self) -> int:
         """Bytes of the tasks' coordinates and values in memory."""
         return sum(b.nbytes for modules in self.tasks.values() for b in modules.values())
+
+
+def _statistics_path(task: str) -> str:
+    return f"statistics/{task}.safetensors"
+
+
+def _stored(path: str, data: bytes) -> StoredFile:
+    return StoredFile(path, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _delete(file: Path) -> None:
+    """Deletes a file of the checkpoint that may be missing. Raises CheckpointError."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(file, error) from error
 
 
 def _encoded(manifest: Manifest, path: Path) -> tuple[Manifest, bytes]:

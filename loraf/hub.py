@@ -60,7 +60,11 @@ def loaded_from_hub(folder: Path) -> str:
 
 
 def checkpoint_folder(
-    source: str | Path, revision: str | None = None, field: str = "CKPT", tasks: Sequence[str] | None = None
+    source: str | Path,
+    revision: str | None = None,
+    field: str = "CKPT",
+    tasks: Sequence[str] | None = None,
+    statistics: bool = False,
 ) -> Path:
     """Returns the folder of a checkpoint. A hub repository is downloaded into the hub's cache, which is read-only.
 
@@ -69,6 +73,7 @@ def checkpoint_folder(
         revision: a branch, tag or commit on the hub, in place of one in `source`.
         field: for error messages.
         tasks: on the hub, download only these tasks' files (None: all).
+        statistics: on the hub, download the files with the tasks' statistics too, which only training uses.
 
     Raises:
         ConfigError: `source` looks like a hub id and could not be downloaded; or its revision is malformed, or is one
@@ -79,6 +84,7 @@ def checkpoint_folder(
     if Path(source).is_dir() or not HUB_ID.fullmatch(source):
         return Path(source)  # reading the manifest gives the best error message
     files = ["tasks/*.safetensors"] if tasks is None else [f"tasks/{task}.safetensors" for task in tasks]
+    files += ["statistics/*.safetensors"] if statistics else []
     return download(source, [FILE_NAME, *files], revision=revision, field=field)
 
 

@@ -1,7 +1,10 @@
 """The manifest `loraf.json`: what a checkpoint holds, in plain JSON. Standard library only, so that reading is fast.
 
 It has two digests. `digest` covers the whole file, so that any flipped bit is detected. `adapter_digest` covers what
-the model's output depends on (projection, alphas, task files), not scores or dates. It identifies content in caches.
+the model's output depends on (projection, alphas, task files), not scores, dates, statistics or named sets. It
+identifies content in caches.
+
+A manifest without statistics and named sets is written as format version 1, which has no field for them.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from loraf import strict_json, task_record
+from loraf import set_record, strict_json, task_record
 from loraf.bounded_file import read_bounded
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem, UnknownTask
 from loraf.limits import (
@@ -28,13 +31,15 @@ from loraf.limits import (
     MAX_TASKS,
     MAX_TEXT,
     index_bytes,
+    statistics_bytes,
 )
 from loraf.sealed_json import content_digest, seal
 from loraf.tasksets import TaskSet, name_problem
 
 FILE_NAME = "loraf.json"
 FORMAT = "loraf"
-FORMAT_VERSION = 1
+PLAIN_VERSION = 1  # without statistics and named sets
+EXTENDED_VERSION = 2
 DTYPES = ("bfloat16", "float16", "float32")
 _VALUE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _NO_NAME = f"is longer than {MAX_NAME} characters, or holds characters that cannot be shown"
@@ -131,6 +136,7 @@ class Task:
         trained_with: earlier tasks that were active while it was trained, in order.
         training: its provenance.
         scores: tuple of {"set", "evaluation", "metric", "score", "count"} measured after training.
+        statistics: the file with what protects the task while later ones train; None: there is none.
     """
 
     name: str
@@ -143,6 +149,7 @@ class Task:
     templates: Templates = Templates()
     training: dict[str, Any] = field(default_factory=dict)
     scores: tuple[dict[str, Any], ...] = ()
+    statistics: StoredFile | None = None
 
     @property
     def parameters(self) -> int:
@@ -152,13 +159,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `loraf.json`. Tasks are in the order in which they were trained."""
+    """The content of `loraf.json`. Tasks are in the order in which they were trained.
+
+    Attributes:
+        sets: the named sets: name → task → weight.
+    """
 
     base_model: BaseModel
     rank: int
     projection: Projection
     modules: dict[str, Module]
     tasks: tuple[Task, ...] = ()
+    sets: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -193,10 +205,23 @@ class Manifest:
         """Returns the set of all tasks, each with weight 1."""
         return TaskSet.of(dict.fromkeys(self.task_names, 1.0), self.task_names)
 
+    def named_set(self, name: str) -> TaskSet:
+        """Returns a named set. Raises KeyError if there is no set of that name."""
+        return TaskSet.of(self.sets[name], self.task_names)
+
     def only(self, names: tuple[str, ...]) -> Manifest:
-        """Returns the manifest restricted to these tasks. Raises UnknownTask, which lists all unknown names."""
+        """Returns the manifest restricted to these tasks, and to the named sets that hold no other task.
+
+        Raises:
+            UnknownTask: lists all unknown names.
+        """
         TaskSet.of(dict.fromkeys(names, 1.0), self.task_names)
-        return dataclasses.replace(self, tasks=tuple(t for t in self.tasks if t.name in names))
+        sets = {name: weights for name, weights in self.sets.items() if weights.keys() <= set(names)}
+        return dataclasses.replace(self, tasks=tuple(t for t in self.tasks if t.name in names), sets=sets)
+
+    def without_statistics(self) -> Manifest:
+        """Returns the manifest of the same checkpoint without its statistics files."""
+        return dataclasses.replace(self, tasks=tuple(dataclasses.replace(t, statistics=None) for t in self.tasks))
 
     def free_positions(self, module: str) -> int:
         """Returns the number of positions in one B that no task owns."""
@@ -214,6 +239,12 @@ class Manifest:
         }
         return content_digest(content)
 
+    @property
+    def format_version(self) -> int:
+        """The format version that this manifest is written as."""
+        extended = self.sets or any(task.statistics is not None for task in self.tasks)
+        return EXTENDED_VERSION if extended else PLAIN_VERSION
+
     def to_json(self) -> str:
         """Returns the text of `loraf.json`.
 
@@ -221,7 +252,12 @@ class Manifest:
             ValueError, TypeError: a value has no JSON form (NaN in a score, an object in `training`).
         """
         content = dataclasses.asdict(self) | {"adapter_digest": self.adapter_digest}
-        return seal(FORMAT, FORMAT_VERSION, content).decode()
+        for task in content["tasks"]:
+            if task["statistics"] is None:
+                del task["statistics"]
+        if not self.sets:
+            del content["sets"]
+        return seal(FORMAT, self.format_version, content).decode()
 
 
 def read(folder: Path) -> Manifest:
@@ -258,8 +294,8 @@ def parse(data: bytes, path: Path) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CorruptCheckpoint(Problem(f"is not {FORMAT!r}", "format", file, _RESTORE))
     version = content.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        message = f"format version {version!r} is unknown (this release reads version {FORMAT_VERSION})"
+    if type(version) is not int or version not in (PLAIN_VERSION, EXTENDED_VERSION):
+        message = f"format version {version!r} is unknown (this release reads {PLAIN_VERSION} and {EXTENDED_VERSION})"
         raise CheckpointError(Problem(message, "format_version", file, "use a release of loraf that reads it"))
     stated = content.pop("digest", None)
     if stated != content_digest(content):
@@ -272,6 +308,8 @@ def parse(data: bytes, path: Path) -> Manifest:
 
     adapter_digest = content.pop("adapter_digest", None)
     del content["format"], content["format_version"]
+    if version == PLAIN_VERSION:
+        _refuse_later_fields(content, report)
     manifest = strict_json.build(Manifest, content, "", report)
     if manifest is not None:
         inconsistencies(manifest, report)
@@ -283,6 +321,16 @@ def parse(data: bytes, path: Path) -> Manifest:
             problems[_SHOWN:] = [Problem(f"{more} more fields have mistakes", "", file, _RESTORE)]
         raise CorruptCheckpoint(problems)
     return manifest
+
+
+def _refuse_later_fields(content: dict[str, Any], report: Callable[[str, str], None]) -> None:
+    """Reports the fields that version 1 does not have."""
+    if "sets" in content:
+        report("sets", strict_json.UNKNOWN_FIELD)
+    tasks = content.get("tasks")
+    for i, task in enumerate(tasks if isinstance(tasks, list) else ()):
+        if isinstance(task, dict) and "statistics" in task:
+            report(f"tasks[{i}].statistics", strict_json.UNKNOWN_FIELD)
 
 
 def inconsistencies(manifest: Manifest, report: Callable[[str, str], None]) -> None:
@@ -317,6 +365,7 @@ def inconsistencies(manifest: Manifest, report: Callable[[str, str], None]) -> N
         check(task.name not in seen, f"{where}.name", f"task name {task.name!r} is used twice")
         seen.add(task.name)
         _check_task(manifest, task, where, report)
+    set_record.check_sets(manifest.sets, seen, report)
 
 
 def _check_task(manifest: Manifest, task: Task, where: str, report: Callable[[str, str], None]) -> None:
@@ -335,6 +384,8 @@ def _check_task(manifest: Manifest, task: Task, where: str, report: Callable[[st
     for name in ("prompt", "completion"):
         if len(getattr(task.templates, name)) > MAX_TEXT:
             report(f"{where}.templates.{name}", f"is longer than {MAX_TEXT:,} characters")
+    if task.statistics is not None:
+        _check_statistics(manifest, task.name, task.statistics, f"{where}.statistics", report)
     task_record.check_training(task.training, f"{where}.training", report)
     task_record.check_scores(task.scores, f"{where}.scores", report)
     if not 0 <= task.sparsity < 1:
@@ -351,6 +402,19 @@ def _check_task(manifest: Manifest, task: Task, where: str, report: Callable[[st
         tensors = sum(count * (index_bytes(manifest.modules[name].d_out) + of_a_position) for name, count in k.items())
         if not 0 <= task.file.bytes <= tensors + MAX_HEADER_BYTES + 8:
             report(f"{where}.file.bytes", f"{task.file.bytes} is not the size of a file of {tensors:,} bytes of values")
+
+
+def _check_statistics(
+    manifest: Manifest, task: str, stored: StoredFile, where: str, report: Callable[[str, str], None]
+) -> None:
+    """Reports inconsistent values of a task's statistics file."""
+    path = f"statistics/{task}.safetensors"
+    if stored.path != path:
+        report(f"{where}.path", f"is not {path!r}")
+    rows = sum(module.d_out for module in manifest.modules.values())
+    most = statistics_bytes(rows, len(manifest.modules), manifest.rank)
+    if not 0 <= stored.bytes <= most:
+        report(f"{where}.bytes", f"{stored.bytes} is not a size up to {most:,}")
 
 
 def _is_name(text: str) -> bool:

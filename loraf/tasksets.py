@@ -19,7 +19,7 @@ MAX_WEIGHT = 16.0
 
 
 def name_problem(name: str, kind: str = "task", *, field: str = "name", file: str = "") -> Problem | None:
-    """Returns what is wrong with `name` as the name of a task or adapter (`kind`), or None."""
+    """Returns what is wrong with `name` as the name of a task, adapter or named set (`kind`), or None."""
     if name in RESERVED_NAMES:
         return Problem(f"{name!r} is reserved", field, file, f"choose a {kind} name other than 'all' and 'base'")
     if not NAME_PATTERN.fullmatch(name):

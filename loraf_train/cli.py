@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 USER_MISTAKE, INTERRUPTED = 2, 130
 CHECKPOINT_OR_HUB_ID = "The checkpoint: a folder, or a repository on the hub (org/name, or org/name#REVISION)."
 CHECKPOINT_FOLDER = "The checkpoint's folder."
-TASK_SET = "a,b (weight 1), a:0.5+b (other weights) or all"
+TASK_SET = "a,b (weight 1), a:0.5+b (other weights), all, or a named set of the checkpoint"
 EVAL_LIMIT = "Use at most N examples of each evaluation set (default: all)."
 OTHER_BASE = "Accept a base model other than the checkpoint's."
 
@@ -83,7 +83,9 @@ def _compare(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from loraf_train.commands.inspect import inspect
 
-    return inspect(_local_folder(options.checkpoint), options.verify, options.json, options.layers)
+    return inspect(
+        _local_folder(options.checkpoint, statistics=options.verify), options.verify, options.json, options.layers
+    )
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -123,23 +125,44 @@ def _remove(options: argparse.Namespace) -> int:
     return remove(options.checkpoint, options.task, options.dry_run)
 
 
+def _protect(options: argparse.Namespace) -> int:
+    from loraf_train.commands.protect import protect
+
+    return protect(options.checkpoint, options.file, options.set, options.again)
+
+
+def _tune_weights(options: argparse.Namespace) -> int:
+    from loraf_train.commands.tune_weights import tune_weights
+
+    return tune_weights(
+        options.checkpoint, options.file, options.set, options.tasks, options.name, options.replace, options.limit
+    )
+
+
 def _card(options: argparse.Namespace) -> int:
     from loraf_train.commands.push import card
 
-    return card(options.checkpoint, options.write, options.name)
+    return card(options.checkpoint, options.write, options.name, options.with_statistics)
 
 
 def _push(options: argparse.Namespace) -> int:
     from loraf_train.commands.push import push
 
-    return push(options.checkpoint, options.repository, options.private, options.revision, options.message)
+    return push(
+        options.checkpoint,
+        options.repository,
+        options.private,
+        options.revision,
+        options.message,
+        options.with_statistics,
+    )
 
 
-def _local_folder(checkpoint: str) -> Path:
-    """A checkpoint's folder; one on the hub is downloaded first."""
+def _local_folder(checkpoint: str, statistics: bool = False) -> Path:
+    """A checkpoint's folder; one on the hub is downloaded first, on request with its statistics."""
     from loraf.hub import checkpoint_folder
 
-    return checkpoint_folder(checkpoint)
+    return checkpoint_folder(checkpoint, statistics=statistics)
 
 
 # --- the command line --------------------------------------------------------------------------------------------
@@ -164,6 +187,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_export,
         _add_import,
         _add_remove,
+        _add_protect,
+        _add_tune_weights,
         _add_card,
         _add_push,
     ):
@@ -316,12 +341,42 @@ def _add_remove(commands: Subcommands) -> None:
         "remove",
         _remove,
         "Remove a task from a checkpoint and free its positions.",
-        "The task's values are deleted. Tasks that were trained on top of it stay, but can no longer be served as they "
-        "were trained.",
+        "The task's values and statistics are deleted, and named sets with it. Tasks that were trained on top of it "
+        "stay, but can no longer be served as they were trained.",
     )
     remove.add_argument("checkpoint", type=Path, metavar="CKPT", help=CHECKPOINT_FOLDER)
     remove.add_argument("task", metavar="TASK", help="The task's name.")
     remove.add_argument("--dry-run", action="store_true", help="Print what would happen, and change nothing.")
+
+
+def _add_protect(commands: Subcommands) -> None:
+    protect = _add_file_command(
+        commands,
+        "protect",
+        _protect,
+        "Gather the statistics of finished tasks, so that later tasks keep what they answer.",
+        "For tasks that were trained without retention. Needs the records that they were trained on.",
+        of_checkpoint=True,
+    )
+    protect.add_argument("--again", action="store_true", help="Gather those of tasks that have statistics, too.")
+
+
+def _add_tune_weights(commands: Subcommands) -> None:
+    tune_weights = _add_file_command(
+        commands,
+        "tune-weights",
+        _tune_weights,
+        "Choose a weight for each of some tasks without training, and store them as a named set.",
+        "Every evaluation set is split in two by the file's seed: one half chooses the weights, the other is held out "
+        "and scored.",
+        of_checkpoint=True,
+    )
+    tune_weights.add_argument("--tasks", required=True, metavar="A,B", help="The tasks to combine: a,b or all.")
+    tune_weights.add_argument(
+        "--name", required=True, metavar="SET", help="The set's name, which stands wherever a task set is named."
+    )
+    tune_weights.add_argument("--replace", action="store_true", help="Replace the set if there is one of that name.")
+    tune_weights.add_argument("--limit", type=_positive, metavar="N", help=EVAL_LIMIT)
 
 
 def _add_card(commands: Subcommands) -> None:
@@ -332,6 +387,9 @@ def _add_card(commands: Subcommands) -> None:
     )
     card.add_argument(
         "--write", action="store_true", help="Write the card to README.md in the checkpoint's folder instead."
+    )
+    card.add_argument(
+        "--with-statistics", action="store_true", help="Describe the statistics too, for a push that uploads them."
     )
 
 
@@ -351,6 +409,11 @@ def _add_push(commands: Subcommands) -> None:
     push.add_argument(
         "--message", metavar="TEXT", help="The commit message (default: a line that names the checkpoint's tasks)."
     )
+    push.add_argument(
+        "--with-statistics",
+        action="store_true",
+        help="Upload the tasks' statistics too, which protect them while others train more tasks (default: left out).",
+    )
 
 
 def _add_command(
@@ -363,10 +426,12 @@ def _add_command(
 
 
 def _add_file_command(
-    commands: Subcommands, name: str, command: Command, summary: str, details: str = ""
+    commands: Subcommands, name: str, command: Command, summary: str, details: str = "", of_checkpoint: bool = False
 ) -> argparse.ArgumentParser:
-    """Adds a subcommand that reads a tasks.yaml."""
+    """Adds a subcommand that reads a tasks.yaml; with `of_checkpoint`, the folder of a checkpoint comes before it."""
     parser = _add_command(commands, name, command, summary, details)
+    if of_checkpoint:
+        parser.add_argument("checkpoint", type=Path, metavar="CKPT", help=CHECKPOINT_FOLDER)
     parser.add_argument("file", type=Path, metavar="tasks.yaml", help="The file that names model, tasks and output.")
     parser.add_argument(
         "--set",

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraf.errors import UnknownTask
+from loraf.errors import Problem, UnknownTask
 from loraf.manifest import Manifest
-from loraf.tasksets import TaskSet
+from loraf.tasksets import NAME_PATTERN, RESERVED_NAMES, TaskSet
 
 
 def task_set(text: str, manifest: Manifest) -> TaskSet:
-    """Parses `a,b`, `a+b`, `a:0.5+b`, `all` or `base`.
+    """Parses `a,b`, `a+b`, `a:0.5+b`, `all`, `base`, or the name of one of the checkpoint's named sets.
 
     Raises:
         SelectionError: the text is not a task set.
-        UnknownTask: the checkpoint has no such task.
+        UnknownTask: the checkpoint has no such task or named set.
     """
+    name = text.strip()
+    if name in manifest.sets:
+        return manifest.named_set(name)
+    if manifest.sets and NAME_PATTERN.fullmatch(name) and name not in (*manifest.task_names, *RESERVED_NAMES):
+        remedy = f"choose from: {', '.join((*manifest.task_names, *manifest.sets))}"
+        raise UnknownTask(Problem(f"there is no task or named set {name!r}", "tasks", remedy=remedy))
     return TaskSet.parse(text.replace(",", "+"), manifest.task_names)
 
 

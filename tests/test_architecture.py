@@ -31,6 +31,7 @@ LORAF_TRAIN = (
     "sequence",
     "terminal",
     "scoring",
+    "retention",
     "trainer",
     "importing",
     "data",

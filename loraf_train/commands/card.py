@@ -17,6 +17,10 @@ from loraf_train.set_options import as_trained_or_none
 from loraf_train.terminal import tables
 
 FILE_NAME = "README.md"
+REVEALED = (
+    "hold moments of the activations and gradients of the tasks' training data: averages over examples, and no text. "
+    "Something of what the data is about can be told from them"
+)
 
 
 def card(manifest: Manifest, name: str) -> str:
@@ -38,6 +42,7 @@ def card(manifest: Manifest, name: str) -> str:
         _scores(manifest),
         "## Use",
         _use(manifest, name, base),
+        *_statistics(manifest),
         "## Training",
         _training(manifest),
         "## Identity",
@@ -138,10 +143,26 @@ def _use(manifest: Manifest, name: str, base: str) -> str:
         "```"
     )
     literal = f"\n\nTask sets are literal; a task as it was when it had just been trained:\n\n{sets}" if sets else ""
+    if manifest.sets:
+        named = "\n".join(f"- `{label}`: the set `{manifest.named_set(label)}`" for label in manifest.sets)
+        literal += f"\n\nNamed sets:\n\n{named}"
     return (
         f"{serve}{literal}\n\nA new task needs only this checkpoint and its own data: copy the checkpoint to a folder, "
         "name that folder as `output` in a `tasks.yaml`, and run `loraf-train run tasks.yaml`."
     )
+
+
+def _statistics(manifest: Manifest) -> list[str]:
+    """The section on statistics; nothing if no task has any."""
+    stored = [task.statistics for task in manifest.tasks if task.statistics is not None]
+    if not stored:
+        return []
+    size = size_text(sum(file.bytes for file in stored))
+    return [
+        "## Statistics",
+        f"`statistics/` ({size}) protects the tasks while new ones are trained on top of them; serving does not read "
+        f"it. Its files {REVEALED}.",
+    ]
 
 
 def _training(manifest: Manifest) -> str:
@@ -177,7 +198,7 @@ def _identity(manifest: Manifest) -> str:
             f"{manifest.projection.generator}, seed {manifest.projection.seed}, standard deviation "
             f"{'1/√(3·d_in)' if std is None else f'{std:g}'}",
         ],
-        ["format", f"{manifests.FORMAT} {manifests.FORMAT_VERSION}"],
+        ["format", f"{manifests.FORMAT} {manifest.format_version}"],
     ]
     return tables.markdown_table(["", ""], rows)
 

@@ -14,6 +14,7 @@ from loraf.manifest import positions_per_matrix
 from loraf.units import size_text
 from loraf_train.data.examples import IGNORED, Example
 from loraf_train.data.task_data import TaskData
+from loraf_train.retention.extent import EXAMPLES, ROUNDS, stored_bytes
 from loraf_train.sequence.base_checks import BaseModelShape
 from loraf_train.sequence.preflight import PreparedRun, survey
 from loraf_train.settings.config import RunConfig, TaskConfig
@@ -43,6 +44,7 @@ def check(path: Path, overrides: Sequence[str]) -> int:
     for task in config.tasks:
         _print_task(out, config, task, prepared.data[task.name], prepared)
     _print_capacity(out, prepared)
+    _print_retention(out, prepared)
     _print_memory(out, prepared)
     for warning in warnings:
         out.print(f"warning: {warning}")
@@ -117,6 +119,23 @@ def _print_capacity(out: Console, prepared: PreparedRun) -> None:
     title = f"capacity: {len(model.modules)} modules, rank {rank}, {total:,} positions"
     out.print()
     out.print(tables.table(["task", "sparsity", "K", "share", "free after it", "share free"], rows, title))
+
+
+def _print_retention(out: Console, prepared: PreparedRun) -> None:
+    """Prints what the statistics of the tasks to train will take, and which finished tasks have none."""
+    config, existing = prepared.config, prepared.existing
+    if config.retention is None:
+        return
+    rank = existing.rank if existing else config.adapter.rank
+    shapes = {name: (d_out, rank) for name, (d_out, _) in prepared.model.modules.items()}
+    out.print()
+    out.print(
+        f"retention: budget {config.retention.budget:g}; statistics take {size_text(stored_bytes(shapes))} a task, and "
+        f"{EXAMPLES} training examples are read {1 + ROUNDS} times when a task ends"
+    )
+    lacking = [task.name for task in existing.tasks if task.statistics is None] if existing else []
+    if lacking:
+        out.print(f"  without statistics, so not protected: {', '.join(lacking)} (see `loraf-train protect`)")
 
 
 def k_of(task: TaskConfig, model: BaseModelShape, rank: int) -> int:

@@ -47,17 +47,19 @@ def inspect(folder: Path, verify: bool, as_json: bool, layers: bool) -> int:
     _print_tasks(out, manifest)
     _print_sparsity(out, manifest, layers)
     _print_scores(out, manifest)
+    _print_named_sets(out, manifest)
     out.print(f"adapter digest      {manifest.adapter_digest}")
     out.print(f"projection digest   {manifest.projection.sha256}")
     out.print(f"base fingerprint    {base.fingerprint}")
     for task in manifest.tasks:
-        out.print(f"{task.file.path}  {task.file.sha256}")
+        for file in filter(None, (task.file, task.statistics)):
+            out.print(f"{file.path}  {file.sha256}")
     out.print("verified: every file and every projection matches its digest" if verify else "not verified (--verify)")
     return 0
 
 
 def verify_all(folder: Path, manifest: Manifest) -> None:
-    """Reads every file and rebuilds every A.
+    """Reads every file, also those with statistics, and rebuilds every A.
 
     Raises:
         CorruptCheckpoint: everything that is damaged; of many modules with a wrong A, the first few.
@@ -70,8 +72,13 @@ def verify_all(folder: Path, manifest: Manifest) -> None:
         Checkpoint.open(folder)
     except CorruptCheckpoint as error:
         problems += error.problems
+    checkpoint = Checkpoint(folder, manifest, {})
     try:
-        Checkpoint(folder, manifest, {}).verify_projection()
+        checkpoint.verify_statistics()
+    except CorruptCheckpoint as error:
+        problems += error.problems
+    try:
+        checkpoint.verify_projection()
     except CorruptCheckpoint as error:
         problems += error.problems[:SHOWN]
         more = len(error.problems) - SHOWN
@@ -102,6 +109,7 @@ def facts(manifest: Manifest) -> dict[str, Any]:
                 "templates": {"prompt": task.templates.prompt, "completion": task.templates.completion},
                 "training": task.training,
                 "scores": list(task.scores),
+                "statistics": task.statistics and {"bytes": task.statistics.bytes, "sha256": task.statistics.sha256},
             }
         )
     return {
@@ -120,6 +128,7 @@ def facts(manifest: Manifest) -> dict[str, Any]:
         },
         "adapter_digest": manifest.adapter_digest,
         "tasks": tasks,
+        "sets": manifest.sets,
         "capacity": {
             "positions": _total_positions(manifest),
             "free": sum(manifest.free_positions(name) for name in manifest.modules),
@@ -149,7 +158,7 @@ def _total_positions(manifest: Manifest) -> int:
 
 
 def _print_tasks(out: Console, manifest: Manifest) -> None:
-    columns = ["#", "task", "as trained", "alpha", "sparsity", "K", "dtype", "size", "free after"]
+    columns = ["#", "task", "as trained", "alpha", "sparsity", "K", "dtype", "size", "statistics", "free after"]
     total = free = _total_positions(manifest)
     rows = []
     for order, task in enumerate(manifest.tasks, 1):
@@ -164,6 +173,7 @@ def _print_tasks(out: Console, manifest: Manifest) -> None:
                 f"{task.parameters:,}",
                 task.dtype,
                 size_text(task.file.bytes),
+                size_text(task.statistics.bytes) if task.statistics else tables.NONE,
                 f"{free / total:.1%}",
             ]
         )
@@ -207,3 +217,9 @@ def _print_scores(out: Console, manifest: Manifest) -> None:
         score = tables.score_text(entry["score"], entry["metric"])
         rows.append([entry["set"], name, entry["evaluation"], entry["metric"], score, entry["count"]])
     out.print(tables.table(columns, rows, "scores", left=4))
+
+
+def _print_named_sets(out: Console, manifest: Manifest) -> None:
+    if manifest.sets:
+        rows = [[name, str(manifest.named_set(name))] for name in manifest.sets]
+        out.print(tables.table(["name", "task set"], rows, "named sets", left=2))

@@ -16,7 +16,7 @@ from loraf_train.terminal import tables
 
 
 def remove(folder: Path, name: str, dry_run: bool) -> int:
-    """Removes a task, with a warning on stderr if others were trained on top of it.
+    """Removes a task with its statistics and named sets, with a warning on stderr if others were trained on top of it.
 
     Args:
         dry_run: whether to print only what would happen.
@@ -39,7 +39,7 @@ def _remove(folder: Path, name: str, dry_run: bool) -> int:
     before = manifests.read(folder)
     if name not in before.task_names and not dry_run:
         Checkpoint.remove_task(folder, name)  # raises, unless an earlier removal was interrupted
-        out.print(f"{folder}: removed the file that an interrupted removal of task {name} had left behind")
+        out.print(f"{folder}: removed what an interrupted removal of task {name} had left behind")
         return 0
     task = before.task(name)
     above = trained_on_top(before, name)
@@ -50,16 +50,26 @@ def _remove(folder: Path, name: str, dry_run: bool) -> int:
             f"by name, but no longer as trained; to restore that, remove and train {them} again too",
             file=sys.stderr,
         )
+    sets = [label for label, weights in before.sets.items() if name in weights]
     if dry_run:
         out.print(f"{folder}: task {name} would be removed, {task.parameters:,} positions would be free again")
+        if sets:
+            out.print(f"{_named_sets(sets)} with {name} would be removed too")
         return 0
     after = Checkpoint.remove_task(folder, name)
-    out.print(f"{folder}: task {name} is removed, {task.parameters:,} positions are free again")
+    files = " with its statistics" if task.statistics else ""
+    out.print(f"{folder}: task {name} is removed{files}, {task.parameters:,} positions are free again")
     lost = sum(len(t.scores) for t in before.tasks if t.name != name) - sum(len(t.scores) for t in after.tasks)
     if lost:
         out.print(f"also removed {tables.counted(lost, 'score')} of other tasks, measured with {name} on")
+    if sets:
+        out.print(f"also removed {_named_sets(sets)} with {name}")
     out.print(capacity_text(after))
     return 0
+
+
+def _named_sets(names: list[str]) -> str:
+    return f"the named set{'' if len(names) == 1 else 's'} {', '.join(names)}"
 
 
 def trained_on_top(manifest: Manifest, name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loraf.units import size_text
@@ -50,6 +51,19 @@ class RunProgress(Observer):
 
     def step(self, loss: float, lr: float, step: int, total: int) -> None:
         self._training(step, total, f"loss {loss:.4f}, rate {lr:.2e}")
+
+    def unprotected(self, tasks: Sequence[str]) -> None:
+        self._out.print(
+            f"without statistics, so that later tasks may change what they answer: {', '.join(tasks)} "
+            "(`loraf-train protect` gathers them from their training data)"
+        )
+
+    def retained(self, task: TaskConfig, spent: Mapping[str, float], budget: float) -> None:
+        parts = ", ".join(f"{name} {change:.3f}" for name, change in spent.items())
+        self._out.print(
+            f"{task.name}: predicted change of the earlier tasks' logits, of a budget of {budget:g}: {parts} "
+            "(root mean square; the scores with all tasks on show what it costs)"
+        )
 
     def task_finished(self, checkpoint: Checkpoint, task: TaskConfig, model: PreTrainedModel) -> None:
         finished = checkpoint.manifest.task(task.name)

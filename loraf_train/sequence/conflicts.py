@@ -55,6 +55,7 @@ def conflicts(config: RunConfig, manifest: Manifest, folder: Path, shapes: Shape
         *_base_differences(config, manifest, folder),
         *_adapter_differences(config, manifest, shapes),
         *_order_differences(config, manifest),
+        *_taken_names(config, manifest),
         *(problem for i, task in enumerate(config.tasks) for problem in _task_differences(config, manifest, i, task)),
     ]
 
@@ -100,6 +101,15 @@ def _order_differences(config: RunConfig, manifest: Manifest) -> Iterator[Proble
             remedy = f"list the tasks in the order {', '.join(order)}; or {_OTHER_OUTPUT}"
             yield Problem(message, f"tasks[{i}]", str(config.file), remedy)
             return
+
+
+def _taken_names(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:
+    for i, task in enumerate(config.tasks):
+        if task.name in manifest.sets:
+            message = f"{task.name!r} is the name of a named set of the checkpoint in {config.output}"
+            yield Problem(
+                message, f"tasks[{i}].name", str(config.file), f"give the task another name, or {_OTHER_OUTPUT}"
+            )
 
 
 def _task_differences(config: RunConfig, manifest: Manifest, index: int, task: TaskConfig) -> Iterator[Problem]:

@@ -44,6 +44,7 @@ _RECORD_FILE = re.compile(r"state-(\d+)\.json")
 _STATE_FILE = re.compile(r"\.?state-(\d+)\.(json|safetensors)(\.\d+\.tmp)?")
 _TEMPORARY = re.compile(r"\.(?:loraf\.json|.+\.safetensors)\.(\d+)\.tmp")  # of loraf.checkpoint.write_durably
 DROPOUT, BY_TOKEN = "dropout", "by token"  # in the provenance if the task draws anything; older states lack it
+RETENTION = "retention"  # in the provenance if earlier tasks are protected; older states lack it
 DATE = "date"  # in the provenance if the prompts name one
 _LARGEST_RECORD = 1 << 24  # bytes
 _POSITIONS = "mask."  # prefix of the stored tensors' names; part of the format, like the fields of _Record
@@ -97,6 +98,7 @@ class ResumeStore:
     Attributes:
         state: where to resume; None: start the task from the beginning.
         dropout_by_token: False: `state` is from before dropout was drawn by token; see `loop.Journal`.
+        retention: False: `state` began without retention, and so it ends.
         remarks: what to tell the user about the states on disk.
 
     Args:
@@ -130,6 +132,7 @@ class ResumeStore:
         self._latest: int | None = None  # number of the newest usable state on disk
         self.state: State | None = None
         self.dropout_by_token = True
+        self.retention = RETENTION in self._provenance
         self.remarks: list[str] = []
         digest = self._load_newest()
         self._positions: dict[str, torch.Tensor] | None = self.state.positions if self.state else None
@@ -164,9 +167,13 @@ class ResumeStore:
     def _remark_on(self, record: _Record) -> None:
         """Takes over how the loaded state's task draws dropout, and remarks on what differs now."""
         changes = _changes(record.where, self._environment)
+        if self.retention and RETENTION not in record.making:
+            self.retention = False
+            self._provenance = _without(self._provenance, RETENTION)  # so that the next state says the same
+            self.remarks.append("this task was begun without retention, and ends without it")
         if self._drawn_before(record):
             self.dropout_by_token = False
-            self._provenance = _without_rule(self._provenance)  # so that the next state says the same
+            self._provenance = _without(self._provenance, DROPOUT)  # so that the next state says the same
             self.remarks.append(
                 "an earlier version began this task, so until its end dropout depends on micro-batches and processes"
                 + (f"; the values will differ as with another seed: {changes}" if changes else "")
@@ -182,7 +189,9 @@ class ResumeStore:
         """Why a state cannot be used; empty if it can."""
         if record.task != self._task:
             return f"the saved state of the interrupted task {record.task!r} is discarded"
-        now = _without_rule(self._provenance) if self._drawn_before(record) else self._provenance
+        now = _without(self._provenance, DROPOUT) if self._drawn_before(record) else self._provenance
+        if RETENTION not in record.making:
+            now = _without(now, RETENTION)
         changes = _changes(record.making, now)
         return f"the saved state of the interrupted training cannot be used: {changes}" if changes else ""
 
@@ -272,7 +281,7 @@ def tidy(output: Path, finished: Collection[str]) -> None:
         finished: tasks that the checkpoint has.
     """
     with contextlib.suppress(OSError):  # leftovers do no harm
-        for folder in (output, output / "tasks"):
+        for folder in (output, output / "tasks", output / "statistics"):
             for file in folder.glob(".*.tmp"):
                 match = _TEMPORARY.fullmatch(file.name)
                 if match and not _is_running(int(match[1])):
@@ -302,8 +311,8 @@ def _task_of(file: Path) -> str | None:
         return None
 
 
-def _without_rule(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: part for name, part in provenance.items() if name != DROPOUT}
+def _without(provenance: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: part for name, part in provenance.items() if name != key}
 
 
 _CHANGED_PARTS = {

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ from loraf_train.adapter import model_limits, sharding
 from loraf_train.adapter.trainable_base import TrainableBase, earlier_tasks, find_targets, projections, shapes_of
 from loraf_train.data.examples import digest_of
 from loraf_train.processes import group, launcher
+from loraf_train.retention.of_checkpoint import protected_tasks, unprotected
+from loraf_train.retention.of_task import RetentionOfTask
 from loraf_train.sequence import provenance, resume
 from loraf_train.sequence.base_checks import load_tokenizer
 from loraf_train.sequence.calibrate import calibrate
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from loraf_train.data.task_data import TaskData
+    from loraf_train.retention.protection import ProtectedTask
     from loraf_train.settings.config import RunConfig, TaskConfig
 
 Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]
@@ -79,6 +82,16 @@ class Observer:
 
     def step(self, loss: float, lr: float, step: int, total: int) -> None:
         """An optimizer step of the task's training is done; `step` counts from 1."""
+
+    def retained(self, task: TaskConfig, spent: Mapping[str, float], budget: float) -> None:
+        """The task was trained under retention.
+
+        Args:
+            spent: earlier task → root mean square change of its logits by all later tasks, as its statistics predict.
+        """
+
+    def unprotected(self, tasks: Sequence[str]) -> None:
+        """Retention is on, but these finished tasks have no statistics; later ones may change what they answer."""
 
     def trained(self, task: TaskConfig, model: PreTrainedModel) -> None:
         """The values are trained and rounded; the adapter's layers are still in the model."""
@@ -195,6 +208,8 @@ def _run(
             observer.task_kept(checkpoint, task)
             continue
         if base is None:
+            if config.retention is not None and unprotected(checkpoint):
+                observer.unprotected(unprotected(checkpoint))
             model.requires_grad_(False)
             pad_id = model_limits.padding_id(tokenizer, model_limits.vocabulary(model))
             base = TrainableBase(model, targets, projections(checkpoint, targets), pad_id, config.output)
@@ -234,7 +249,8 @@ def _add_task(
     taken = {module: [values[module] for values in checkpoint.tasks.values()] for module in base.targets}
     seeds = seeds_of(config.seed, task.name)
     _require_one_date(task, data, base.model.device)
-    store = _resume_store(base, config, task, data, checkpoint)
+    protected = protected_tasks(checkpoint) if config.retention is not None else []
+    store = _resume_store(base, config, task, data, checkpoint, protected)
     for remark in store.remarks:
         observer.remarked(task, remark)
     if store.state is not None:
@@ -254,6 +270,14 @@ def _add_task(
         _require_agreement(task, positions, base.model.device)
         store.save_positions(positions)
         observer.calibrated(task)
+    retention = RetentionOfTask(config.retention, protected if store.retention else ())
+
+    def on_trained() -> None:
+        if retention.spent:
+            observer.retained(task, retention.spent, retention.budget)
+        retention.gather(base, data.train, seeds[TRAINING_SEED])
+        observer.trained(task, base.model)
+
     values, outcome = train_task(
         base,
         task,
@@ -263,8 +287,9 @@ def _add_task(
         seeds[TRAINING_SEED],
         getattr(torch, config.adapter.dtype),
         observer.step,
-        lambda: observer.trained(task, base.model),
+        on_trained,
         store.journal(TRAINING),
+        penalty=retention.penalty,
     )
     training_record = {
         "settings": provenance.settings(config, task),
@@ -274,6 +299,7 @@ def _add_task(
         "steps": outcome.steps,
         "loss": {"first": outcome.first_loss, "last": outcome.last_loss},
         "seeds": seeds,
+        **({"retention": retention.record} if retention.record else {}),
         **provenance.environment(base.model),
     }
 
@@ -286,6 +312,7 @@ def _add_task(
             trained_with=trained_with,
             templates=data.templates,
             training=training_record,
+            statistics=retention.statistics,
         )
         store.clear()
         return checkpoint
@@ -313,9 +340,19 @@ def _require_agreement(task: TaskConfig, positions: Mapping[str, torch.Tensor], 
 
 
 def _resume_store(
-    base: TrainableBase, config: RunConfig, task: TaskConfig, data: TaskData, checkpoint: Checkpoint
+    base: TrainableBase,
+    config: RunConfig,
+    task: TaskConfig,
+    data: TaskData,
+    checkpoint: Checkpoint,
+    protected: Sequence[ProtectedTask],
 ) -> resume.ResumeStore:
     """The store for a task's unfinished state. Of the data only the training examples matter."""
+    retention: dict[str, Any] = {}
+    if config.retention is not None and protected:
+        files = {t.name: t.statistics for t in checkpoint.manifest.tasks}
+        statistics = {t.name: file.sha256 for t in protected if (file := files[t.name]) is not None}
+        retention = {resume.RETENTION: {"budget": config.retention.budget, "statistics": statistics}}
     settings = {name: part for name, part in provenance.settings(config, task).items() if name != "data"}
     environment = provenance.environment(base.model)
     return resume.ResumeStore(
@@ -329,6 +366,7 @@ def _resume_store(
             "precision": environment["precision"],
             "versions": environment["versions"],
             **({resume.DATE: data.date} if data.date else {}),
+            **retention,
             **({resume.DROPOUT: resume.BY_TOKEN} if task.training.dropout or own_randomness(base.model) else {}),
         },
         environment={
@@ -340,14 +378,16 @@ def _resume_store(
         },
         seconds=task.training.save_seconds,
         device=base.model.device,
-        misfit=_task_shape(base, task, data, checkpoint).misfit,
+        misfit=_task_shape(base, task, data, checkpoint, len(protected)).misfit,
     )
 
 
-def _task_shape(base: TrainableBase, task: TaskConfig, data: TaskData, checkpoint: Checkpoint) -> TaskShape:
+def _task_shape(
+    base: TrainableBase, task: TaskConfig, data: TaskData, checkpoint: Checkpoint, protected: int
+) -> TaskShape:
     shapes = {module: (linear.out_features, base.rank) for module, linear in base.targets.items()}
     taken = {module: [values[module] for values in checkpoint.tasks.values()] for module in shapes}
-    return TaskShape(task, shapes, taken, len(data.train))
+    return TaskShape(task, shapes, taken, len(data.train), protected)
 
 
 def _weight_sample(targets: Mapping[str, nn.Linear]) -> torch.Tensor:

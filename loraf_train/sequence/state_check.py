@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraf_train.trainer.loop import Snapshot
 
 _VALUES = ".values"  # the parameter of an adapter's layer, after its module's name
+_PENALTY = {"penalty.log_strength", "penalty.last_error"}  # of retention.protection
 _ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 
 
@@ -32,12 +33,14 @@ class TaskShape:
         shapes: module → (d_out, rank) of B.
         taken: module → B of every task that owns positions.
         examples: number of training examples.
+        protected: number of earlier tasks that retention protects.
     """
 
     task: TaskConfig
     shapes: Mapping[str, tuple[int, int]]
     taken: Mapping[str, Sequence[SparseB]]
     examples: int
+    protected: int = 0
 
     def misfit(self, positions: Mapping[str, torch.Tensor] | None, snapshot: Snapshot | None) -> str:
         """Returns what cannot be in a state of this task; empty if it fits. Arguments as in `resume.State`."""
@@ -53,6 +56,9 @@ class TaskShape:
             most = training.max_steps or math.ceil(training.epochs * self.examples) + 1
         if not 0 < snapshot.step <= snapshot.steps <= most:
             return f"step {snapshot.step} of {snapshot.steps} is not one of this task"
+        found = _PENALTY & snapshot.tensors.keys()
+        if found and (found != _PENALTY or positions is None):
+            return "it holds a part of what steers retention"
         return self._tensor_fault(snapshot.tensors, calibrated=positions is not None)
 
     def _position_fault(self, positions: Mapping[str, torch.Tensor]) -> str:
@@ -72,6 +78,10 @@ class TaskShape:
     def _tensor_fault(self, tensors: Mapping[str, torch.Tensor], calibrated: bool) -> str:
         keys: dict[str, set[str]] = {f"{module}{_VALUES}": set() for module in self.shapes}
         for stored_name, tensor in tensors.items():
+            if stored_name in _PENALTY:
+                if tensor.dtype != torch.float64 or list(tensor.shape) != [self.protected]:
+                    return f"{stored_name} is {tensor.dtype} {list(tensor.shape)}, not one number a protected task"
+                continue
             kind, _, rest = stored_name.partition(".")
             key, _, name = rest.partition(".") if kind == "optimizer" else ("", "", rest)
             if kind not in ("parameter", "optimizer") or name not in keys or (key and key not in _ADAMW):

@@ -14,6 +14,7 @@ from loraf_train.adapter.layer import EarlierTasks, LorafLinear
 from loraf_train.adapter.trainable_base import TrainableBase, attached
 from loraf_train.sequence.phases import training_phase
 from loraf_train.trainer import loop
+from loraf_train.trainer.penalty import NO_PENALTY, Penalty
 
 if TYPE_CHECKING:
     from loraf_train.data.examples import Example
@@ -32,6 +33,7 @@ def train_task(
     on_trained: Callable[[], None] = lambda: None,
     journal: loop.Journal = loop.NO_JOURNAL,
     start: Mapping[str, torch.Tensor] | None = None,
+    penalty: Callable[[Mapping[str, LorafLinear]], Penalty] = lambda layers: NO_PENALTY,
 ) -> tuple[dict[str, SparseB], loop.Outcome]:
     """Trains a task's values, then rounds them to the dtype that the checkpoint stores.
 
@@ -43,6 +45,7 @@ def train_task(
         on_trained: called at the end, while the layers with the rounded values are still in the model.
         journal: where to start, and what to save on the way.
         start: module → (K,) initial values; None: zeros.
+        penalty: returns what is added to the loss, for the layers in training.
 
     Returns:
         Module → B, and the summary of the phase.
@@ -55,7 +58,7 @@ def train_task(
         layers[name].values.data.copy_(values)
     with attached(base.model, layers):
         phase = training_phase(task, seed, base.output)
-        outcome = loop.fit(base.model, examples, phase, base.pad_id, on_step, journal)
+        outcome = loop.fit(base.model, examples, phase, base.pad_id, on_step, journal, penalty(layers))
         trained = _rounded(task, layers, positions, dtype)
         on_trained()
     return trained, outcome

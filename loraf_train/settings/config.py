@@ -19,7 +19,7 @@ from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS
 from loraf_train.settings.comparison import CompareConfig
 from loraf_train.settings.data import DataConfig
 from loraf_train.settings.declare import SettingsModel, Whole, mistake, setting
-from loraf_train.settings.parts import AdapterConfig, CalibrationConfig, TaskOverrides, TrainingConfig
+from loraf_train.settings.parts import AdapterConfig, CalibrationConfig, Retention, TaskOverrides, TrainingConfig
 
 Start = Literal["previous", "base"]
 Recipe = Literal["paper", "lori"]
@@ -127,6 +127,11 @@ class RunFile(SettingsModel):
         "previous",
         "Whether earlier tasks are active while a task is trained (previous) or not (base).",
         expects="previous or base",
+    )
+    retention: Retention = setting(
+        None,
+        "How much later tasks may change what earlier ones answer; off trains as the paper's Algorithm 1 does.",
+        expects="off, or a mapping such as {budget: 0.2}",
     )
     adapter: AdapterConfig = setting(
         AdapterConfig(), "The shape of the adapter, which all tasks share.", expects="a mapping with rank:, sparsity: …"

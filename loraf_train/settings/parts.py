@@ -21,6 +21,11 @@ def _trackers(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _on_or_off(value: Any) -> Any:
+    """Accepts YAML's off and on, which are booleans, and the words."""
+    return {"off": None, "on": {}, False: None, True: {}}.get(value, value) if isinstance(value, bool | str) else value
+
+
 class AdapterConfig(SettingsModel):
     """The shape of the adapter, which all tasks of a checkpoint share."""
 
@@ -123,6 +128,17 @@ class TrainingConfig(SettingsModel):
     )
 
 
+class RetentionConfig(SettingsModel):
+    """How much later tasks may change what earlier ones answer."""
+
+    budget: Number = setting(
+        0.2,
+        "Root mean square change of an earlier task's logit that all later tasks together may cause, as predicted.",
+        expects="a number above 0, for example 0.2",
+        gt=0,
+    )
+
+
 class CalibrationConfig(SettingsModel):
     """How a task's positions are chosen (Algorithm 1): a dense B is trained for a few steps, and its top K are kept."""
 
@@ -182,3 +198,6 @@ class TaskOverrides(SettingsModel):
         "Training settings that differ from the inherited ones.",
         expects="a mapping of training settings",
     )
+
+
+Retention = Annotated[RetentionConfig | None, BeforeValidator(_on_or_off)]

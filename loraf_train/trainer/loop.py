@@ -34,6 +34,7 @@ from loraf_train.trainer import batches, trackers
 from loraf_train.trainer.master_weights import MasterAdamW
 from loraf_train.trainer.order import BlankPadded, EpochOrder, derived_seed, split_batch
 from loraf_train.trainer.packing import PackingCollator, require_separate
+from loraf_train.trainer.penalty import NO_PENALTY, Penalty
 from loraf_train.trainer.randomness import drawn_by_token
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from loraf_train.data.examples import Example
     from loraf_train.settings.parts import TrainingConfig
 
+_PENALTY = "penalty"  # prefix of its tensors in a Snapshot
 OnStep = Callable[[float, float, int, int], None]  # loss, learning rate, step from 1, number of steps
 
 
@@ -82,7 +84,8 @@ class Snapshot:
     Attributes:
         step: optimizer steps done.
         steps: optimizer steps of the whole phase.
-        tensors: `parameter.<name>` and `optimizer.<key>.<name>` of each trainable parameter, on the CPU.
+        tensors: `parameter.<name>` and `optimizer.<key>.<name>` of each trainable parameter, and `penalty.<key>`; on
+            the CPU.
     """
 
     step: int
@@ -90,6 +93,10 @@ class Snapshot:
     first_loss: float
     last_loss: float
     tensors: dict[str, torch.Tensor]
+
+    def part(self, kind: str) -> dict[str, torch.Tensor]:
+        """Returns the tensors of one kind, such as "parameter", by the rest of their names."""
+        return {name[len(kind) + 1 :]: tensor for name, tensor in self.tensors.items() if name.startswith(f"{kind}.")}
 
 
 class Journal:
@@ -136,8 +143,12 @@ def fit(
     pad_id: int,
     on_step: OnStep,
     journal: Journal = NO_JOURNAL,
+    penalty: Penalty = NO_PENALTY,
 ) -> Outcome:
     """Trains the model's trainable parameters with a fresh optimizer, or resumes from `journal.start`.
+
+    Args:
+        penalty: of the parameters, which is added to the loss.
 
     Raises:
         ConfigError: the batch size is not a multiple of the number of processes, there are no examples, the model
@@ -156,6 +167,7 @@ def fit(
     start = journal.start
     if start is not None:
         _restore_parameters(parameters, start)
+        penalty.restore(start.part(_PENALTY))
         if start.step == start.steps:
             return Outcome(start.step, start.first_loss, start.last_loss)
     sharding.leave_to_fsdp(model)
@@ -174,10 +186,10 @@ def fit(
                 compute_loss_func=completion_loss,
                 optimizers=(optimizer, None),
             )
-            report = _Report(phase, on_step, journal, parameters, optimizer)
+            report = _Report(phase, on_step, journal, parameters, optimizer, penalty)
             trainer.tokens = tokens
             trainer.remove_callback(PrinterCallback)
-            for callback in (report, *callbacks):
+            for callback in (report, _AddsPenalty(penalty), *callbacks):
                 trainer.add_callback(callback)
             trainer.train_from(start, parameters, optimizer)
     finally:
@@ -282,8 +294,10 @@ class _Report(TrainerCallback):
         journal: Journal,
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
+        penalty: Penalty,
     ):
         self._phase = phase
+        self._penalty = penalty
         self._on_step = on_step
         self._journal = journal
         self._parameters = parameters
@@ -319,6 +333,7 @@ class _Report(TrainerCallback):
 
         def snapshot() -> Snapshot:
             tensors = _tensors(self._parameters, self._optimizer)
+            tensors |= {f"{_PENALTY}.{key}": tensor for key, tensor in self._penalty.state().items()}
             return Snapshot(self.steps, state.max_steps, self.first_loss, self.last_loss, tensors)
 
         if state.is_world_process_zero:
@@ -326,8 +341,20 @@ class _Report(TrainerCallback):
         self._journal.after_step(self.steps, state.max_steps, snapshot)
 
 
+class _AddsPenalty(TrainerCallback):
+    """Adds the gradient of the penalty to that of the loss, which the Trainer has clipped by now."""
+
+    def __init__(self, penalty: Penalty):
+        self._penalty = penalty
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._penalty.add_gradient(state.global_step, state.max_steps)
+
+
 def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Snapshot.tensors of the current step."""
+    """Snapshot.tensors of the current step, without those of the penalty."""
     tensors = {f"parameter.{name}": p.detach() for name, p in parameters.items()}
     for name, p in parameters.items():
         tensors |= {f"optimizer.{key}.{name}": tensor for key, tensor in optimizer.state[p].items()}
@@ -336,18 +363,17 @@ def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Opti
 
 @torch.no_grad()
 def _restore_parameters(parameters: Mapping[str, nn.Parameter], start: Snapshot) -> None:
+    stored = start.part("parameter")
     for name, p in parameters.items():
-        p.copy_(start.tensors[f"parameter.{name}"])
+        p.copy_(stored[name])
 
 
 def _restore_optimizer(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, start: Snapshot
 ) -> None:
-    for stored_name, tensor in start.tensors.items():
-        kind, _, key_and_name = stored_name.partition(".")
-        if kind == "optimizer":
-            key, _, name = key_and_name.partition(".")
-            optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
+    for key_and_name, tensor in start.part("optimizer").items():
+        key, _, name = key_and_name.partition(".")
+        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""A manifest of two tasks, and functions that change it while keeping all digests valid."""
+"""A manifest of two tasks, without and with statistics and named sets; and functions that change it and its digests."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -54,6 +55,12 @@ def a_manifest(**changes) -> Manifest:
 PATH = Path("ckpt") / manifests.FILE_NAME
 WHOLE = a_manifest()
 DATA = WHOLE.to_json().encode()
+STATISTICS = StoredFile("statistics/math.safetensors", 50, "5" * 64)
+EXTENDED = a_manifest(
+    tasks=(dataclasses.replace(WHOLE.tasks[0], statistics=STATISTICS), WHOLE.tasks[1]),
+    sets={"support": {"math": 1.0, "nlu": 0.5}, "careful": {"math": 0.25}},
+)
+EXTENDED_DATA = EXTENDED.to_json().encode()
 
 
 def signed(content: dict) -> bytes:
@@ -81,9 +88,9 @@ def sha256_of(content) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def changed(path: str, value, remove: bool = False) -> bytes:
+def changed(path: str, value, remove: bool = False, data: bytes = DATA) -> bytes:
     """Returns the signed file with the value at a path such as `a/b/0` replaced or removed."""
-    content = json.loads(DATA)
+    content = json.loads(data)
     *parents, last = path.split("/")
     place = content
     for step in parents:

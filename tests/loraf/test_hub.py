@@ -76,3 +76,17 @@ def test_a_revision_follows_a_hub_id_only(monkeypatch, tmp_path):
             hub.split_revision(f"org/name#{revision}")
         with pytest.raises(ConfigError, match="--revision: .* is not a revision"):
             base_model.require_revision("org/name", revision, "--revision")
+
+
+def test_statistics_are_downloaded_only_on_request(monkeypatch, tmp_path):
+    files = {"loraf.json", "tasks/math.safetensors", "tasks/nlu.safetensors", "statistics/math.safetensors"}
+    with fake_hub.served(monkeypatch, tmp_path) as there:
+        there.commits["org/ckpt"] = [dict.fromkeys(files, b"x")]
+
+        def downloaded(**options) -> set[str]:
+            folder = hub.checkpoint_folder("org/ckpt", **options)
+            return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+        assert downloaded(tasks=["math"]) == {"loraf.json", "tasks/math.safetensors"}
+        assert downloaded() == files - {"statistics/math.safetensors"}
+        assert downloaded(statistics=True) == files

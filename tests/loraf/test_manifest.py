@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from loraf.errors import CheckpointError, CorruptCheckpoint, UnknownTask
 from loraf.manifest import Manifest, Module, Projection, Templates, positions_per_matrix
 from tests.loraf.small_manifests import (
     DATA,
+    EXTENDED,
+    EXTENDED_DATA,
     JSON_VALUES,
     MODULES,
     PATH,
@@ -120,6 +123,34 @@ def test_optional_fields_may_be_missing_and_floats_may_be_integers():
     assert read.base_model.revision is None
 
 
+def test_without_statistics_and_named_sets_the_bytes_are_those_of_version_1():
+    """The digest is of what was written for this manifest when there was no version 2."""
+    assert hashlib.sha256(DATA).hexdigest() == "f2278b4ff871b0ed519eaccde3b2542a5ab9025610e653462ef5e912649b8057"
+    emptied = dataclasses.replace(EXTENDED.without_statistics(), sets={})
+    assert emptied == WHOLE and emptied.to_json().encode() == DATA
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [EXTENDED, EXTENDED.without_statistics(), dataclasses.replace(EXTENDED, sets={})],
+    ids=["both", "named sets", "statistics"],
+)
+def test_statistics_and_named_sets_make_it_version_2(whole):
+    content = json.loads(whole.to_json())
+    assert content["format_version"] == 2
+    assert ["statistics" in task for task in content["tasks"]] == [whole.tasks[0].statistics is not None, False]
+    assert ("sets" in content) == bool(whole.sets)
+    again = manifests.parse(whole.to_json().encode(), PATH)
+    assert again == whole and again.to_json() == whole.to_json()
+
+
+def test_the_json_of_statistics_and_named_sets():
+    content = json.loads(EXTENDED_DATA)
+    stored = {"path": "statistics/math.safetensors", "bytes": 50, "sha256": "5" * 64}
+    assert content["tasks"][0]["statistics"] == stored
+    assert content["sets"] == {"support": {"math": 1.0, "nlu": 0.5}, "careful": {"math": 0.25}}
+
+
 # --- folders ----------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +188,7 @@ def with_task(**changes) -> Manifest:
         with_task(alpha=16),
         dataclasses.replace(WHOLE, base_model=dataclasses.replace(WHOLE.base_model, name="elsewhere")),
         dataclasses.replace(WHOLE, modules=dict(reversed(WHOLE.modules.items()))),
+        EXTENDED,
     ],
 )
 def test_the_adapter_digest_ignores_what_the_output_does_not_depend_on(other):
@@ -220,6 +252,16 @@ def test_only_restricts_the_tasks():
     with pytest.raises(UnknownTask) as caught:
         WHOLE.only(("art", "math", "science"))
     assert len(caught.value.problems) == 2
+
+
+def test_named_sets():
+    assert str(EXTENDED.named_set("support")) == "math+nlu:0.5"
+    with pytest.raises(KeyError):
+        EXTENDED.named_set("math")
+    assert EXTENDED.only(("nlu", "math")) == EXTENDED
+    assert EXTENDED.only(("math",)).sets == {"careful": {"math": 0.25}}
+    assert EXTENDED.only(("math",)).task("math").statistics is not None
+    assert EXTENDED.only(("nlu",)).sets == {}
 
 
 def test_free_positions():

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 from loraf import manifest as manifests
 from loraf.errors import CheckpointError, CorruptCheckpoint, LorafError
-from tests.loraf.small_manifests import DATA, JSON_VALUES, PATH, RANK, WHOLE, changed, sha256_of, signed
+from tests.loraf.small_manifests import (
+    DATA,
+    EXTENDED,
+    EXTENDED_DATA,
+    JSON_VALUES,
+    PATH,
+    RANK,
+    WHOLE,
+    changed,
+    sha256_of,
+    signed,
+)
 
 
 def refusal(data: bytes) -> CheckpointError:
@@ -31,19 +42,20 @@ def fields(error: LorafError) -> set[str]:
 
 
 @pytest.mark.parametrize("bits", [0x01, 0x02, 0x20, 0x80, 0xFF])
-def test_every_flipped_byte_is_refused_or_means_the_same(bits):
+@pytest.mark.parametrize(("data", "whole"), [(DATA, WHOLE), (EXTENDED_DATA, EXTENDED)], ids=["version 1", "version 2"])
+def test_every_flipped_byte_is_refused_or_means_the_same(bits, data, whole):
     refused = 0
-    for i in range(len(DATA)):
-        damaged = DATA[:i] + bytes([DATA[i] ^ bits]) + DATA[i + 1 :]
+    for i in range(len(data)):
+        damaged = data[:i] + bytes([data[i] ^ bits]) + data[i + 1 :]
         try:
             read = manifests.parse(damaged, PATH)
         except CheckpointError as error:
             refused += 1
             assert str(PATH) in str(error)
         else:
-            assert read == WHOLE, i
-            assert DATA[i] in b" \n", (i, DATA[i - 10 : i + 10])
-    assert refused > len(DATA) * 0.6
+            assert read == whole, i
+            assert data[i] in b" \n", (i, data[i - 10 : i + 10])
+    assert refused > len(data) * 0.6
 
 
 def test_every_truncation_is_refused():
@@ -61,7 +73,8 @@ def test_any_bytes_are_refused(data):
 @given(JSON_VALUES)
 def test_any_json_is_refused(value):
     refusal(json.dumps(value).encode())
-    refusal(json.dumps({"format": "loraf", "format_version": 1, "x": value}).encode())
+    for version in (1, 2):
+        refusal(json.dumps({"format": "loraf", "format_version": version, "x": value}).encode())
 
 
 @pytest.mark.parametrize(
@@ -92,7 +105,7 @@ def test_bytes_that_are_not_a_manifest_are_refused(data, words):
     assert words in str(error)
 
 
-@pytest.mark.parametrize("version", [0, 2, 10**30, -1, "1", 1.0, True, None, [1]])
+@pytest.mark.parametrize("version", [0, 3, 10**30, -1, "1", 1.0, True, None, [1]])
 def test_an_unknown_version_is_refused_by_name(version):
     error = refusal(changed("format_version", version))
     assert not isinstance(error, CorruptCheckpoint)
@@ -124,7 +137,7 @@ def leaves(value, path: str = ""):
 FREE = ("/training/", "/scores/0/")  # these may hold any value
 PLACES = [
     path
-    for path in leaves(json.loads(DATA))
+    for path in leaves(json.loads(EXTENDED_DATA))
     if path not in ("format", "format_version", "digest", "adapter_digest") and not any(part in path for part in FREE)
 ]
 
@@ -133,13 +146,14 @@ PLACES = [
 def test_a_wrong_type_anywhere_names_the_field(value):
     taken = 0
     for path in PLACES:
-        data = changed(path, value)
+        data = changed(path, value, data=EXTENDED_DATA)
         if json.loads(data)["modules"] == {}:
             continue
         try:
             manifests.parse(data, PATH)
         except CheckpointError as error:
             top = path.split("/")[0]
+            top = ("tasks", "sets") if top == "tasks" else top  # a set of a task that is gone
             assert any(field.startswith(top) for field in fields(error)), (path, str(error))
         else:
             taken += 1
@@ -159,10 +173,14 @@ OPTIONAL = {
     "special_tokens",
     "training",
     "scores",
+    "statistics",
+    "sets",
 }
 # Entries of lists, and of dicts with arbitrary keys, are not fields and may be missing.
 NAMED = [
-    p for p in PLACES if not p.split("/")[-1].isdigit() and not p.startswith(("modules/model.", "base_model/shapes/"))
+    p
+    for p in PLACES
+    if not p.split("/")[-1].isdigit() and not p.startswith(("modules/model.", "base_model/shapes/", "sets/"))
 ]
 NAMED += [p for p in PLACES if p.startswith("modules/model.") and p.count("/") == 2]
 
@@ -170,7 +188,8 @@ NAMED += [p for p in PLACES if p.startswith("modules/model.") and p.count("/") =
 @pytest.mark.parametrize("path", NAMED)
 def test_a_missing_field_is_named_unless_it_is_optional(path):
     name = path.split("/")[-1]
-    data = changed(path, None, remove=True)
+    whole = DATA if path == "tasks" else EXTENDED_DATA  # without its tasks a named set is inconsistent
+    data = changed(path, None, remove=True, data=whole)
     if name in OPTIONAL:
         assert manifests.parse(data, PATH).rank == RANK
     else:
@@ -179,11 +198,14 @@ def test_a_missing_field_is_named_unless_it_is_optional(path):
 
 @pytest.mark.parametrize(
     "path",
-    ["extra", "base_model/extra", "projection/extra", "tasks/0/extra", "tasks/1/file/extra", "tasks/0/templates/extra"],
+    [
+        *("extra", "base_model/extra", "projection/extra", "tasks/0/extra", "tasks/1/file/extra"),
+        *("tasks/0/templates/extra", "tasks/0/statistics/extra"),
+    ],
 )
 def test_an_unknown_field_is_named(path):
     """Ignoring it would lose it when the manifest is written next."""
-    error = refusal(changed(path, 1))
+    error = refusal(changed(path, 1, data=EXTENDED_DATA))
     assert "is not a known field" in str(error)
     assert "extra" in next(iter(fields(error)))
 
@@ -246,6 +268,96 @@ def test_inconsistent_values_are_named(path, value, field):
     error = refusal(changed(path, value))
     assert isinstance(error, CorruptCheckpoint)
     assert field in fields(error), str(error)
+
+
+LARGEST = 8 * (17 + 2 * RANK) * (RANK + 64) + 2**26 + 8  # 17 rows in two modules
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("tasks/0/statistics", [], "tasks[0].statistics"),
+        ("tasks/0/statistics/path", "../../etc/passwd", "tasks[0].statistics.path"),
+        ("tasks/0/statistics/path", "/etc/passwd", "tasks[0].statistics.path"),
+        ("tasks/0/statistics/path", "statistics/nlu.safetensors", "tasks[0].statistics.path"),
+        ("tasks/0/statistics/path", "tasks/math.safetensors", "tasks[0].statistics.path"),
+        ("tasks/0/statistics/bytes", -1, "tasks[0].statistics.bytes"),
+        ("tasks/0/statistics/bytes", LARGEST + 1, "tasks[0].statistics.bytes"),
+        ("tasks/0/statistics/bytes", 2**62, "tasks[0].statistics.bytes"),
+        ("tasks/0/statistics/bytes", 1.0, "tasks[0].statistics.bytes"),
+        ("tasks/0/statistics/sha256", None, "tasks[0].statistics.sha256"),
+        ("sets", [], "sets"),
+        ("sets/support", {}, "sets.support"),
+        ("sets/support", ["math"], "sets.support"),
+        ("sets/support", "math", "sets.support"),
+        ("sets/support", None, "sets.support"),
+        ("sets/support/math", "1", "sets.support.math"),
+        ("sets/support/math", True, "sets.support.math"),
+        ("sets/support/math", None, "sets.support.math"),
+        ("sets/support/math", 16.5, "sets.support.math"),
+        ("sets/support/math", -1e20, "sets.support.math"),
+        ("sets/support/math", 10**400, "sets.support.math"),
+        ("sets/support/art", 1.0, "sets.support"),
+        ("sets/support/\x1b[31m", 1.0, "sets.support"),
+        ("sets/math", {"nlu": 1.0}, "sets.math"),
+        ("sets/all", {"nlu": 1.0}, "sets"),
+        ("sets/base", {"nlu": 1.0}, "sets"),
+        ("sets/Support", {"nlu": 1.0}, "sets"),
+        ("sets/a+b", {"nlu": 1.0}, "sets"),
+        ("sets/", {"nlu": 1.0}, "sets"),
+        ("sets/\x1b[31m", {"nlu": 1.0}, "sets"),
+        ("sets/" + "x" * 5000, {"nlu": 1.0}, "sets"),
+        ("sets", {f"set-{i}": {"nlu": 1.0} for i in range(4097)}, "sets"),
+    ],
+)
+def test_inconsistent_statistics_and_named_sets_are_named(path, value, field):
+    error = refusal(changed(path, value, data=EXTENDED_DATA))
+    assert isinstance(error, CorruptCheckpoint)
+    assert fields(error) == {field}, str(error)
+    assert len(str(error)) < 500 and str(error).isprintable()
+
+
+def test_the_largest_statistics_and_weights_are_accepted():
+    assert manifests.parse(changed("tasks/0/statistics/bytes", LARGEST, data=EXTENDED_DATA), PATH)
+    read = manifests.parse(changed("sets/support", {"nlu": -16, "math": 0}, data=EXTENDED_DATA), PATH)
+    assert str(read.named_set("support")) == "nlu:-16.0"
+
+
+@given(JSON_VALUES | st.dictionaries(st.text(max_size=4), st.dictionaries(st.sampled_from("ab"), JSON_VALUES)))
+def test_any_named_sets_are_refused_or_can_be_used(value):
+    try:
+        read = manifests.parse(changed("sets", value, data=EXTENDED_DATA), PATH)
+    except CorruptCheckpoint as error:
+        assert all(field.startswith("sets") for field in fields(error)), str(error)
+    else:
+        assert all(read.named_set(name).names in ((), ("math",), ("nlu",), ("math", "nlu")) for name in read.sets)
+
+
+@given(JSON_VALUES)
+def test_any_statistics_are_refused_by_name_or_none(value):
+    data = changed("tasks/0/statistics", value, data=EXTENDED_DATA)
+    if value is None:
+        assert manifests.parse(data, PATH).task("math").statistics is None
+    else:
+        assert all(field.startswith("tasks[0].statistics") for field in fields(refusal(data)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        (
+            "tasks/0/statistics",
+            {"path": "statistics/math.safetensors", "bytes": 1, "sha256": ""},
+            "tasks[0].statistics",
+        ),
+        ("tasks/1/statistics", None, "tasks[1].statistics"),
+        ("sets", {"support": {"math": 1.0}}, "sets"),
+        ("sets", {}, "sets"),
+    ],
+)
+def test_version_1_has_neither_statistics_nor_named_sets(path, value, field):
+    error = refusal(changed(path, value))
+    assert fields(error) == {field} and "is not a known field" in str(error)
 
 
 def test_all_mistakes_are_named_at_once():

@@ -31,7 +31,8 @@ def test_help_of_every_command_is_quick_and_imports_nothing_heavy():
     code = """
 import sys
 from loraf_train.cli import main
-names = ("run", "check", "eval", "compare", "inspect", "export", "import", "remove", "card", "push")
+names = ("run", "check", "eval", "compare", "inspect", "export", "import", "remove", "tune-weights", "card",
+         "push")
 for command in ([], *([name] for name in names)):
     try:
         main([*command, "--help"])

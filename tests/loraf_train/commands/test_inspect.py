@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from loraf import manifest as manifests
+from loraf.checkpoint import Checkpoint
 from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task
 from tests.loraf_train.command_line import run, words
 
@@ -105,6 +107,28 @@ def test_verify_names_everything_that_is_damaged(copied, capsys):
     (copied / "ckpt/loraf.json").write_text(text.replace('"alpha": 8', '"alpha": 9'))
     status, _, err = run(capsys, "inspect", "ckpt")
     assert status == 2 and "digest" in err
+
+
+def test_statistics_and_named_sets_are_shown_and_verified(copied, capsys):
+    facts = json.loads(run(capsys, "inspect", "ckpt", "--json")[1])
+    assert [task["statistics"] for task in facts["tasks"]] == [None, None] and facts["sets"] == {}
+    checkpoint = Checkpoint.open(copied / "ckpt")
+    checkpoint.set_statistics("truth", bytes(1234))
+    checkpoint.set_named_set("both", {"upper": 0.5, "truth": 1.0})
+    sha256 = hashlib.sha256(bytes(1234)).hexdigest()
+    status, out, err = run(capsys, "inspect", "ckpt", "--verify")
+    assert status == 0, err
+    rows = {w[1]: w for w in map(words, out.splitlines()) if w[:1] in (["1"], ["2"])}
+    assert rows["truth"][-3:-1] == ["1.234", "kB"] and rows["upper"][-2] == "–"
+    assert ["both", "upper:0.5+truth"] in map(words, out.splitlines())
+    assert f"statistics/truth.safetensors  {sha256}" in out
+    facts = json.loads(run(capsys, "inspect", "ckpt", "--json")[1])
+    assert facts["tasks"][1]["statistics"] == {"bytes": 1234, "sha256": sha256}
+    assert facts["sets"] == {"both": {"upper": 0.5, "truth": 1.0}}
+    (copied / "ckpt/statistics/truth.safetensors").write_bytes(bytes(1233) + b"x")
+    assert run(capsys, "inspect", "ckpt")[0] == 0
+    status, _, err = run(capsys, "inspect", "ckpt", "--verify")
+    assert status == 2 and "statistics/truth.safetensors" in err and "SHA-256" in err
 
 
 def test_inspect_refuses_a_folder_without_a_checkpoint(tmp_path, capsys):

@@ -121,6 +121,84 @@ def test_a_failed_upload_or_download_is_reported(ckpt, hub, capsys, monkeypatch)
     assert status == 2 and "--revision" in err
 
 
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+STATISTICS = "statistics/math.safetensors"
+
+
+@pytest.fixture
+def protected(ckpt):
+    """A checkpoint with statistics of one task."""
+    Checkpoint.open(ckpt).set_statistics("math", b"moments")
+    return ckpt
+
+
+def test_statistics_are_left_out_of_a_push_and_of_its_manifest(ckpt, hub, capsys):
+    plain = (ckpt / "loraf.json").read_bytes()
+    Checkpoint.open(ckpt).set_statistics("math", b"moments")
+    before = digests(ckpt)
+    status, out, err = run(capsys, "push", str(ckpt), "org/adapter")
+    assert status == 0, err
+    assert "left out the tasks' statistics; --with-statistics uploads them too" in out
+    files = hub.files("org/adapter")
+    assert set(files) == {*FILES, ".gitattributes", "README.md"}
+    assert files["loraf.json"] == plain  # format version 1, as if there had never been any
+    assert b"statistics" not in files["README.md"]
+    assert run(capsys, "inspect", "org/adapter", "--verify")[0] == 0
+    assert digests(ckpt) == before
+
+
+def test_pushed_statistics_are_whole_and_described_and_deleted_by_the_next_push(protected, hub, capsys):
+    status, out, err = run(capsys, "push", str(protected), "org/adapter", "--with-statistics")
+    assert status == 0, err
+    assert "pushed 4 files" in out and "7 of statistics" in out and "no text" in out
+    files = hub.files("org/adapter")
+    assert {name: files[name] for name in (*FILES, STATISTICS)} == content(protected, *FILES, STATISTICS)
+    card = files["README.md"].decode()
+    assert "## Statistics" in card and "moments of the activations and gradients" in card
+    assert "| format | loraf 2 |" in card
+    status, out, err = run(capsys, "inspect", "org/adapter", "--verify", "--json")
+    assert status == 0, err
+    assert json.loads(out)["tasks"][0]["statistics"]["bytes"] == 7
+    assert run(capsys, "card", "org/adapter")[1] == card
+    status, out, _ = run(capsys, "push", str(protected), "org/adapter")
+    assert status == 0 and "deleted 1 old file" in out and STATISTICS not in hub.files("org/adapter")
+
+
+def test_the_card_of_a_folder_describes_statistics_only_if_they_are_pushed(protected, capsys):
+    assert "## Statistics" not in run(capsys, "card", str(protected))[1]
+    assert "## Statistics" in run(capsys, "card", str(protected), "--with-statistics")[1]
+
+
+def test_damaged_statistics_are_not_pushed_but_do_not_keep_the_tasks_from_it(protected, hub, capsys):
+    (protected / STATISTICS).write_bytes(b"momentS")
+    status, _, err = run(capsys, "push", str(protected), "org/adapter", "--with-statistics")
+    assert status == 2 and STATISTICS in err and "SHA-256" in err
+    assert hub.commits == {}
+    assert run(capsys, "push", str(protected), "org/adapter")[0] == 0
+
+
+def test_the_server_neither_downloads_nor_reads_statistics(protected, hub, capsys, prepared, tmp_path):
+    from loraf_serve.adapters.adapter_spec import open_adapter, parse_spec
+
+    Checkpoint.open(protected).set_named_set("support", {"math": 0.5, "nlu": 1.0})
+    assert run(capsys, "push", str(protected), "org/adapter", "--with-statistics")[0] == 0
+    adapter = open_adapter(parse_spec("org/adapter"), prepared / "model")
+    assert adapter.checkpoint.manifest == manifests.read(protected)
+    assert not list((tmp_path / "hub").rglob(STATISTICS))
+    (protected / STATISTICS).unlink()
+    adapter = open_adapter(parse_spec(f"mine={protected}"), prepared / "model")
+    assert set(adapter.checkpoint.tasks) == {"math", "nlu"}
+
+
+def test_named_sets_are_pushed_and_on_the_card(ckpt, hub, capsys):
+    Checkpoint.open(ckpt).set_named_set("support", {"math": 0.5, "nlu": 1.0})
+    assert run(capsys, "push", str(ckpt), "org/adapter")[0] == 0
+    files = hub.files("org/adapter")
+    assert files["loraf.json"] == (ckpt / "loraf.json").read_bytes()
+    assert "- `support`: the set `math:0.5+nlu`" in files["README.md"].decode().splitlines()
+
+
 # --- cards -----------------------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,21 @@ def test_a_removed_task_may_be_trained_again_after_those_trained_on_it(copied, c
     assert (status, err) == (0, "")
 
 
+def test_statistics_and_named_sets_go_with_the_task(copied, capsys):
+    checkpoint = Checkpoint.open(copied / "ckpt")
+    checkpoint.set_statistics("truth", b"moments")
+    for name, weights in (("both", {"upper": 1.0, "truth": 0.5}), ("off", {"truth": 0.0}), ("one", {"upper": 0.5})):
+        checkpoint.set_named_set(name, weights)
+    status, out, _ = run(capsys, "remove", "ckpt", "truth", "--dry-run")
+    assert status == 0 and "the named sets both, off with truth would be removed too" in out
+    status, out, _ = run(capsys, "remove", "ckpt", "truth")
+    assert status == 0 and "task truth is removed with its statistics" in out
+    assert "also removed the named sets both, off with truth" in out
+    left = manifests.read(copied / "ckpt")
+    assert left.sets == {"one": {"upper": 0.5}}
+    assert not (copied / "ckpt/statistics/truth.safetensors").exists()
+
+
 def test_an_unknown_task_or_folder_exits_2(copied, capsys, tmp_path):
     before = digests(copied / "ckpt")
     for name in ("other", "../tasks/upper", "all"):

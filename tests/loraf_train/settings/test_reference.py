@@ -10,7 +10,13 @@ from loraf_train.settings.comparison import CompareConfig, MethodSettings
 from loraf_train.settings.config import RunFile, TaskEntry
 from loraf_train.settings.data import DataConfig, EvaluationSource, RecordSource
 from loraf_train.settings.declare import SettingsModel
-from loraf_train.settings.parts import AdapterConfig, CalibrationConfig, TaskOverrides, TrainingConfig
+from loraf_train.settings.parts import (
+    AdapterConfig,
+    CalibrationConfig,
+    RetentionConfig,
+    TaskOverrides,
+    TrainingConfig,
+)
 from loraf_train.settings.reference import REQUIRED, describe_settings
 
 WRITTEN = (
@@ -24,6 +30,7 @@ WRITTEN = (
     EvaluationSource,
     CompareConfig,
     MethodSettings,
+    RetentionConfig,
     TaskOverrides,
 )
 SETTINGS = {setting.key: setting for setting in describe_settings()}

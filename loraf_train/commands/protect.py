@@ -1,0 +1,113 @@
+"""`loraf-train protect`: gathers the statistics of finished tasks from their training data.
+
+For tasks that were trained without retention, or before there was any, and for those whose statistics were left out
+when the checkpoint was pushed. Later tasks then protect what these answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraf import manifest as manifests
+from loraf.errors import ConfigError, Problem
+from loraf.folder_lock import locked
+from loraf.units import size_text
+from loraf_train.data.examples import digest_of
+from loraf_train.processes import launcher
+from loraf_train.sequence.preflight import PreparedRun, prepare
+from loraf_train.sequence.provenance import EXAMPLES_DIGEST
+from loraf_train.terminal import tables
+from loraf_train.terminal.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def protect(folder: Path, path: Path, overrides: Sequence[str], again: bool) -> int:
+    """Gathers and stores the statistics of the file's finished tasks that have none.
+
+    Args:
+        folder: the checkpoint, in place of the file's `output`.
+        path: the tasks.yaml, which says what the tasks were trained on.
+        again: whether to gather those of tasks that have some, too.
+
+    Raises:
+        LorafError: a mistake in the file, no finished task in it, training examples other than those that a task was
+            trained on; or another process writes to the checkpoint.
+    """
+    if launcher.processes() > 1:
+        raise ConfigError(Problem("protect runs in a single process", remedy="run it without a launcher"))
+    manifests.read(folder)
+    with locked(folder, "loraf-train protect"):
+        output = f"output={json.dumps(str(folder.absolute()), ensure_ascii=False)}"
+        prepared = prepare(path, [*overrides, output])
+        problems = _problems(prepared)
+        if problems:
+            raise ConfigError(problems)
+        _protect(prepared, again, tables.console())
+    return 0
+
+
+def _problems(prepared: PreparedRun) -> list[Problem]:
+    config, existing = prepared.config, prepared.existing
+    assert existing is not None
+    problems = []
+    for i, task in enumerate(config.tasks):
+        if task.name not in existing.task_names:
+            continue
+        missing = [name for name in existing.task(task.name).trained_with if name not in existing.task_names]
+        if missing:
+            message = (
+                f"task {task.name!r} was trained on top of {', '.join(missing)}, which this checkpoint does not have"
+            )
+            remedy = "leave the task out of the file; what it answered when it was trained is lost"
+            problems.append(Problem(message, f"tasks[{i}]", str(config.file), remedy))
+        trained_on = existing.task(task.name).training.get(EXAMPLES_DIGEST)
+        if trained_on is not None and trained_on != digest_of(prepared.data[task.name].train):
+            message = f"task {task.name!r} was trained on other examples than these"
+            remedy = "name the records that it was trained on, or leave the task out of the file"
+            problems.append(Problem(message, f"tasks[{i}].data.train", str(config.file), remedy))
+    if all(task.name not in existing.task_names for task in config.tasks):
+        message = "none of its tasks is in the checkpoint"
+        remedy = f"name the file that trained {', '.join(existing.task_names) or 'it'}"
+        problems.append(Problem(message, "tasks", str(config.file), remedy))
+    return problems
+
+
+def _protect(prepared: PreparedRun, again: bool, out: Console) -> None:
+    from loraf.checkpoint import Checkpoint
+    from loraf_train.adapter import model_limits
+    from loraf_train.adapter.trainable_base import TrainableBase, find_targets, projections
+    from loraf_train.retention.of_checkpoint import gather_again
+    from loraf_train.sequence.phases import TRAINING_SEED, seeds_of
+    from loraf_train.sequence.runner import load_model
+
+    config = prepared.config
+    checkpoint = Checkpoint.open(config.output)
+    lacking = [
+        task.name
+        for task in config.tasks
+        if task.name in checkpoint.manifest.task_names
+        and (again or checkpoint.manifest.task(task.name).statistics is None)
+    ]
+    if not lacking:
+        out.print("every finished task of the file has statistics already (--again gathers them once more)")
+        return
+    model, tokenizer, _ = load_model(config)
+    targets = find_targets(model, config.adapter.target_modules, str(config.file))
+    pad_id = model_limits.padding_id(tokenizer, model_limits.vocabulary(model))
+    base = TrainableBase(model, targets, projections(checkpoint, targets), pad_id)
+    with Progress(out) as progress:
+        report = progress.part("gathering statistics")
+        for done, name in enumerate(lacking, 1):
+            seed = seeds_of(config.seed, name)[TRAINING_SEED]
+            data = gather_again(base, checkpoint, name, prepared.data[name].train, seed)
+            checkpoint.set_statistics(name, data)
+            report(done, len(lacking), name)
+    for name in lacking:
+        stored = checkpoint.manifest.task(name).statistics
+        assert stored is not None
+        out.print(f"{name}: statistics in {checkpoint.path / stored.path} ({size_text(stored.bytes)})")

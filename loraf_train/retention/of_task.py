@@ -1,0 +1,62 @@
+"""Retention in one task's training: the penalty before, what was spent and the task's own statistics after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loraf_train.retention import gather
+from loraf_train.retention.protection import ProtectedTask, Protection
+from loraf_train.retention.statistics import encode
+from loraf_train.trainer.penalty import NO_PENALTY, Penalty
+
+if TYPE_CHECKING:
+    from loraf_train.adapter.layer import LorafLinear
+    from loraf_train.adapter.trainable_base import TrainableBase
+    from loraf_train.data.examples import Example
+    from loraf_train.settings.parts import RetentionConfig
+
+
+class RetentionOfTask:
+    """What retention does while a task trains, and when it ends.
+
+    Args:
+        settings: None: retention is off, and all of this does nothing.
+        protected: the earlier tasks.
+
+    Attributes:
+        statistics: content of the task's statistics file, after `gather`; None: there are none.
+    """
+
+    def __init__(self, settings: RetentionConfig | None, protected: Sequence[ProtectedTask]):
+        self._settings = settings
+        self._protected = protected
+        self._protection: Protection | None = None
+        self.statistics: bytes | None = None
+
+    @property
+    def budget(self) -> float:
+        return self._settings.budget if self._settings else 0.0
+
+    def penalty(self, layers: Mapping[str, LorafLinear]) -> Penalty:
+        """Returns what is added to the loss while `layers` are trained."""
+        if self._settings is None or not self._protected:
+            return NO_PENALTY
+        self._protection = Protection(layers, self._protected, self._settings.budget)
+        return self._protection
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Earlier task → root mean square change of its logits by all tasks since, with the layers' present values."""
+        return self._protection.changes() if self._protection else {}
+
+    def gather(self, base: TrainableBase, examples: Sequence[Example], seed: int) -> None:
+        """Gathers the statistics of the task, whose layers are in the model, from its training examples."""
+        if self._settings is not None:
+            layers = {name: base.model.get_submodule(name) for name in base.targets}
+            self.statistics = encode(gather.gather(base.model, layers, examples, base.pad_id, seed))  # type: ignore[arg-type]  # LorafLinear
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of retention in the task's training; empty: no earlier task was protected."""
+        return {"budget": self.budget, "spent": self.spent} if self._protection else {}
