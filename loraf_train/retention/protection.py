@@ -2,10 +2,11 @@
 
 For an earlier task t, D is all that came after it: the later tasks that the checkpoint has, and the values in training.
 With P from `statistics`, the loss gets Σ_t λ_t·P_t(D), whose gradient at the trained positions is 2·λ_t·s·(G·D·C),
-s = α/r. Each λ_t is steered so that P_t ends at the square of the budget.
+s = α/r. λ_t is a price in nats per squared logit: it keeps a new task from changing what it gains nothing by. Where P_t
+still exceeds the square of the budget, λ_t is steered upwards.
 
-While training begins, more is allowed (`allowed`): only where it ends matters, and a penalty at full strength from the
-first step finds worse solutions (docs/explanation/retention.md).
+Both set in gradually: only where training ends matters, and a penalty at full strength from the first step finds worse
+solutions (docs/explanation/retention.md).
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from loraf_train.adapter.layer import EarlierTasks, LorafLinear
 from loraf_train.retention.statistics import Statistics
 from loraf_train.trainer.penalty import Penalty
 
-FIRST_STRENGTH = 0.1  # λ at the first step, in nats per squared logit
-_WEAKEST, _STRONGEST = 1e-2, 1e4  # λ
-_IN_FORCE = 0.8  # share of the steps after which the budget itself is allowed
-_LATEST = 1e-2  # share of the steps from which `allowed` no longer depends on the step
-# Of the controller: the change of log λ per step, per unit of log(P / allowed) and of its change since the last step.
-_INTEGRAL, _PROPORTIONAL = 0.05, 0.3
+PRICE = 3.0  # the smallest λ at the last step; it rises in proportion to the step
+_STRONGEST = 100.0  # λ; beyond it a new task learns nothing
+_IN_FORCE = 0.7  # share of the steps after which the budget itself is allowed
+# Of the controller: the change of log λ in a step, per unit of log(P / allowed) and of its change since the last step.
+# The first is larger in short runs, so that λ can cross all of its range.
+_INTEGRAL, _INTEGRAL_OF_ALL_STEPS, _PROPORTIONAL = 0.05, 8.0, 0.3
 _LARGEST_ERROR = 2.0  # of log(P / allowed): at the first steps P is near 0
 
 
@@ -44,8 +45,7 @@ class ProtectedTask:
 
 def allowed(budget: float, step: int, steps: int) -> float:
     """Returns the mean squared change of a logit that is allowed at a step, from 1: it falls to budget²."""
-    progress = max(step / steps, _LATEST)
-    return budget**2 * max(1.0, _IN_FORCE / progress)
+    return budget**2 * max(1.0, _IN_FORCE * steps / step)
 
 
 class Protection(Penalty):
@@ -61,7 +61,7 @@ class Protection(Penalty):
         self._budget = budget
         self._tasks = [_Quadratic(layers, task) for task in tasks]
         self.names = [task.name for task in tasks]
-        self._log_strength = torch.full((len(tasks),), math.log(FIRST_STRENGTH), dtype=torch.float64)
+        self._log_strength = torch.full((len(tasks),), -math.inf, dtype=torch.float64)
         self._last_error = torch.full((len(tasks),), math.nan, dtype=torch.float64)
 
     @torch.no_grad()
@@ -80,8 +80,9 @@ class Protection(Penalty):
         error = (changes.clamp(min=1e-12) / allowed(self._budget, step, steps)).log()
         error.clamp_(-_LARGEST_ERROR, _LARGEST_ERROR)
         since = torch.where(self._last_error.isnan(), 0.0, error - self._last_error)
-        self._log_strength += _INTEGRAL * error + _PROPORTIONAL * since
-        self._log_strength.clamp_(math.log(_WEAKEST), math.log(_STRONGEST))
+        integral = max(_INTEGRAL, _INTEGRAL_OF_ALL_STEPS / steps)
+        self._log_strength += integral * error + _PROPORTIONAL * since
+        self._log_strength.clamp_(math.log(PRICE * step / steps), math.log(_STRONGEST))
         self._last_error = error
 
     @torch.no_grad()

@@ -18,11 +18,12 @@ from loraf.delta import task_scale
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import positions_per_matrix
 from loraf.sparse import SparseB
-from loraf_train.adapter.layer import EarlierTasks
+from loraf_train.adapter.layer import EarlierTasks, LorafLinear
 from loraf_train.adapter.masks import feasible, top_k
 from loraf_train.adapter.trainable_base import TrainableBase, attached
 from loraf_train.sequence.phases import calibration_phase
 from loraf_train.trainer import loop
+from loraf_train.trainer.penalty import NO_PENALTY, Penalty
 
 if TYPE_CHECKING:
     from loraf_train.data.examples import Example
@@ -38,6 +39,7 @@ def calibrate(
     seed: int,
     on_step: Callable[[float, int, int], None] = lambda loss, step, total: None,
     journal: loop.Journal = loop.NO_JOURNAL,
+    penalty: Callable[[Mapping[str, LorafLinear]], Penalty] = lambda layers: NO_PENALTY,
 ) -> dict[str, torch.Tensor]:
     """Selects the positions of a task.
 
@@ -47,6 +49,8 @@ def calibrate(
         seed: determines the mini-batches.
         on_step: called with loss, step (from 1) and number of steps.
         journal: where to start, and what to save on the way.
+        penalty: returns what is added to the loss, for the dense layers; so positions whose change would disturb
+            earlier tasks are not chosen.
 
     Returns:
         Module → (K,) int64 positions, ascending, K = ⌊(1 − s)·d_out·r⌋.
@@ -66,6 +70,7 @@ def calibrate(
             base.pad_id,
             lambda loss, rate, step, total: on_step(loss, step, total),
             journal,
+            penalty(layers),
         )
     positions = {}
     for name, layer in layers.items():

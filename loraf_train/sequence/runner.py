@@ -255,6 +255,8 @@ def _add_task(
         observer.remarked(task, remark)
     if store.state is not None:
         observer.resumed(task, str(store.state))
+    retention = RetentionOfTask(config.retention, protected if store.retention else ())
+
     positions = store.state.positions if store.state is not None else None
     if positions is None:
         positions = select_positions(
@@ -266,11 +268,11 @@ def _add_task(
             seeds[CALIBRATION_SEED],
             observer.calibration_step,
             store.journal(CALIBRATION),
+            retention.penalty,
         )
         _require_agreement(task, positions, base.model.device)
         store.save_positions(positions)
         observer.calibrated(task)
-    retention = RetentionOfTask(config.retention, protected if store.retention else ())
 
     def on_trained() -> None:
         if retention.spent:

@@ -57,7 +57,7 @@ class TaskShape:
         if not 0 < snapshot.step <= snapshot.steps <= most:
             return f"step {snapshot.step} of {snapshot.steps} is not one of this task"
         found = _PENALTY & snapshot.tensors.keys()
-        if found and (found != _PENALTY or positions is None):
+        if found and found != _PENALTY:
             return "it holds a part of what steers retention"
         return self._tensor_fault(snapshot.tensors, calibrated=positions is not None)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from loraf_train.sequence import runner
 from loraf_train.settings.config import RunConfig
+from loraf_train.settings.parts import RetentionConfig
 from tests.loraf_train import toys
 
 NAMES = ("one", "two")
@@ -63,7 +64,7 @@ class Stopper(runner.Observer):
 def run_config(
     model: Path, output: Path, seconds: float = 0.0, names: tuple[str, ...] = NAMES, **training
 ) -> RunConfig:
-    """Tasks with dropout, warm-up, a schedule, momentum, weight decay, and 2 epochs of 3 steps of 2 accumulations."""
+    """Tasks with retention, dropout, warm-up, a schedule, momentum, weight decay, and 2 epochs of 3 steps of 2 accumulations."""
     settings = {
         "max_steps": None,
         "epochs": 2.0,
@@ -75,7 +76,7 @@ def run_config(
         "save_seconds": seconds,
     }
     tasks = [toys.task(name, training=settings | training) for name in names]
-    return toys.run_config(model, output, *tasks)
+    return toys.run_config(model, output, *tasks, retention=RetentionConfig(budget=0.05))
 
 
 def data() -> dict:

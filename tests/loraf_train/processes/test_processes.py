@@ -27,6 +27,7 @@ from loraf_train.scoring import table
 from loraf_train.sequence import resume, runner
 from loraf_train.sequence.preflight import survey
 from loraf_train.settings.config import RunConfig
+from loraf_train.settings.parts import RetentionConfig
 from loraf_train.trainer import batches, loop, order
 from tests.loraf_train import toys
 from tests.loraf_train.command_line import TASKS, run, write_data
@@ -56,7 +57,8 @@ def make_config(model_folder: Path, output: Path) -> RunConfig:
         toys.task("one", sparsity=0.7, training=one),
         toys.task("two", calibration={"optimizer": "sgd"}, training=two),
     ]
-    return toys.run_config(model_folder, output, *tasks, adapter={"dtype": "float32"})
+    retention = RetentionConfig(budget=0.05)
+    return toys.run_config(model_folder, output, *tasks, adapter={"dtype": "float32"}, retention=retention)
 
 
 DATA = {"one": toys.data(3, 16), "two": toys.data(50, 9)}

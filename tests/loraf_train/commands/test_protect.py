@@ -1,0 +1,86 @@
+"""`loraf-train protect`: statistics of finished tasks, and what `run`, `check` and `inspect` say of them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from loraf import manifest as manifests
+from tests.loraf_train.command_line import THIRD, digests, run
+
+PROTECT = ("protect", "ckpt", "tasks.yaml")
+
+
+def test_a_checkpoint_without_statistics_gets_them_afterwards(copied, capsys):
+    before = digests(copied / "ckpt")
+    status, out, _ = run(capsys, *PROTECT)
+    assert status == 0
+    assert re.search(r"upper: statistics in \S*ckpt/statistics/upper.safetensors \(\d", out) and "truth: stat" in out
+    now = digests(copied / "ckpt")
+    assert all(now[name] == digest for name, digest in before.items() if name != manifests.FILE_NAME)
+    assert now.keys() - before.keys() == {"statistics/upper.safetensors", "statistics/truth.safetensors"}
+    manifest = manifests.read(copied / "ckpt")
+    assert manifest.format_version == 2
+    status, out, _ = run(capsys, "inspect", "ckpt", "--verify", "--json")
+    facts = json.loads(out)["tasks"]
+    assert [task["statistics"]["bytes"] for task in facts] == [t.statistics.bytes for t in manifest.tasks]
+
+
+def test_it_gathers_only_what_is_missing_unless_again_is_said(copied, capsys):
+    run(capsys, *PROTECT)
+    first = digests(copied / "ckpt")
+    status, out, _ = run(capsys, *PROTECT)
+    assert status == 0 and "every finished task of the file has statistics already" in out
+    assert digests(copied / "ckpt") == first
+    status, out, _ = run(capsys, *PROTECT, "--again")
+    assert status == 0 and out.count("statistics in") == 2
+    assert digests(copied / "ckpt") == first  # they depend on the task and its seed alone
+
+
+def test_a_run_says_what_is_not_protected_and_then_what_was_spent(copied, capsys):
+    (copied / "tasks.yaml").write_text((copied / "tasks.yaml").read_text() + THIRD)
+    more = ("--no-eval", "--set", "retention.budget=0.1")
+    status, out, _ = run(capsys, "check", "tasks.yaml", "--set", "retention.budget=0.1")
+    assert status == 0 and "statistics take" in out and "not protected: upper, truth" in out
+    run(capsys, *PROTECT)
+    status, out, _ = run(capsys, "run", "tasks.yaml", *more)
+    assert status == 0
+    spent = re.search(
+        r"third: predicted change .* of a budget of 0.1: upper (\S+), truth (\S+) ", out.replace("\n", " ")
+    )
+    assert spent and all(float(number) > 0 for number in spent.groups())
+
+
+def test_a_run_over_unprotected_tasks_goes_on_and_names_the_command(copied, capsys):
+    (copied / "tasks.yaml").write_text((copied / "tasks.yaml").read_text() + THIRD)
+    status, out, _ = run(capsys, "run", "tasks.yaml", "--no-eval", "--set", "retention.budget=0.1")
+    text = " ".join(out.split())
+    assert status == 0 and "without statistics" in text and "upper, truth (`loraf-train protect`" in text
+    assert manifests.read(copied / "ckpt").task("third").statistics is not None
+
+
+def test_other_training_records_are_refused(copied, capsys):
+    rows = (copied / "upper.jsonl").read_text().splitlines()
+    (copied / "upper.jsonl").write_text("\n".join(rows[:-1]) + "\n")
+    before = digests(copied / "ckpt")
+    status, _, err = run(capsys, *PROTECT)
+    assert status == 2 and "task 'upper' was trained on other examples than these" in err
+    assert "tasks[0].data.train" in err and digests(copied / "ckpt") == before
+
+
+def test_a_file_without_a_finished_task_is_refused(copied, capsys):
+    text = (
+        (copied / "tasks.yaml").read_text().replace("name: upper", "name: other").replace("name: truth", "name: more")
+    )
+    (copied / "tasks.yaml").write_text(text.replace("sparsity: 0.6", "sparsity: 0.95"))
+    status, _, err = run(capsys, *PROTECT)
+    assert status == 2 and "none of its tasks is in the checkpoint" in err and "upper, truth" in err
+    assert "Traceback" not in err
+
+
+def test_a_task_whose_earlier_tasks_are_gone_is_refused(copied, capsys):
+    run(capsys, "remove", "ckpt", "upper")
+    head, _, rest = (copied / "tasks.yaml").read_text().partition("  - name: upper")
+    (copied / "tasks.yaml").write_text(head + rest[rest.index("  - name: truth") :])
+    status, _, err = run(capsys, *PROTECT)
+    assert status == 2 and "task 'truth' was trained on top of upper, which this checkpoint does not have" in err
