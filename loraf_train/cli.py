@@ -244,7 +244,8 @@ def _add_compare(commands: Subcommands) -> None:
         "--methods",
         default="loraf,lora,full",
         metavar="A,B",
-        help="The methods to compare, of loraf, random-mask, frozen-a, lora and full (default: %(default)s).",
+        help="The methods to compare, of loraf, loraf-paper, random-mask, frozen-a, lora, lora-decay, o-lora, ewc, "
+        "replay, separate, joint and full (default: %(default)s).",
     )
     compare.add_argument(
         "--protocol",

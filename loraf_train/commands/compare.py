@@ -15,7 +15,7 @@ from loraf_train.processes import launcher
 from loraf_train.sequence.base_checks import BaseModelShape
 from loraf_train.sequence.conflicts import capacity
 from loraf_train.sequence.preflight import PreparedRun, survey
-from loraf_train.settings.comparison import HIGHEST_SEED, METHODS
+from loraf_train.settings.comparison import HIGHEST_SEED, MASKED, METHODS, ONE_ALPHA, WITH_PEFT
 from loraf_train.terminal.progress import Progress
 from loraf_train.terminal.tables import console
 
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from loraf_train.settings.config import RunConfig
 
 RESULTS, REPORT = "results.json", "report.md"
-MASKED = ("loraf", "random-mask")  # methods whose tasks own positions, so that they may run out
-PACKAGES = {"peft": "the method lora", "matplotlib": "the pictures", "scipy": "the intervals"}  # name → needed for
+PACKAGES = {"matplotlib": "the pictures", "scipy": "the intervals"}  # name → needed for
 
 
 def compare(
@@ -67,6 +66,7 @@ def compare(
         problems += _unscored(prepared.config)
         problems += _shortage(prepared, method_names, protocol)
         problems += _dropout_in_parameters(prepared, method_names)
+        problems += _several_alphas(prepared.config, method_names, protocol)
         general = _general(prepared, problems)
     if problems or prepared is None:
         raise ConfigError([*problems, *(replace(w, message=f"warning: {w.message}") for w in warnings)])
@@ -117,12 +117,14 @@ def _parse_seeds(text: str | None, problems: list[Problem]) -> tuple[int, ...]:
 
 
 def _missing_packages(methods: Sequence[str]) -> list[Problem]:
+    with_peft = [name for name in methods if name in WITH_PEFT]
+    needed = ({"peft": f"the method {with_peft[0]}"} if with_peft else {}) | PACKAGES
     return [
         Problem(
             f"the package {name!r}, needed for {purpose}, is not installed", remedy="`pip install 'loraf[compare]'`"
         )
-        for name, purpose in PACKAGES.items()
-        if (name != "peft" or "lora" in methods) and importlib.util.find_spec(name) is None
+        for name, purpose in needed.items()
+        if importlib.util.find_spec(name) is None
     ]
 
 
@@ -158,13 +160,29 @@ def _dropout_in_parameters(prepared: PreparedRun, methods: Sequence[str]) -> lis
     from loraf_train.adapter.peft_targets import peft_targets
 
     _, parameters = peft_targets(prepared.model.model_type, prepared.model.modules)
-    if "lora" not in methods or not parameters:
+    with_peft = ", ".join(name for name in methods if name in WITH_PEFT)
+    if not with_peft or not parameters:
         return []
-    message = f"method lora: PEFT has no dropout for {parameters[0]} of this model"
+    message = f"method {with_peft}: PEFT has no dropout for {parameters[0]} of this model"
+    remedy = f"set it to 0, or leave out {with_peft}"
     return [
-        Problem(message, f"tasks[{i}].training.dropout", str(prepared.config.file), "set it to 0, or leave out lora")
+        Problem(message, f"tasks[{i}].training.dropout", str(prepared.config.file), remedy)
         for i, task in enumerate(prepared.config.tasks)
         if task.training.dropout
+    ]
+
+
+def _several_alphas(config: RunConfig, methods: Sequence[str], protocol: str) -> list[Problem]:
+    """Methods that would train one LoRA with tasks of different α."""
+    return [
+        Problem(
+            f"method {name}: one LoRA serves all tasks, but their alpha differs",
+            f"compare.methods.{name}.alpha",
+            str(config.file),
+            "set one alpha for this method",
+        )
+        for name in methods
+        if name in ONE_ALPHA and protocol == "sequence" and len({t.alpha for t in config.of_method(name).tasks}) > 1
     ]
 
 
@@ -212,6 +230,7 @@ def _comparison(
 
 def _results(comparison: Comparison, model: BaseModelShape, runs: list[Run]) -> Results:
     from loraf_train.compare.methods import ALL
+    from loraf_train.compare.numbers import numbers
     from loraf_train.compare.results import Results, ScoredTask
     from loraf_train.scoring.evaluate import higher_is_better
 
@@ -227,7 +246,7 @@ def _results(comparison: Comparison, model: BaseModelShape, runs: list[Run]) -> 
     for name in comparison.methods:
         of_method = comparison.config_of(name, comparison.seeds[0])
         settings[name] = {task.name: ALL[name].settings(of_method, task) for task in of_method.tasks}
-    return Results(
+    results = Results(
         protocol=comparison.protocol,
         model=config.model,
         parameters=model.parameters,
@@ -236,6 +255,7 @@ def _results(comparison: Comparison, model: BaseModelShape, runs: list[Run]) -> 
         settings=settings,
         surroundings=_environment(comparison.loaded[0], comparison.methods),
     )
+    return replace(results, numbers=numbers(results))
 
 
 def _environment(model: PreTrainedModel, methods: Sequence[str]) -> dict[str, Any]:
@@ -244,7 +264,7 @@ def _environment(model: PreTrainedModel, methods: Sequence[str]) -> dict[str, An
     from loraf_train.sequence.provenance import environment
 
     entries = environment(model)
-    if "lora" in methods:
+    if any(name in WITH_PEFT for name in methods):
         import peft
 
         entries["versions"]["peft"] = peft.__version__

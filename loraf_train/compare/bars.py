@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraf_train.compare import canvas
+from loraf_train.compare.by_place import ByPlace
 from loraf_train.compare.cells import BASE_ROW, examples, model_name, runs, task_set
 from loraf_train.compare.results import BASE, ScoredTask
 from loraf_train.compare.statistics import Estimate, Statistics
@@ -68,7 +69,9 @@ def kept(statistics: Statistics) -> Figure | None:
     """Protocol sequence: the first task's score when it had just been trained, and after the last task."""
     if not statistics.scored or len(statistics.results.tasks) < 2 or not statistics.results.runs:
         return None
-    first, last, methods = statistics.scored[0], statistics.results.tasks[-1], statistics.results.methods
+    if statistics.varied:
+        return _kept_by_place(statistics)
+    first, last, methods = statistics.scored[0], statistics.tasks[-1], statistics.results.methods
     states = (("just trained", first.name, COLOURS[4]), ("after the last task", last.name, COLOURS[0]))
     series = [
         Series(
@@ -94,6 +97,36 @@ def kept(statistics: Statistics) -> Figure | None:
     axes.set_xlabel("method, and the share of its just-trained score that the task keeps at the end")
     title = f"{model_name(statistics.results)}: what the first task, {first.name}, keeps ({_whiskers(statistics)})"
     figure.suptitle(f"{title}\n{tables.counted(examples(first), 'example')}", x=0.01, ha="left")
+    return figure
+
+
+def _kept_by_place(statistics: Statistics) -> Figure | None:
+    """The same of whichever task a seed trained first."""
+    if statistics.mixed:
+        return None
+    by_place, methods, task = ByPlace(statistics), statistics.results.methods, statistics.scored[0]
+    states = (("just trained", 1, COLOURS[4]), ("after the last task", by_place.places[-1], COLOURS[0]))
+    series = [
+        Series(
+            f"{state} (all tasks so far on)",
+            colour,
+            [canvas.name("bar", method, state) for method in methods],
+            [by_place.score(method, 1, after) for method in methods],
+        )
+        for state, after, colour in states
+    ]
+    figure = canvas.figure(5.0)
+    axes = figure.subplots()
+    shares = [by_place.retained(method, 1) for method in methods]
+    groups = [
+        f"{method}\nkeeps {100 * share.mean:.1f} %" if share else method
+        for method, share in zip(methods, shares, strict=True)
+    ]
+    _bars(axes, groups, series, task)
+    axes.set_xlabel("method, and the share of its just-trained score that the task keeps at the end")
+    title = f"{model_name(statistics.results)}: what the task trained first keeps ({_whiskers(statistics)})"
+    count = tables.counted(by_place.count, "example")
+    figure.suptitle(f"{title}\n{count} for each seed, whichever task it trained first", x=0.01, ha="left")
     return figure
 
 

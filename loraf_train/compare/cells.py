@@ -113,9 +113,15 @@ def examples(task: ScoredTask, evaluation: str = "") -> int:
 
 
 def task_set(statistics: Statistics, after: str) -> str:
-    """The set of all tasks up to one, written as in every other table of scores."""
-    names = [task.name for task in statistics.results.tasks]
+    """The set of all tasks up to one, where their order does not vary, written as in every other table of scores."""
+    names = [task.name for task in statistics.tasks]
     return "base" if after == BASE else "+".join(names[: names.index(after) + 1])
+
+
+def place_name(place: int) -> str:
+    """A place in the sequence as tables show it: 1st, 2nd, …"""
+    ending = "th" if 11 <= place % 100 <= 13 else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+    return f"{place}{ending}"
 
 
 def runs(statistics: Statistics, method: str | None) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraf_train.compare import canvas
-from loraf_train.compare.cells import BASE_ROW, examples, model_name, runs
+from loraf_train.compare.by_place import ByPlace
+from loraf_train.compare.cells import BASE_ROW, examples, model_name, place_name, runs
 from loraf_train.compare.results import BASE, Run
 from loraf_train.compare.statistics import Statistics
 from loraf_train.grading.builtin import LOWER_IS_BETTER
@@ -25,12 +26,17 @@ NUMBERED = 16  # maximum number of columns in a map of positions that leaves roo
 def matrix(statistics: Statistics) -> Figure | None:
     """Protocol sequence: R of every method. All shares have one colour scale, losses one for each task."""
     tasks, methods = statistics.scored, statistics.results.methods
-    afters = [BASE, *(task.name for task in statistics.results.tasks)]
-    means = {}
+    if statistics.varied and statistics.mixed:
+        return None
+    afters = [BASE, *(task.name for task in statistics.tasks)]
+    by_place, means = ByPlace(statistics), {}
     for method in methods:
         for i, after in enumerate(afters):
             for j, task in enumerate(tasks):
-                estimate = statistics.of_task(method, task, after)
+                if statistics.varied:
+                    estimate = by_place.score(method, j + 1, i)
+                else:
+                    estimate = statistics.of_task(method, task, after)
                 if estimate is not None:
                     means[method, i, j] = estimate.mean
     if not means:
@@ -42,6 +48,9 @@ def matrix(statistics: Statistics) -> Figure | None:
     shades = [_shades(statistics, [v for (_, _, k), v in means.items() if k == j], j) for j in range(len(tasks))]
     names = [f"{task.name}\n({examples(task):,})" for task in tasks]
     rows = [f"after {after}" if after else BASE_ROW for after in afters]
+    if statistics.varied:
+        names = [f"{place_name(place)} task\n({by_place.count:,})" for place in by_place.places]
+        rows = [BASE_ROW, *(f"after the {place_name(place)}" for place in by_place.places)]
     for axes, method in zip(panels, methods, strict=False):
         cells = {(i, j): v for (m, i, j), v in means.items() if m == method}
         texts = {(i, j): f"{v:.{3 if tasks[j].metric in LOWER_IS_BETTER else 2}f}" for (i, j), v in cells.items()}

@@ -2,7 +2,8 @@
 
     single      each task is trained alone, from the base, and scored on its own evaluation sets
     sequence    one task after the other; after each, every task of the file is scored, also those still to come
-                (forward transfer); at the end, each task as it was when it had just been trained
+                (forward transfer); at the end, each task as it was when it had just been trained; with masks also each
+                task with its own values alone, and in every pair
 
 The base model is scored once, on every task. If the file names general text, the loss on it is measured along with the
 scores.
@@ -24,14 +25,28 @@ from loraf.tasksets import TaskSet
 from loraf_train.compare import methods, stored
 from loraf_train.compare.general import General
 from loraf_train.compare.meter import Meter
-from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Cost, Drift, MaskShare, Run, RunScore
+from loraf_train.compare.results import (
+    ALONE,
+    AS_TRAINED,
+    BASE,
+    PAIR,
+    SO_FAR,
+    Change,
+    Cost,
+    Drift,
+    MaskShare,
+    Run,
+    RunScore,
+)
 from loraf_train.data.examples import digest_of
 from loraf_train.grading.builtin import MEAN
 from loraf_train.processes import group
 from loraf_train.scoring.evaluate import score
 from loraf_train.sequence.provenance import environment
+from loraf_train.settings.comparison import WITH_PEFT
 
 if TYPE_CHECKING:
+    from loraf_train.compare.methods import Method
     from loraf_train.data.task_data import TaskData
     from loraf_train.sequence.runner import Loaded
     from loraf_train.settings.config import RunConfig, TaskConfig
@@ -70,10 +85,13 @@ class Comparison:
     say: Callable[[str], None]
 
     def config_of(self, method: str, seed: int) -> RunConfig:
-        """The configuration of a run: without trackers, and without saving unfinished tasks."""
+        """The configuration of a run: its tasks in their order, without trackers or saving unfinished tasks."""
         config = self.config.of_method(method)
         changes = {"report_to": (), "save_seconds": NEVER}
         tasks = tuple(t.model_copy(update={"training": t.training.model_copy(update=changes)}) for t in config.tasks)
+        if self.protocol == SEQUENCE:
+            by_name = {task.name: task for task in tasks}
+            tasks = tuple(by_name[name] for name in self.config.compare.order(seed, tuple(by_name)))
         return config.model_copy(update={"seed": seed, "tasks": tasks})
 
     def runs(self) -> list[Run]:
@@ -123,7 +141,7 @@ class Comparison:
         }
         if name == OF_BASE:
             return provenance | {"protocol": None}
-        if name == methods.Lora.name:
+        if name in WITH_PEFT:
             import peft
 
             provenance["versions"]["peft"] = peft.__version__
@@ -131,6 +149,7 @@ class Comparison:
         return provenance | {
             "method": name,
             "seed": seed,
+            "order": [t.name for t in config.tasks] if self.protocol == SEQUENCE else None,
             "settings": {t.name: method.settings(config, t) for t in config.tasks},
             "how": {t.name: _speed_settings(t) for t in config.tasks},
             "examples": {n: digest_of(d.train) for n, d in self.data.items()},
@@ -142,11 +161,11 @@ class Comparison:
         if group.is_first():
             recorder.score(self.config.tasks, BASE, SO_FAR)
             recorder.measure_drift(BASE)
-        return recorder.run(OF_BASE, 0, keeps_copies=False)
+        return recorder.run(OF_BASE, 0)
 
     def _measure(self, name: str, seed: int) -> Run:
         method, config = methods.ALL[name], self.config_of(name, seed)
-        recorder = self._recorder(f"{name}, seed {seed}", config, method.keeps_copies)
+        recorder = self._recorder(f"{name}, seed {seed}", config, method)
         listener = recorder if group.is_first() else methods.Listener()
         scratch = self.folder / SCRATCH
         self._clear(scratch)
@@ -158,10 +177,10 @@ class Comparison:
             problems = [dataclasses.replace(p, message=f"{recorder.label}: {p.message}") for p in error.problems]
             raise ConfigError(problems) from error
         self._clear(scratch)
-        return recorder.run(name, seed, method.keeps_copies)
+        return recorder.run(name, seed)
 
-    def _recorder(self, label: str, config: RunConfig, keeps_copies: bool = False) -> _Recorder:
-        return _Recorder(self, label, config.tasks, keeps_copies)
+    def _recorder(self, label: str, config: RunConfig, method: Method | None = None) -> _Recorder:
+        return _Recorder(self, label, config.tasks, method)
 
     def _clear(self, scratch: Path) -> None:
         group.first_writes(lambda: shutil.rmtree(scratch, ignore_errors=True), lambda: None)
@@ -174,20 +193,28 @@ def _speed_settings(task: TaskConfig) -> dict[str, Any]:
 
 @dataclass
 class _Recorder(methods.Listener):
-    """Measures a run's scores, costs and drift whenever its method reports an event."""
+    """Measures a run's scores, costs and drift whenever its method reports an event.
+
+    Attributes:
+        tasks: in the order of training.
+        method: None: the base model is scored.
+    """
 
     comparison: Comparison
     label: str
     tasks: Sequence[TaskConfig]
-    keeps_copies: bool
+    method: Method | None
     scores: list[RunScore] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     drift: list[Drift] = field(default_factory=list)
     masks: list[MaskShare] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._meter = Meter(self.comparison.loaded[0].device)
         self._reports: dict[str, Report] = {}
+        self._keeps_copies = self.method is not None and self.method.keeps_copies
+        self._apart = self.method is not None and self.method.apart
 
     def started(self, task: TaskConfig) -> None:
         self._meter.start()
@@ -203,8 +230,11 @@ class _Recorder(methods.Listener):
         self.costs.append(cost)
         self.masks += outcome.masks
         alone = self.comparison.protocol == SINGLE
-        self.score([task] if alone else self.tasks, task.name, SO_FAR)
-        if not alone and self.keeps_copies:
+        if self._apart and not alone:  # earlier tasks have their own adapters, which this training does not touch
+            earlier = [s for s in self.scores if s.after == s.task and s.acting == SO_FAR]
+            self.scores += [dataclasses.replace(s, after=task.name) for s in earlier]
+        self.score([task] if alone or self._apart else self.tasks, task.name, SO_FAR)
+        if not alone and self._keeps_copies:
             own = [s for s in self.scores if s.after == s.task == task.name]
             self.scores += [dataclasses.replace(s, acting=AS_TRAINED) for s in own]
         self.measure_drift(task.name)
@@ -213,15 +243,25 @@ class _Recorder(methods.Listener):
         if self.comparison.protocol == SEQUENCE:  # in protocol single it was measured already
             self.score([task], task.name, AS_TRAINED)
 
-    def score(self, tasks: Sequence[TaskConfig], after: str, acting: str) -> None:
+    def changed(self, task: str, after: str, predicted: float, measured: float) -> None:
+        self.changes.append(Change(task, after, predicted, measured))
+
+    def selected(self, tasks: Sequence[TaskConfig]) -> None:
+        for task in tasks:
+            partner = next((other.name for other in tasks if other is not task), "")
+            self.score([task], self.tasks[-1].name, PAIR if partner else ALONE, partner)
+
+    def score(self, tasks: Sequence[TaskConfig], after: str, acting: str, partner: str = "") -> None:
         model, tokenizer, _ = self.comparison.loaded
         for task in tasks:
-            report = self._report(f"scoring {task.name} {_when(after, acting)}")
+            report = self._report(f"scoring {task.name} {_when(after, acting, partner)}")
             data = self.comparison.data[task.name]
             for s in score(model, tokenizer, task, data, TaskSet(), report):  # here the set is only a label
                 self._require_finite(s.score, f"the score on {s.evaluation}", after, acting)
                 if s.evaluation != MEAN:
-                    self.scores.append(RunScore(after, acting, task.name, s.evaluation, s.score, s.count, s.interval))
+                    self.scores.append(
+                        RunScore(after, acting, task.name, s.evaluation, s.score, s.count, s.interval, partner)
+                    )
 
     def measure_drift(self, after: str) -> None:
         general = self.comparison.general
@@ -230,9 +270,17 @@ class _Recorder(methods.Listener):
             self._require_finite(loss, "the loss on general text", after, SO_FAR)
             self.drift.append(Drift(after, loss, general.tokens))
 
-    def run(self, method: str, seed: int, keeps_copies: bool) -> Run:
+    def run(self, name: str, seed: int) -> Run:
         return Run(
-            method, seed, keeps_copies, tuple(self.scores), tuple(self.costs), tuple(self.drift), tuple(self.masks)
+            name,
+            seed,
+            self._keeps_copies,
+            tuple(self.scores),
+            tuple(self.costs),
+            tuple(self.drift),
+            tuple(self.masks),
+            tuple(task.name for task in self.tasks),
+            tuple(self.changes),
         )
 
     def _require_finite(self, value: float, quantity: str, after: str, acting: str) -> None:
@@ -248,7 +296,9 @@ class _Recorder(methods.Listener):
         return self._reports[name]
 
 
-def _when(after: str, acting: str) -> str:
+def _when(after: str, acting: str, partner: str = "") -> str:
+    if acting in (ALONE, PAIR):
+        return f"with {partner}" if partner else "alone"
     if after == BASE:
         return "with the base model"
     return f"after {after}" if acting == SO_FAR else "as trained"

@@ -19,7 +19,7 @@ from loraf.errors import ConfigError, Problem
 
 FORMAT = 1
 BASE = ""  # in place of a task's name: before anything was trained
-SO_FAR, AS_TRAINED = "so-far", "as-trained"
+SO_FAR, AS_TRAINED, ALONE, PAIR = "so-far", "as-trained", "alone", "pair"
 PROTOCOLS = ("single", "sequence")
 SHOWN = 10  # maximum number of mistakes that are named
 
@@ -46,7 +46,8 @@ class RunScore:
         after: the last task that was trained before; BASE: none. In protocol `single`: the task itself, or BASE.
         acting: which tasks were on. SO_FAR: all that were trained until then. AS_TRAINED: those that were on when
             `task` had just been trained, measured at the end of the run (for a method with `keeps_copies`, the score
-            of a copy kept at that time).
+            of a copy kept at that time). ALONE: the values of `task` only; PAIR: those of `task` and `partner`; both at
+            the end of the run. Of a method that serves each task alone, SO_FAR is `task` with its own adapter.
         task, evaluation: what was scored, on `count` examples.
         interval: 95 % interval of a mean of grades, over the examples; None: the score is of another kind.
     """
@@ -58,6 +59,7 @@ class RunScore:
     score: float
     count: int
     interval: tuple[float, float] | None = None
+    partner: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,28 @@ class MaskShare:
 
 
 @dataclass(frozen=True)
+class Change:
+    """How far the training of `after` and the tasks before it moved the logits of an earlier task: root mean squares.
+
+    Attributes:
+        predicted: as the statistics of `task` predict it.
+        measured: on examples of `task`.
+    """
+
+    task: str
+    after: str
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
 class Run:
     """One method with one seed.
 
     Attributes:
-        keeps_copies: whether as-trained scores need a copy kept after each task (lora, full, frozen-a).
+        keeps_copies: whether as-trained scores need a copy kept after each task (lora, full, frozen-a, …).
+        costs: of a method that trains all tasks at once (joint) a single entry, of the last task.
+        order: the tasks in the order of training; empty: the file's.
     """
 
     method: str
@@ -115,6 +134,8 @@ class Run:
     costs: tuple[Cost, ...]
     drift: tuple[Drift, ...] = ()
     masks: tuple[MaskShare, ...] = ()
+    order: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +147,7 @@ class Results:
         model: the base model's name in the file; `parameters` is its number of parameters.
         settings: method → task → the settings it was trained with (learning rate, alpha, …), for readers.
         surroundings: the environment: machine, precision, processes and versions.
+        numbers: method → what `numbers.numbers` computed of its runs, for other programs.
     """
 
     protocol: str
@@ -136,6 +158,7 @@ class Results:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     surroundings: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -205,7 +228,7 @@ def _measured(content: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Yields (object, key) of every measured number in a JSON form, which need not be well-formed."""
     runs = content.get("runs") if isinstance(content, dict) else None
     for run in runs if isinstance(runs, list | tuple) else ():
-        for part, key in (("scores", "score"), ("drift", "loss")):
+        for part, key in (("scores", "score"), ("drift", "loss"), ("changes", "predicted"), ("changes", "measured")):
             entries = run.get(part) if isinstance(run, dict) else None
             for entry in entries if isinstance(entries, list | tuple) else ():
                 if isinstance(entry, dict) and key in entry:
@@ -226,8 +249,12 @@ def contradictions(results: Results) -> list[tuple[str, str]]:
             where = f"runs[{r}].scores[{i}]"
             if score.after not in after:
                 mistakes.append((f"{where}.after", f"{score.after!r} is not a task of the file"))
-            if score.acting not in (SO_FAR, AS_TRAINED):
-                mistakes.append((f"{where}.acting", f"is {score.acting!r}, not {SO_FAR} or {AS_TRAINED}"))
+            if score.acting not in (SO_FAR, AS_TRAINED, ALONE, PAIR):
+                mistakes.append(
+                    (f"{where}.acting", f"is {score.acting!r}, not {SO_FAR}, {AS_TRAINED}, {ALONE} or {PAIR}")
+                )
+            if (score.partner not in sets) if score.acting == PAIR else score.partner:
+                mistakes.append((f"{where}.partner", f"{score.partner!r} is not the other task of a pair"))
             if score.task not in sets:
                 mistakes.append((f"{where}.task", f"{score.task!r} is not a task of the file"))
             elif score.evaluation not in sets[score.task]:
@@ -235,14 +262,24 @@ def contradictions(results: Results) -> list[tuple[str, str]]:
                 mistakes.append((f"{where}.evaluation", message))
             if score.count < 1:
                 mistakes.append((f"{where}.count", "is below 1"))
-        for part, names in (("costs", [c.task for c in run.costs]), ("masks", [m.task for m in run.masks])):
+        if run.order and sorted(run.order) != sorted(sets):
+            mistakes.append((f"runs[{r}].order", "is not an order of all tasks of the file"))
+        for part, names in (
+            ("costs", [c.task for c in run.costs]),
+            ("masks", [m.task for m in run.masks]),
+            ("changes", [change.task for change in run.changes]),
+        ):
             unknown = [(i, name) for i, name in enumerate(names) if name not in sets]
             mistakes += [(f"runs[{r}].{part}[{i}].task", f"{name!r} is not a task of the file") for i, name in unknown]
-        unknown = [(i, drift.after) for i, drift in enumerate(run.drift) if drift.after not in after]
-        mistakes += [(f"runs[{r}].drift[{i}].after", f"{name!r} is not a task of the file") for i, name in unknown]
-        mistakes += _repeated(f"runs[{r}].scores", [(s.after, s.acting, s.task, s.evaluation) for s in run.scores])
+        for part, names in (("drift", [d.after for d in run.drift]), ("changes", [c.after for c in run.changes])):
+            unknown = [(i, name) for i, name in enumerate(names) if name not in after]
+            mistakes += [(f"runs[{r}].{part}[{i}].after", f"{n!r} is not a task of the file") for i, n in unknown]
+        mistakes += _repeated(
+            f"runs[{r}].scores", [(s.after, s.acting, s.partner, s.task, s.evaluation) for s in run.scores]
+        )
         mistakes += _repeated(f"runs[{r}].costs", [cost.task for cost in run.costs])
         mistakes += _repeated(f"runs[{r}].drift", [drift.after for drift in run.drift])
+        mistakes += _repeated(f"runs[{r}].changes", [(change.task, change.after) for change in run.changes])
         mistakes += _repeated(f"runs[{r}].masks", [(mask.task, mask.module) for mask in run.masks])
     return mistakes
 

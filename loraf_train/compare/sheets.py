@@ -1,7 +1,7 @@
 """The contents of a comparison's tables, before they are formatted for a terminal or as Markdown.
 
     single      Table 1 of the paper: a score per evaluation set for each method, each task trained alone
-    sequence    loraf_train.compare.sheets_sequence
+    sequence    loraf_train.compare.sheets_sequence, sheets_place and sheets_sets
     both        drift of the base, cost, settings
 
 Every number comes with its task set, its number of seeds, and its number of examples.
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from loraf.units import size_text
-from loraf_train.compare import sheets_sequence
+from loraf_train.compare import sheets_place, sheets_sequence, sheets_sets
 from loraf_train.compare.cells import (
     BASE_ROW,
     Cell,
@@ -34,7 +34,7 @@ from loraf_train.terminal import tables
 def sheets(results: Results) -> list[Sheet]:
     """Returns all tables of a comparison, in order."""
     statistics = Statistics(results)
-    parts = [_single] if results.protocol == "single" else sheets_sequence.PARTS
+    parts = [_single] if results.protocol == "single" else [*sheets_sequence.PARTS, *sheets_sets.PARTS]
     return [sheet for part in (*parts, _drift, _cost, _settings) for sheet in part(statistics)]
 
 
@@ -47,6 +47,7 @@ def preface(results: Results) -> list[str]:
         "a number is the mean over the seeds; in brackets, with two or more seeds, Student's 95 % t interval over the "
         "seeds; with a single seed, the 95 % interval over the examples: Wilson's for shares of correct answers, "
         "bootstrapped for grades",
+        *(sheets_place.orders(results) if results.protocol == "sequence" else ()),
         "bold: the best mean of its column, to the digits shown; intervals may overlap",
         *(f"{key}: {_plain(value)}" for key, value in results.surroundings.items()),
     ]
@@ -88,8 +89,11 @@ def _after_own_training(
 
 
 def _drift(statistics: Statistics) -> Iterator[Sheet]:
+    if statistics.varied:
+        yield from sheets_place.drift(statistics)
+        return
     base, rows = statistics.base_loss(), MethodRows(statistics, statistics.results.methods)
-    names = [t.name for t in statistics.results.tasks if any(statistics.drift(m, t.name) for m in rows.methods)]
+    names = [t.name for t in statistics.tasks if any(statistics.drift(m, t.name) for m in rows.methods)]
     if base is None or not names:
         return
     columns = [rows.column(partial(statistics.drift, after=after), "loss", base.count, False, "+") for after in names]
@@ -105,9 +109,10 @@ def _drift(statistics: Statistics) -> Iterator[Sheet]:
 
 def _cost(statistics: Statistics) -> Iterator[Sheet]:
     rows: list[list[Cell | str]] = []
-    names = [task.name for task in statistics.results.tasks]
+    names = [task.name for task in statistics.tasks]
     for method in statistics.results.methods:
-        for task in [*names, None] if len(names) > 1 else names:
+        at_once = any(len(run.costs) < len(names) for run in statistics.runs_of(method))
+        for task in [None] if at_once else [*names, None] if len(names) > 1 else names:
             spent = statistics.spent(method, task)
             if spent is None:
                 continue

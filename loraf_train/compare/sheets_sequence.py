@@ -9,45 +9,53 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 
+from loraf_train.compare import sheets_place
 from loraf_train.compare.cells import BASE_ROW, Cell, MethodRows, Sheet, examples, head, number, runs, task_set
 from loraf_train.compare.results import BASE
-from loraf_train.compare.statistics import JUST_TRAINED, Estimate, Statistics
+from loraf_train.compare.statistics import AT_THE_END, JUST_TRAINED, Estimate, Statistics
 from loraf_train.terminal import tables
 
 
 def _kept(statistics: Statistics) -> Iterator[Sheet]:
     if not statistics.scored:
         return
-    last, rows = statistics.results.tasks[-1], MethodRows(statistics, statistics.results.methods)
+    last, rows = statistics.tasks[-1], MethodRows(statistics, statistics.results.methods)
     lines: list[list[Cell | str]] = []
     for task in statistics.scored:
         metric, count, higher = task.metric, examples(task), task.higher_is_better
         columns = [
             rows.column(partial(statistics.of_task, task=task, after=task.name), metric, count, higher),
-            rows.column(partial(statistics.of_task, task=task, after=last.name), metric, count, higher),
+            rows.column(partial(statistics.of_task, task=task, after=AT_THE_END), metric, count, higher),
             rows.column(partial(statistics.change, task=task), metric, count, sign="+"),
             rows.column(partial(statistics.retained, task=task), "%", count),
         ]
-        if task is last:  # just trained and at the end are the same
+        if task is last and not statistics.varied:  # just trained and at the end are the same
             columns[1:] = [[Cell(tables.NONE)] * len(rows.methods)] * 3
         lines += [[head(task), *line] for line in rows.joined(*columns)]
-    at_the_end = task_set(statistics, last.name)
-    yield Sheet(
-        f"What the first task keeps ({statistics.scored[0].name}), and the later tasks (Figure 2), all tasks so far on",
-        ["task", "method", "seeds", "just trained", f"at the end ({at_the_end} on)", "change", "share kept"],
-        lines,
-        [
-            "just trained: with all tasks up to the row's own on; change: positive is better, whatever the metric; "
-            "share kept: the score at the end divided by the score just trained; bold: the best method of each task"
-        ],
-        left=3,
-    )
+    if statistics.varied:
+        title = "What each task keeps, all tasks so far on, over the seeds whatever its place"
+        at_the_end = "at the end"
+    else:
+        first = statistics.scored[0].name
+        title = f"What the first task keeps ({first}), and the later tasks (Figure 2), all tasks so far on"
+        at_the_end = f"at the end ({task_set(statistics, last.name)} on)"
+    notes = [
+        "just trained: with all tasks up to the row's own on; change: positive is better, whatever the metric; share "
+        "kept: the score at the end divided by the score just trained; bold: the best method of each task"
+    ]
+    if statistics.varied:
+        notes.append("change and share kept: without the seeds that trained the task last")
+    columns_of = ["task", "method", "seeds", "just trained", at_the_end, "change", "share kept"]
+    yield Sheet(title, columns_of, lines, notes, left=3)
 
 
 def _matrices(statistics: Statistics) -> Iterator[Sheet]:
+    if statistics.varied:
+        yield from sheets_place.matrices(statistics)
+        return
     for method in statistics.results.methods:
         lines: list[list[Cell | str]] = []
-        for after in (BASE, *(task.name for task in statistics.results.tasks)):
+        for after in (BASE, *(task.name for task in statistics.tasks)):
             seeds = 1 if after == BASE else runs(statistics, method)
             estimates = [(task, statistics.of_task(method, task, after)) for task in statistics.scored]
             cells = [tables.NONE if e is None else number(e, t.metric, seeds, examples(t)) for t, e in estimates]
@@ -141,4 +149,4 @@ def _number_of(
     return numbers[method][name]
 
 
-PARTS = (_kept, _matrices, _as_trained, _continual)
+PARTS = (sheets_place.kept, _kept, _matrices, _as_trained, _continual)

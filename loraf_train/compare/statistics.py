@@ -12,15 +12,17 @@ with each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from loraf_train.compare.results import BASE, SO_FAR, Cost, Results, Run, RunScore, ScoredTask
+from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Results, Run, RunScore, ScoredTask
 from loraf_train.grading.builtin import LOWER_IS_BETTER, wilson_interval
 from loraf_train.scoring import continual
 
 CONFIDENCE = 0.95
-JUST_TRAINED = "just trained"  # in place of `after`, for as-trained scores; no task's name has a space
+# In place of `after`; no task's name has a space.
+JUST_TRAINED = "just trained"  # as-trained scores
+AT_THE_END = "at the end"  # after the last task of the run, whichever that was
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,24 @@ class Statistics:
         method: None is the base model. It is the same for all runs: a score of it that a run lacks is taken from
             another run of the same seed, or of any seed.
         after: the task that was trained last when a score was measured, with all tasks so far on; BASE: before the
-            first. JUST_TRAINED: the as-trained score instead.
+            first. JUST_TRAINED, AT_THE_END: see there.
+
+    Attributes:
+        varied: the runs differ in the order of the tasks.
+        tasks: in the order of training, or where it varies, in the file's.
+        scored: those of them that have evaluation sets.
     """
 
     def __init__(self, results: Results):
         self.results = results
-        self.scored = tuple(task for task in results.tasks if task.evaluations)
+        orders = [self.order_of(run) for run in results.runs]
+        self.varied = any(order != orders[0] for order in orders)
+        self.tasks = orders[0] if orders and not self.varied else results.tasks
+        self.scored = tuple(task for task in self.tasks if task.evaluations)
         self._runs = {name: [run for run in results.runs if run.method == name] for name in results.methods}
-        self._scores = {(run.method, run.seed): _by_place(run, results.tasks) for run in results.runs}
+        self._scores = {
+            (run.method, run.seed): _by_state(run, [t.name for t in self.order_of(run)]) for run in results.runs
+        }
         self._base: dict[tuple[str, str], dict[int, RunScore]] = {}
         self._base_loss: dict[int, float] = {}
         for run in results.runs:
@@ -157,16 +169,18 @@ class Statistics:
             seeds = sorted({seed for by_seed in by_place for seed in by_seed})
             rows = [_complete(by_seed.get(seed) for by_seed in by_place) for seed in seeds]
         else:
-            rows = [_complete(self._find(run, *place) for place in places) for run in self._runs_of(method)]
+            rows = [_complete(self._find(run, *place) for place in places) for run in self.runs_of(method)]
         complete = [row for row in rows if row]
         if of_base and len({tuple(score.score for score in row) for row in complete}) == 1:
             return complete[:1]
         return complete
 
-    def _runs_of(self, method: str | None) -> list[Run]:
+    def runs_of(self, method: str | None) -> list[Run]:
         return [] if method is None else self._runs[method]
 
     def _find(self, run: Run, after: str, task: ScoredTask, evaluation: str) -> RunScore | None:
+        if after == AT_THE_END:
+            after = self.order_of(run)[-1].name
         score = self._scores[run.method, run.seed].get((after, task.name, evaluation))
         if score is None and after == BASE:
             by_seed = self._base.get((task.name, evaluation), {})
@@ -175,12 +189,17 @@ class Statistics:
 
     # --- sequences ------------------------------------------------------------------------------------------------
 
+    def order_of(self, run: Run) -> tuple[ScoredTask, ...]:
+        """The tasks in the order in which a run trained them."""
+        by_name = {task.name: task for task in self.results.tasks}
+        return tuple(by_name[name] for name in run.order or by_name)
+
     def matrix(self, run: Run) -> dict[tuple[int, int], float]:
         """R of one run: (i, j) → score, both from 1 in the order of training; row 0 is the base model."""
-        afters = [BASE, *(task.name for task in self.results.tasks)]
+        order = self.order_of(run)
         cells = {}
-        for i, after in enumerate(afters):
-            for j, task in enumerate(self.results.tasks, 1):
+        for i, after in enumerate([BASE, *(task.name for task in order)]):
+            for j, task in enumerate(order, 1):
                 scores = _complete(self._find(run, after, task, name) for name in task.evaluations)
                 if scores:
                     cells[i, j] = math.fsum(score.score for score in scores) / len(scores)
@@ -191,11 +210,13 @@ class Statistics:
 
         A seed whose matrix lacks a cell does not count in the numbers that need it.
         """
-        order = [j for j, task in enumerate(self.results.tasks, 1) if task.evaluations]
         count = sum(sum(task.evaluations.values()) for task in self.scored)
         higher = all(task.higher_is_better for task in self.scored)
         last = 0 if self.mixed else len(self.results.tasks)
-        by_run = [continual.numbers(self.matrix(run), order, last, higher) for run in self._runs_of(method)]
+        by_run = []
+        for run in self.runs_of(method):
+            places = [j for j, task in enumerate(self.order_of(run), 1) if task.evaluations]
+            by_run.append(continual.numbers(self.matrix(run), places, last, higher))
         names = continual.Continual.__dataclass_fields__
         bounds = {"average": _bounds(self.scored)}
         return {n: over_seeds([getattr(c, n) for c in by_run], count, *bounds.get(n, ())) for n in names}
@@ -203,25 +224,27 @@ class Statistics:
     def retained(self, method: str | None, task: ScoredTask) -> Estimate | None:
         """The share of its just-trained score that a task still has at the end: R[T, j] / R[j, j].
 
-        Seeds with a just-trained score of 0 do not count. None for a loss, which has no such share.
+        Seeds with a just-trained score of 0, or that trained the task last, do not count. None for a loss, which has
+        no such share.
         """
         if not task.higher_is_better:
             return None
-        j, last = self.results.tasks.index(task) + 1, len(self.results.tasks)
-        shares = []
-        for run in self._runs_of(method):
-            r = self.matrix(run)
-            measured = (j, j) in r and (last, j) in r and r[j, j] != 0
-            shares.append(r[last, j] / r[j, j] if measured else None)
+        shares = [kept_share(self.matrix(run), *self._places(run, task)) for run in self.runs_of(method)]
         return over_seeds(shares, sum(task.evaluations.values()), low=0.0)
 
     def change(self, method: str | None, task: ScoredTask) -> Estimate | None:
-        """R[T, j] − R[j, j], with reversed sign if lower is better: a negative change is forgetting."""
-        j, last = self.results.tasks.index(task) + 1, len(self.results.tasks)
+        """R[T, j] − R[j, j], with reversed sign if lower is better: a negative change is forgetting.
+
+        Seeds that trained the task last do not count.
+        """
         sign = 1 if task.higher_is_better else -1
-        matrices = [self.matrix(run) for run in self._runs_of(method)]
-        values = [sign * (r[last, j] - r[j, j]) if (last, j) in r and (j, j) in r else None for r in matrices]
-        return over_seeds(values, sum(task.evaluations.values()))
+        changes = [change_since(self.matrix(run), *self._places(run, task), sign) for run in self.runs_of(method)]
+        return over_seeds(changes, sum(task.evaluations.values()))
+
+    def _places(self, run: Run, task: ScoredTask) -> tuple[int, int]:
+        """(j, T)."""
+        order = self.order_of(run)
+        return order.index(task) + 1, len(order)
 
     # --- the base, and costs --------------------------------------------------------------------------------------
 
@@ -233,23 +256,26 @@ class Statistics:
     def drift(self, method: str | None, after: str) -> Estimate | None:
         """The increase of that loss with all tasks up to `after` on, in nats per token."""
         increases = []
-        for run in self._runs_of(method):
-            base = self._base_loss.get(run.seed, next(iter(self._base_loss.values()), None))
+        for run in self.runs_of(method):
+            base = self.base_loss_of(run)
             loss = next((drift.loss for drift in run.drift if drift.after == after), None)
             increases.append(None if base is None or loss is None else loss - base)
         return over_seeds(increases, self._tokens(after))
+
+    def base_loss_of(self, run: Run) -> float | None:
+        """Loss of the base model on general text beside which a run's losses are set."""
+        return self._base_loss.get(run.seed, next(iter(self._base_loss.values()), None))
 
     def _tokens(self, after: str) -> int:
         return max((d.tokens for run in self.results.runs for d in run.drift if d.after == after), default=0)
 
     def spent(self, method: str, task: str | None = None) -> Spent | None:
         """The costs of one task; None: of all tasks, over the seeds that trained them all."""
-        names = [task] if task is not None else [t.name for t in self.results.tasks]
         rows = []
-        for run in self._runs_of(method):
-            by_task: dict[str, Cost] = {cost.task: cost for cost in run.costs}
-            if all(name in by_task for name in names):
-                rows.append([by_task[name] for name in names])
+        for run in self.runs_of(method):
+            last = self.order_of(run)[-1].name if task is None else task
+            if any(cost.task == last for cost in run.costs):
+                rows.append([cost for cost in run.costs if task in (None, cost.task)])
         if not rows:
             return None
         every = [cost for row in rows for cost in row]
@@ -266,7 +292,19 @@ class Statistics:
         )
 
     def keeps_copies(self, method: str) -> bool:
-        return any(run.keeps_copies for run in self._runs_of(method))
+        return any(run.keeps_copies for run in self.runs_of(method))
+
+
+def kept_share(r: Mapping[tuple[int, int], float], j: int, last: int) -> float | None:
+    """R[T, j] / R[j, j]; None: it was not measured, task j is the last, or R[j, j] is 0."""
+    if j == last or (j, j) not in r or (last, j) not in r or r[j, j] == 0:
+        return None
+    return r[last, j] / r[j, j]
+
+
+def change_since(r: Mapping[tuple[int, int], float], j: int, last: int, sign: int) -> float | None:
+    """sign · (R[T, j] − R[j, j]); None: it was not measured, or task j is the last."""
+    return sign * (r[last, j] - r[j, j]) if j < last and (last, j) in r and (j, j) in r else None
 
 
 def _complete(scores: Iterable[RunScore | None]) -> list[RunScore]:
@@ -281,8 +319,8 @@ def _bounds(tasks: Iterable[ScoredTask]) -> tuple[float, float]:
     return (0.0, math.inf) if any(task.metric in LOWER_IS_BETTER for task in tasks) else (0.0, 1.0)
 
 
-def _by_place(run: Run, tasks: Sequence[ScoredTask]) -> dict[tuple[str, str, str], RunScore]:
+def _by_state(run: Run, tasks: Sequence[str]) -> dict[tuple[str, str, str], RunScore]:
     """(after or JUST_TRAINED, task, evaluation) → score; of several as-trained scores the latest."""
-    order = {task.name: i for i, task in enumerate(tasks)}
-    scores = sorted(run.scores, key=lambda score: order.get(score.after, -1))
+    names = [BASE, *tasks]
+    scores = sorted((s for s in run.scores if s.acting in (SO_FAR, AS_TRAINED)), key=lambda s: names.index(s.after))
     return {(s.after if s.acting == SO_FAR else JUST_TRAINED, s.task, s.evaluation): s for s in scores}

@@ -21,9 +21,9 @@ from loraf_train.adapter.layer import EarlierTasks, LorafLinear
 from loraf_train.retention.statistics import Statistics
 from loraf_train.trainer.penalty import Penalty
 
-PRICE = 3.0  # the smallest λ at the last step; it rises in proportion to the step
+PRICE = 3.0  # the smallest λ once the budget is in force; until then it rises in proportion to the step
 _STRONGEST = 100.0  # λ; beyond it a new task learns nothing
-_IN_FORCE = 0.7  # share of the steps after which the budget itself is allowed
+_IN_FORCE = 0.7  # share of the steps after which price and budget are in force
 # Of the controller: the change of log λ in a step, per unit of log(P / allowed) and of its change since the last step.
 # The first is larger in short runs, so that λ can cross all of its range.
 _INTEGRAL, _INTEGRAL_OF_ALL_STEPS, _PROPORTIONAL = 0.05, 8.0, 0.3
@@ -82,7 +82,7 @@ class Protection(Penalty):
         since = torch.where(self._last_error.isnan(), 0.0, error - self._last_error)
         integral = max(_INTEGRAL, _INTEGRAL_OF_ALL_STEPS / steps)
         self._log_strength += integral * error + _PROPORTIONAL * since
-        self._log_strength.clamp_(math.log(PRICE * step / steps), math.log(_STRONGEST))
+        self._log_strength.clamp_(math.log(PRICE * min(1.0, step / (_IN_FORCE * steps))), math.log(_STRONGEST))
         self._last_error = error
 
     @torch.no_grad()

@@ -19,7 +19,14 @@ from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS
 from loraf_train.settings.comparison import CompareConfig
 from loraf_train.settings.data import DataConfig
 from loraf_train.settings.declare import SettingsModel, Whole, mistake, setting
-from loraf_train.settings.parts import AdapterConfig, CalibrationConfig, Retention, TaskOverrides, TrainingConfig
+from loraf_train.settings.parts import (
+    AdapterConfig,
+    CalibrationConfig,
+    Retention,
+    RetentionConfig,
+    TaskOverrides,
+    TrainingConfig,
+)
 
 Start = Literal["previous", "base"]
 Recipe = Literal["paper", "lori"]
@@ -129,7 +136,7 @@ class RunFile(SettingsModel):
         expects="previous or base",
     )
     retention: Retention = setting(
-        None,
+        RetentionConfig(),
         "How much later tasks may change what earlier ones answer; off trains as the paper's Algorithm 1 does.",
         expects="off, or a mapping such as {budget: 0.2}",
     )

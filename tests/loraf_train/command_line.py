@@ -11,6 +11,7 @@ from loraf_train.cli import main
 TASKS = """
 model: base
 output: ckpt
+retention: off
 adapter: {rank: 8, sparsity: 0.6, dtype: float32}
 calibration: {steps: 2}
 training: {learning_rate: 2e-2, batch_size: 8, max_steps: 12, dropout: 0}

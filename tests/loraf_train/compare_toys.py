@@ -14,6 +14,7 @@ from loraf_train.sequence.preflight import survey
 FILE = """
 model: base
 output: ckpt
+retention: off
 adapter: {rank: 8, sparsity: 0.6, dtype: float32, target_modules: [q_proj, v_proj, down_proj]}
 calibration: {steps: 2}
 training: {learning_rate: 5e-2, batch_size: 8, max_steps: 16, dropout: 0}
@@ -36,6 +37,12 @@ compare:
   methods:
     frozen-a: {training: {learning_rate: 3e-2}}
     lora: {alpha: 8, training: {learning_rate: 1e-2}}
+    lora-decay: {training: {learning_rate: 1e-2}}
+    o-lora: {training: {learning_rate: 1e-2}}
+    ewc: {training: {learning_rate: 1e-2}}
+    replay: {training: {learning_rate: 1e-2}}
+    separate: {training: {learning_rate: 1e-2}}
+    joint: {training: {learning_rate: 1e-2}}
     full: {training: {learning_rate: 5e-3}}
 """
 SHORT = ("training.max_steps=2",)

@@ -71,6 +71,7 @@ def run_config(
     shape = AdapterConfig(
         **{"rank": 8, "sparsity": 0.75, "target_modules": ("q_proj", "v_proj", "down_proj")} | (adapter or {})
     )
+    run = {"retention": None} | run  # Algorithm 1
     return RunConfig(model=str(model), output=output, tasks=tasks, adapter=shape, file=Path("/data/tasks.yaml"), **run)
 
 

@@ -113,6 +113,41 @@ def test_all_mistakes_of_the_section_are_reported_at_once(folder):
     assert all(name in problems["compare.methods.qlora"][1] for name in METHODS)
 
 
+def test_strengths_and_orders_that_mean_nothing_are_refused(folder):
+    problems = problems_of(
+        folder,
+        orders=[["upper", "truth"], ["upper"], ["upper", "upper"], ["upper", "maths"]],
+        methods={
+            "lora": {"strength": 1},
+            "lora-decay": {"training": {"weight_decay": 0.1}},
+            "replay": {"strength": 1.5},
+            "ewc": {"strength": -1, "sparsity": 0.5},
+        },
+    )
+    expected = {
+        **{f"compare.orders[{i}]": "not an order of all tasks" for i in (1, 2, 3)},
+        "compare.methods.lora.strength": "the method lora has no strength",
+        "compare.methods.lora-decay.training.weight_decay": "is this method's strength",
+        "compare.methods.replay.strength": "is a share above 1",
+        "compare.methods.ewc.strength": "out of range",
+    }
+    for field, part in expected.items():
+        message, remedy = problems[field]
+        assert part in message and remedy, field
+    assert problems["compare.orders[1]"][1] == "name each of these once: upper, truth"
+
+
+def test_a_strength_and_the_order_of_a_seed(folder):
+    content = yaml.safe_load(FILE)
+    content["compare"] |= {"orders": [["upper", "truth"], ["truth", "upper"]]}
+    content["compare"]["methods"]["ewc"] = {"strength": 5}
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(content))
+    compare = load(folder / "tasks.yaml").of_method("ewc").compare
+    assert [compare.strength(name) for name in ("ewc", "o-lora", "lora-decay", "replay")] == [5, 0.5, 0.3, 0.02]
+    orders = [compare.order(seed, ("upper", "truth")) for seed in range(4)]
+    assert orders == [("upper", "truth"), ("truth", "upper")] * 2
+
+
 def test_a_file_without_the_section_has_its_defaults(folder):
     content = yaml.safe_load(FILE)
     del content["compare"]
@@ -209,7 +244,7 @@ def test_all_mistakes_are_reported_at_once_and_nothing_is_trained(folder, capsys
     lines = err.splitlines()
     assert len(lines) == 8, err
     for part in (
-        "--methods: there is no method 'dora' → choose from: loraf, random-mask, frozen-a, lora, full",
+        "--methods: there is no method 'dora' → choose from: loraf, loraf-paper, random-mask, frozen-a, lora, ",
         "--seeds: 'x' is not a seed",
         "the package 'peft', needed for the method lora, is not installed → `pip install 'loraf[compare]'`",
         "the package 'scipy', needed for the intervals, is not installed",
@@ -228,6 +263,18 @@ def test_a_package_is_required_only_if_it_is_needed(folder, capsys, monkeypatch,
     options = ["--methods", "full", "--seeds", "0", "--set", SHORT[0]]
     status, _, err = run(capsys, "compare", "tasks.yaml", "--protocol", "single", *options)
     assert status == 0, err
+
+
+def test_one_lora_for_all_tasks_has_one_alpha(folder, capsys, shown):
+    content = yaml.safe_load(FILE)
+    content["tasks"][0]["alpha"] = 5
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(content))
+    options = ["--methods", "joint,ewc,replay,lora", "--seeds", "0", "--set", SHORT[0], "--protocol", "sequence"]
+    options += ["--set", "compare.methods.replay.alpha=4"]
+    status, _, err = run(capsys, "compare", "tasks.yaml", *options)
+    assert status == 2 and not shown
+    assert "compare.methods.joint.alpha: method joint: one LoRA serves all tasks" in err
+    assert "compare.methods.ewc.alpha: " in err and "replay" not in err and "Traceback" not in err
 
 
 def test_tasks_trained_alone_share_no_capacity(folder, capsys, shown):
@@ -250,7 +297,7 @@ def test_the_examples_data_and_configuration(tmp_path):
     make_data.main(["--out", str(tmp_path / "data")])
     shutil.copy(example / "tasks.yaml", tmp_path)
     config = load(tmp_path / "tasks.yaml")
-    assert set(config.methods) == set(METHODS)  # each has its own rate
+    assert set(config.methods) == {"loraf", "random-mask", "frozen-a", "lora", "full"}  # each has its own rate
     assert len(config.compare.seeds) >= 3
     assert sum(1 - task.sparsity for task in config.of_method("loraf").tasks) <= 1
 

@@ -39,8 +39,8 @@ def test_it_gathers_only_what_is_missing_unless_again_is_said(copied, capsys):
 
 def test_a_run_says_what_is_not_protected_and_then_what_was_spent(copied, capsys):
     (copied / "tasks.yaml").write_text((copied / "tasks.yaml").read_text() + THIRD)
-    more = ("--no-eval", "--set", "retention.budget=0.1")
-    status, out, _ = run(capsys, "check", "tasks.yaml", "--set", "retention.budget=0.1")
+    more = ("--no-eval", "--set", "retention={budget: 0.1}")
+    status, out, _ = run(capsys, "check", "tasks.yaml", "--set", "retention={budget: 0.1}")
     assert status == 0 and "statistics take" in out and "not protected: upper, truth" in out
     run(capsys, *PROTECT)
     status, out, _ = run(capsys, "run", "tasks.yaml", *more)
@@ -53,7 +53,7 @@ def test_a_run_says_what_is_not_protected_and_then_what_was_spent(copied, capsys
 
 def test_a_run_over_unprotected_tasks_goes_on_and_names_the_command(copied, capsys):
     (copied / "tasks.yaml").write_text((copied / "tasks.yaml").read_text() + THIRD)
-    status, out, _ = run(capsys, "run", "tasks.yaml", "--no-eval", "--set", "retention.budget=0.1")
+    status, out, _ = run(capsys, "run", "tasks.yaml", "--no-eval", "--set", "retention={budget: 0.1}")
     text = " ".join(out.split())
     assert status == 0 and "without statistics" in text and "upper, truth (`loraf-train protect`" in text
     assert manifests.read(copied / "ckpt").task("third").statistics is not None

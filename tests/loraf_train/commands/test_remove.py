@@ -21,6 +21,7 @@ HEAD, UPPER, TRUTH = re.split(r"(?m)^(?=  - name)", TASKS)
 NEW = """
 model: base
 output: ckpt
+retention: off
 adapter: {rank: 8, sparsity: 0.6, dtype: float32}
 calibration: {steps: 1}
 training: {learning_rate: 2e-2, batch_size: 8, max_steps: 2, dropout: 0}

@@ -14,6 +14,7 @@ from loraf.manifest import positions_per_matrix
 from loraf.sparse import SparseB
 from loraf_train.compare import methods
 from loraf_train.sequence import runner
+from loraf_train.settings.parts import RetentionConfig
 from loraf_train.trainer import loop
 from loraf_train.trainer.order import EpochOrder, derived_seed
 from tests.loraf_train import toys
@@ -47,6 +48,7 @@ class Recorder(methods.Listener):
         self.events: list[str] = []
         self.weights: dict[str, dict[str, torch.Tensor]] = {}
         self.as_trained_weights: dict[str, dict[str, torch.Tensor]] = {}
+        self.selected_weights: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
         self.outcomes: dict[str, methods.TrainedTask] = {}
         self.positions: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -66,6 +68,9 @@ class Recorder(methods.Listener):
     def as_trained(self, task):
         self.as_trained_weights[task.name] = weights(self.bench.model)
 
+    def selected(self, tasks):
+        self.selected_weights[tuple(task.name for task in tasks)] = weights(self.bench.model)
+
 
 def train(name: str, config, folder) -> tuple[Recorder, dict[str, torch.Tensor]]:
     """Trains a method; returns the records and the base's weights, and checks that those are restored."""
@@ -79,7 +84,8 @@ def train(name: str, config, folder) -> tuple[Recorder, dict[str, torch.Tensor]]
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any(p.requires_grad for p in loaded[0].parameters())
     assert not hasattr(loaded[0], "peft_config")
-    assert recorder.events == [f"{event} {task}" for task in SHIFTS for event in ("started", "ended", "trained")]
+    tasks = list(SHIFTS)[-1:] if name == "joint" else SHIFTS
+    assert recorder.events == [f"{event} {task}" for task in tasks for event in ("started", "ended", "trained")]
     return recorder, before
 
 
@@ -204,6 +210,30 @@ def test_loraf_is_this_projects_own_sequence(model_folder, tmp_path):
     assert list(recorder.as_trained_weights) == list(SHIFTS)
 
 
+@pytest.mark.parametrize("name", ["loraf-paper", "random-mask"])
+def test_without_retention_loraf_is_loraf_paper(model_folder, tmp_path, name):
+    """The file's retention matters to loraf alone; a small budget makes its effect visible."""
+    off = config_of(model_folder, tmp_path).model_copy(update={"retention": None})
+    on = off.model_copy(update={"retention": RetentionConfig(budget=1e-3)})
+    of_paper = train(name, on, tmp_path / "on")[0].weights["two"]
+    of_off = train("loraf" if name == "loraf-paper" else name, off, tmp_path / "off")[0].weights["two"]
+    assert all(torch.equal(of_paper[n], of_off[n]) for n in of_paper)
+    assert methods.ALL[name].settings(on, on.tasks[0]) == methods.ALL[name].settings(off, off.tasks[0])
+    if name == "loraf-paper":
+        kept = train("loraf", on, tmp_path / "kept")[0].weights["two"]
+        assert any(not torch.equal(of_paper[n], kept[n]) for n in of_paper)
+
+
+def test_at_the_end_the_model_holds_each_tasks_own_values(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path)
+    recorder, before = train("loraf-paper", config, tmp_path)
+    assert list(recorder.selected_weights) == [("one",), ("two",)]
+    one, two = (recorder.selected_weights[name,] for name in SHIFTS)
+    for name, tensor in recorder.weights["two"].items():  # both on
+        assert torch.equal(one[name], recorder.weights["one"][name])
+        torch.testing.assert_close(one[name] - before[name] + two[name], tensor, rtol=0, atol=1e-6)
+
+
 def test_a_random_mask_has_k_positions_that_no_other_task_owns(model_folder, tmp_path):
     config = config_of(model_folder, tmp_path)
     one, _ = train("random-mask", config, tmp_path)
@@ -247,7 +277,10 @@ def test_settings_hold_only_what_the_method_uses(model_folder, tmp_path):
     assert keys["lora"] == lora | {"dtype"}
     assert keys["frozen-a"] == lora | {"init_std", "dtype"}
     assert keys["random-mask"] == keys["frozen-a"] | {"sparsity", "start"}
-    assert keys["loraf"] == keys["random-mask"] | {"calibration"}
+    assert keys["loraf-paper"] == keys["random-mask"] | {"calibration"}
+    assert keys["loraf"] == keys["loraf-paper"] | {"retention"}
+    assert keys["lora-decay"] == keys["separate"] == keys["joint"] == keys["lora"]
+    assert keys["o-lora"] == keys["ewc"] == keys["replay"] == keys["lora"] | {"strength"}
     assert keys["full"] == {"training", "dtype"}
     assert "dropout" not in methods.ALL["full"].settings(config, config.tasks[0])["training"]
 

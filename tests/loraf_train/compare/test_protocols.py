@@ -20,7 +20,7 @@ from loraf.errors import ConfigError
 from loraf_train.compare import methods, stored
 from loraf_train.compare.general import general_text
 from loraf_train.compare.meter import Meter
-from loraf_train.compare.results import AS_TRAINED, BASE, SO_FAR, Run
+from loraf_train.compare.results import ALONE, AS_TRAINED, BASE, PAIR, SO_FAR, Change, Run
 from loraf_train.sequence import runner
 from loraf_train.settings.data import RecordSource
 from tests.loraf_train.compare_toys import FILE, SHORT, comparison, write_data
@@ -93,13 +93,22 @@ def table(run: Run, acting: str) -> dict[tuple[str, str, str], float]:
 def test_every_cell_of_a_sequence_is_scored_with_its_count(measured):
     _, runs = measured
     for run in runs.values():
-        assert list(table(run, SO_FAR)) == [(after, *place) for after in (BASE, *TASKS) for place in SETS]
-        assert list(table(run, AS_TRAINED)) == [(task, task, name) for task, name in SETS]
+        trained = ("truth",) if run.method == "joint" else TASKS
+        cells = [(after, *place) for after in (BASE, *trained) for place in SETS]
+        if run.method == "separate":
+            cells.remove(("upper", "truth", "one"))
+            cells.remove(("upper", "truth", "two"))
+        assert list(table(run, SO_FAR)) == cells
+        as_trained = [] if run.method == "joint" else [(task, task, name) for task, name in SETS]
+        assert list(table(run, AS_TRAINED)) == as_trained
+        masked = run.method in ("loraf", "loraf-paper", "random-mask")
+        assert list(table(run, ALONE)) == ([("truth", task, name) for task, name in SETS] if masked else [])
         assert {(s.task, s.evaluation): s.count for s in run.scores} == dict(zip(SETS, (9, 9, 3), strict=True))
-        assert [d.after for d in run.drift] == [BASE, *TASKS]
-        assert [c.task for c in run.costs] == list(TASKS)
-        assert run.keeps_copies == (run.method in ("lora", "full", "frozen-a"))
-    learned = {name: table(run, SO_FAR)["upper", "upper", "upper"] for name, run in runs.items()}
+        assert [d.after for d in run.drift] == [BASE, *trained]
+        assert [c.task for c in run.costs] == list(trained)
+        assert run.keeps_copies == (not masked and run.method != "joint")
+        assert run.order == TASKS
+    learned = {name: table(run, SO_FAR)[run.costs[0].task, "upper", "upper"] for name, run in runs.items()}
     assert all(score > 0 for score in learned.values()), learned  # so that the comparison below means something
 
 
@@ -109,7 +118,7 @@ def test_scores_agree_with_scoring_by_hand(measured, name):
     whole, runs = measured
     model = runner.load_model(whole.config)[0]
     bench = methods.Bench((model, *whole.loaded[1:]), whole.data, whole.folder.parent / f"by-hand-{name}")
-    scores, general = {}, {}
+    scores, general, own = {}, {}, {}
     text = whole.general.examples
 
     def loss() -> float:
@@ -124,7 +133,11 @@ def test_scores_agree_with_scoring_by_hand(measured, name):
 
     class ByHand(methods.Listener):
         def trained(self, task, parts):
-            scores.update({(SO_FAR, task.name, *place): s for place, s in by_hand(model, whole).items()})
+            held = by_hand(model, whole)
+            if name == "separate":
+                held = {**own, **{place: s for place, s in held.items() if place[0] == task.name}}
+                own.update(held)
+            scores.update({(SO_FAR, task.name, *place): s for place, s in held.items()})
             general[task.name] = loss()
 
         def as_trained(self, task):
@@ -146,11 +159,13 @@ def test_costs_are_measured(measured):
     for run in runs.values():
         for cost in run.costs:
             assert cost.seconds > 0 and cost.trainable > 0 and cost.file_bytes > cost.trainable
-            assert cost.steps == 16 + (2 if run.method == "loraf" else 0)
+            steps = 32 if run.method == "joint" else 16
+            assert cost.steps == steps + (2 if run.method in ("loraf", "loraf-paper") else 0)
             assert cost.peak_bytes is None or cost.peak_bytes > 10**7
     sizes = {name: run.costs[0].trainable for name, run in runs.items()}
     assert sizes["loraf"] == sizes["random-mask"] < sizes["frozen-a"] < sizes["lora"] < sizes["full"]
-    assert {name for name, run in runs.items() if run.masks} == {"loraf", "random-mask"}
+    assert {sizes[name] for name in ALL if "lora" in name and "loraf" not in name} == {sizes["ewc"]} == {sizes["lora"]}
+    assert {name for name, run in runs.items() if run.masks} == {"loraf", "loraf-paper", "random-mask"}
 
 
 def test_in_protocol_single_each_task_starts_from_the_base(folder):
@@ -171,6 +186,65 @@ def test_in_protocol_single_each_task_starts_from_the_base(folder):
     bench = methods.Bench((model, *whole.loaded[1:]), whole.data, folder / "by-hand")
     methods.ALL["full"].train(bench, second_alone, ByHand())
     assert table(full, SO_FAR)["truth", "truth", "one"] == held["truth", "one"]
+
+
+def test_separate_keeps_the_scores_of_protocol_single(folder, measured):
+    """Those that LoRA reaches on each task alone, with the same seed."""
+    whole = comparison(folder, "single", ("lora",), overrides=("compare.methods.lora.alpha=8",))
+    (alone,) = whole.runs()
+    kept = table(measured[1]["separate"], SO_FAR)
+    for (after, task, evaluation), score in table(alone, SO_FAR).items():
+        if after != BASE:
+            assert kept[task, task, evaluation] == kept["truth", task, evaluation] == score
+
+
+ORDERS = ("compare.orders=[[upper, truth], [truth, upper]]",)
+
+
+def test_each_seed_trains_in_its_order_and_the_run_says_so(folder):
+    whole = comparison(folder, "sequence", ("full",), (3, 4), (*SHORT, *ORDERS))
+    runs = whole.runs()
+    assert [run.order for run in runs] == [TASKS[::-1], TASKS]
+    for run in runs:
+        assert tuple(cost.task for cost in run.costs) == run.order
+        assert tuple(dict.fromkeys(score.after for score in run.scores)) == (BASE, *run.order)
+    single = comparison(folder, "single", ("full",), (3,), (*SHORT, *ORDERS)).config_of("full", 3)
+    assert tuple(task.name for task in single.tasks) == TASKS
+
+
+def test_a_changed_order_is_measured_again(folder, monkeypatch):
+    counted(monkeypatch, pretend=True)
+    comparison(folder, "sequence", ("full",), (3, 4), SHORT).runs()
+    method, printed = counted(monkeypatch, pretend=True), []
+    comparison(folder, "sequence", ("full",), (3, 4), (*SHORT, *ORDERS), printed).runs()
+    assert method.trained == [3]
+    assert (
+        "order was ['upper', 'truth'], is ['truth', 'upper']" in printed[1]
+        and printed[2] == "full, seed 4: measured before"
+    )
+
+
+class ThreeTasks(methods.Full):
+    """Only pretends to train; then reports one pair, and a change of logits."""
+
+    def train(self, bench, config, listener):
+        for task in config.tasks:
+            listener.started(task)
+            listener.ended(task)
+            listener.trained(task, methods.TrainedTask(1, 1, 1))
+        listener.changed("upper", "truth", 0.25, 0.5)
+        listener.selected(config.tasks)
+
+
+def test_pairs_and_changes_are_recorded_and_survive_on_disk(folder, monkeypatch):
+    monkeypatch.setattr(methods, "ALL", {**methods.ALL, "full": ThreeTasks()})
+    (run,) = comparison(folder, "sequence", ("full",), (3,), SHORT).runs()
+    pairs = [(s.task, s.partner, s.evaluation, s.after) for s in run.scores if s.acting == PAIR]
+    assert pairs == [
+        ("upper", "truth", "upper", "truth"), ("truth", "upper", "one", "truth"), ("truth", "upper", "two", "truth"),
+    ]  # fmt: skip
+    assert run.changes == (Change("upper", "truth", 0.25, 0.5),)
+    assert comparison(folder, "sequence", ("full",), (3,), SHORT).runs() == [run]
 
 
 def test_the_model_is_the_base_again_after_all_runs(measured):

@@ -130,7 +130,7 @@ def changed(where: str, value: object):
         (changed("runs[1].scores[0].task", "other"), "runs[1].scores[0].task", "'other' is not a task of the file"),
         (changed("runs[0].scores[0].evaluation", "x"), "runs[0].scores[0].evaluation", "'x' is not an evaluation set"),
         (changed("runs[0].scores[2].after", "x"), "runs[0].scores[2].after", "is not a task of the file"),
-        (changed("runs[0].scores[2].acting", "x"), "runs[0].scores[2].acting", "not so-far or as-trained"),
+        (changed("runs[0].scores[2].acting", "x"), "runs[0].scores[2].acting", "not so-far, as-trained, alone or pair"),
         (changed("runs[0].scores[2].count", 0), "runs[0].scores[2].count", "is below 1"),
         (changed("runs[0].costs[0].task", "x"), "runs[0].costs[0].task", "is not a task of the file"),
         (changed("runs[0].drift[1].after", "x"), "runs[0].drift[1].after", "is not a task of the file"),

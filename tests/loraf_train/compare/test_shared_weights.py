@@ -52,7 +52,7 @@ def tied(tmp_path_factory):
     return exported.build("llama", tmp_path_factory.mktemp("tied") / "base", tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize("name", ["loraf", "frozen-a", "lora"])
+@pytest.mark.parametrize("name", ["loraf", "frozen-a", "lora", "ewc"])
 def test_a_tied_head_is_adapted_alone(name, tied, tmp_path):
     witness, _ = train(name, tied, tmp_path, ["q_proj", "lm_head"])
     assert len(witness.errors) == 2 and max(witness.errors) <= 1e-4, witness.errors

@@ -112,7 +112,7 @@ def test_within_the_budget_a_change_has_its_price_all_the_same():
     protection = Protection(of, [protected("one", 1, later=False)], budget=1e3)
     for step in range(10):
         protection.add_gradient(step, 10)
-        assert protection.state()["log_strength"].exp() == pytest.approx(PRICE * (step + 1) / 10)
+        assert protection.state()["log_strength"].exp() == pytest.approx(PRICE * min(1.0, (step + 1) / 7))
 
 
 def test_more_is_allowed_at_first():
