@@ -76,7 +76,14 @@ def _compare(options: argparse.Namespace) -> int:
     from loraf_train.commands.compare import compare
 
     return compare(
-        options.file, options.set, options.methods, options.protocol, options.seeds, options.out, options.eval_limit
+        options.file,
+        options.set,
+        options.methods,
+        options.protocol,
+        options.seeds,
+        options.out,
+        options.eval_limit,
+        options.stored,
     )
 
 
@@ -260,6 +267,9 @@ def _add_compare(commands: Subcommands) -> None:
         "--out", type=Path, metavar="DIR", help="The folder for results (default: OUTPUT-compare/PROTOCOL)."
     )
     compare.add_argument("--eval-limit", type=_positive, metavar="N", help=EVAL_LIMIT)
+    compare.add_argument(
+        "--stored", action="store_true", help="Train nothing: show the runs that the folder for results holds."
+    )
 
 
 def _add_inspect(commands: Subcommands) -> None:

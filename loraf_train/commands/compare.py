@@ -40,6 +40,7 @@ def compare(
     seeds: str | None,
     folder: Path | None,
     eval_limit: int | None,
+    stored_only: bool = False,
 ) -> int:
     """Trains and scores what the folder of results does not hold yet, then prints and writes all results.
 
@@ -47,6 +48,7 @@ def compare(
         methods, seeds: separated by commas; seeds None: those of the file.
         folder: of the results; None: `<output>-compare/<protocol>`.
         eval_limit: maximum number of examples of each evaluation set; None: all.
+        stored_only: show the runs that the folder holds, and train nothing.
 
     Raises:
         LorafError: everything that is wrong with file, options, model, records and installed packages, before anything
@@ -85,7 +87,13 @@ def compare(
         out.print(f"warning: {warning}")
     with Progress(out) as progress:
         comparison = _comparison(prepared, protocol, method_names, seed_numbers, general, folder, progress, out.print)
-        results = _results(comparison, prepared.model, comparison.runs())
+        comparison = replace(comparison, stored_only=stored_only)
+        runs = comparison.runs()
+    if not runs:
+        remedy = "name methods and seeds that were run, or leave out --stored"
+        raise ConfigError(Problem("holds none of these runs", file=str(folder), remedy=remedy))
+    comparison = replace(comparison, methods=tuple(dict.fromkeys(run.method for run in runs)))
+    results = _results(comparison, prepared.model, runs)
     if group.is_first():
         _show(results, folder, out)
     group.wait()

@@ -70,6 +70,7 @@ class Comparison:
         folder: where finished runs are kept.
         part: adds a part of the work to the progress, as `Progress.part`.
         say: prints a line.
+        stored_only: leave out the runs that are not on disk, instead of training them.
     """
 
     config: RunConfig
@@ -83,6 +84,7 @@ class Comparison:
     folder: Path
     part: Callable[[str], Report]
     say: Callable[[str], None]
+    stored_only: bool = False
 
     def config_of(self, method: str, seed: int) -> RunConfig:
         """The configuration of a run: its tasks in their order, without trackers or saving unfinished tasks."""
@@ -107,14 +109,24 @@ class Comparison:
         runs = []
         for seed in self.seeds:
             for name in self.methods:
+                if self.stored_only and not self._is_stored(name, seed):
+                    self.say(f"{name}, seed {seed}: missing")
+                    continue
                 run = self._run(name, seed, partial(self._measure, name, seed))
                 runs.append(dataclasses.replace(run, scores=base.scores + run.scores, drift=base.drift + run.drift))
         return sorted(runs, key=lambda run: self.methods.index(run.method))
 
+    def _is_stored(self, name: str, seed: int) -> bool:
+        run, _ = stored.find(self._file(name, seed), self._provenance(name, seed))
+        return run is not None
+
+    def _file(self, name: str, seed: int) -> Path:
+        return stored.path_of(self.folder, name if name == OF_BASE else f"{name}-seed{seed}")
+
     def _run(self, name: str, seed: int, measure: Callable[[], Run]) -> Run:
         """Returns a run from disk, or measures it and keeps it there."""
         label = name if name == OF_BASE else f"{name}, seed {seed}"
-        file = stored.path_of(self.folder, name if name == OF_BASE else f"{name}-seed{seed}")
+        file = self._file(name, seed)
         provenance = self._provenance(name, seed)
         run, reason = stored.find(file, provenance)
         group.wait()  # no process may write before all have looked

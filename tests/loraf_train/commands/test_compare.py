@@ -194,6 +194,13 @@ def test_the_command_measures_and_prints_progress(folder, capsys, shown):
     assert status == 0 and shown[1] == results
     assert "full, seed 5: measured before" in out and "training step" not in out
 
+    more = [*arguments[:4], "--methods", "full,random-mask,lora", *arguments[6:], "--seeds", "5,6", "--eval-limit", "4"]
+    status, out, err = run(capsys, *more, "--stored")
+    assert status == 0 and shown[2] == results
+    assert "lora, seed 5: missing" in out and "full, seed 6: missing" in out and "training step" not in out
+    status, out, err = run(capsys, *more, "--stored", "--out", "nothing")
+    assert status == 2 and "nothing: holds none of these runs" in err and "training step" not in out
+
 
 def test_results_are_printed_written_and_drawn(tmp_path, monkeypatch):
     """Tables, file and pictures are made from the results, in the folder of the results."""
