@@ -14,6 +14,7 @@ from loraf.manifest import positions_per_matrix
 from loraf.units import size_text
 from loraf_train.data.examples import IGNORED, Example
 from loraf_train.data.task_data import TaskData
+from loraf_train.retention import base_text
 from loraf_train.retention.extent import EXAMPLES, ROUNDS, stored_bytes
 from loraf_train.sequence.base_checks import BaseModelShape
 from loraf_train.sequence.preflight import PreparedRun, survey
@@ -133,6 +134,17 @@ def _print_retention(out: Console, prepared: PreparedRun) -> None:
         f"retention: budget {config.retention.budget:g}; statistics take {size_text(stored_bytes(shapes))} a task, and "
         f"{EXAMPLES} training examples are read {1 + ROUNDS} times when a task ends"
     )
+    if config.retention.base == base_text.SELF:
+        out.print(
+            f"  the base model is protected on {base_text.SEQUENCES} texts of up to {base_text.NEW_TOKENS} tokens that "
+            "it writes itself when the run starts"
+        )
+    elif prepared.base_text is not None:
+        text = prepared.base_text
+        out.print(
+            f"  the base model is protected on {min(len(text), EXAMPLES)} of {len(text)} examples of {_lengths(text)} "
+            f"tokens of {config.retention.base}"
+        )
     lacking = [task.name for task in existing.tasks if task.statistics is None] if existing else []
     if lacking:
         out.print(f"  without statistics, so not protected: {', '.join(lacking)} (see `loraf-train protect`)")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraf import manifest as manifests
-from loraf.errors import ConfigError, Problem
+from loraf.errors import ConfigError, CorruptCheckpoint, Problem, one_line
 from loraf.folder_lock import locked
 from loraf.units import size_text
 from loraf_train.data.examples import digest_of
@@ -25,9 +25,11 @@ from loraf_train.terminal.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from loraf.checkpoint import Checkpoint
+
 
 def protect(folder: Path, path: Path, overrides: Sequence[str], again: bool) -> int:
-    """Gathers and stores the statistics of the file's finished tasks that have none.
+    """Gathers and stores the statistics of the file's finished tasks that have none, or damaged ones.
 
     Args:
         folder: the checkpoint, in place of the file's `output`.
@@ -58,10 +60,13 @@ def _problems(prepared: PreparedRun) -> list[Problem]:
     for i, task in enumerate(config.tasks):
         if task.name not in existing.task_names:
             continue
-        missing = [name for name in existing.task(task.name).trained_with if name not in existing.task_names]
+        before = existing.task_names[: existing.task_names.index(task.name)]  # one trained again comes later
+        missing = [name for name in existing.task(task.name).trained_with if name not in before]
         if missing:
+            again = ", ".join(name for name in missing if name in existing.task_names)
             message = (
                 f"task {task.name!r} was trained on top of {', '.join(missing)}, which this checkpoint does not have"
+                + (f" as it was then ({again}: trained again since)" if again else "")
             )
             remedy = "leave the task out of the file; what it answered when it was trained is lost"
             problems.append(Problem(message, f"tasks[{i}]", str(config.file), remedy))
@@ -90,8 +95,7 @@ def _protect(prepared: PreparedRun, again: bool, out: Console) -> None:
     lacking = [
         task.name
         for task in config.tasks
-        if task.name in checkpoint.manifest.task_names
-        and (again or checkpoint.manifest.task(task.name).statistics is None)
+        if task.name in checkpoint.manifest.task_names and (again or _lacks_statistics(checkpoint, task.name))
     ]
     if not lacking:
         out.print("every finished task of the file has statistics already (--again gathers them once more)")
@@ -104,10 +108,25 @@ def _protect(prepared: PreparedRun, again: bool, out: Console) -> None:
         report = progress.part("gathering statistics")
         for done, name in enumerate(lacking, 1):
             seed = seeds_of(config.seed, name)[TRAINING_SEED]
-            data = gather_again(base, checkpoint, name, prepared.data[name].train, seed)
+            try:
+                data = gather_again(base, checkpoint, name, prepared.data[name].train, seed)
+            except (RuntimeError, NotImplementedError, ArithmeticError) as error:  # of torch, or of the model's code
+                message = f"the statistics of task {name!r} cannot be gathered ({one_line(error)})"
+                remedy = "try a machine with more memory, or precision: float32"
+                raise ConfigError(Problem(message, remedy=remedy)) from error
             checkpoint.set_statistics(name, data)
             report(done, len(lacking), name)
     for name in lacking:
         stored = checkpoint.manifest.task(name).statistics
         assert stored is not None
         out.print(f"{name}: statistics in {checkpoint.path / stored.path} ({size_text(stored.bytes)})")
+
+
+def _lacks_statistics(checkpoint: Checkpoint, task: str) -> bool:
+    """Whether a task has no statistics, or damaged ones."""
+    from loraf_train.retention.of_checkpoint import stored_statistics
+
+    try:
+        return stored_statistics(checkpoint, task) is None
+    except CorruptCheckpoint:
+        return True

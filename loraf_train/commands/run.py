@@ -74,7 +74,7 @@ def _run(prepared: PreparedRun, evaluate: bool) -> int:
     loaded = runner.load_model(config)
     with Progress(out) as progress:
         observer = RunProgress(prepared, out, progress, evaluate)
-        checkpoint = runner.run(config, prepared.data, observer, loaded)
+        checkpoint = runner.run(config, prepared.data, observer, loaded, base_text=prepared.base_text)
         # scores that an earlier, interrupted run did not measure
         if evaluate and (group.is_first() or sharding.is_sharded(loaded[0])):
             observer.score(checkpoint, loaded[0])

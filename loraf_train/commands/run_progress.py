@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loraf.units import size_text
+from loraf_train.retention import of_base
 from loraf_train.scoring import table
 from loraf_train.sequence.preflight import PreparedRun
 from loraf_train.sequence.runner import Observer
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from loraf.checkpoint import Checkpoint
     from loraf_train.settings.config import TaskConfig
+
+
+_OVER = 1.1  # of the budget; a little more is how steering ends
 
 
 class RunProgress(Observer):
@@ -59,11 +63,16 @@ class RunProgress(Observer):
         )
 
     def retained(self, task: TaskConfig, spent: Mapping[str, float], budget: float) -> None:
-        parts = ", ".join(f"{name} {change:.3f}" for name, change in spent.items())
+        names = {name: "the base model" if name == of_base.NAME else name for name in spent}
+        over = {name: " (over)" if change > _OVER * budget else "" for name, change in spent.items()}
+        parts = ", ".join(f"{names[name]} {change:.3f}{over[name]}" for name, change in spent.items())
+        whose = "logits" if of_base.NAME in spent else "the earlier tasks' logits"
         self._out.print(
-            f"{task.name}: predicted change of the earlier tasks' logits, of a budget of {budget:g}: {parts} "
+            f"{task.name}: predicted change of {whose}, of a budget of {budget:g}: {parts} "
             "(root mean square; the scores with all tasks on show what it costs)"
         )
+        if any(over.values()):
+            self._out.print("  more steps, or a larger retention.budget, would let it end within the budget")
 
     def task_finished(self, checkpoint: Checkpoint, task: TaskConfig, model: PreTrainedModel) -> None:
         finished = checkpoint.manifest.task(task.name)

@@ -14,6 +14,7 @@ process of a run computes the same, without talking to the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from loraf_train.adapter.layer import LorafLinear
     from loraf_train.data.examples import Example
 
-_TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048  # of a batch, padding included
 _EXTRA_COLUMNS = 16  # of Ω beyond the directions kept
 _SMALLEST = 1e-10  # of the largest eigenvalue; below it are rounding errors
 
@@ -46,7 +47,7 @@ def gather(
     seed: int,
     count: int = EXAMPLES,
     rounds: int = ROUNDS,
-    tokens_at_once: int = _TOKENS_AT_ONCE,
+    tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> dict[str, ModuleStatistics]:
     """Returns the statistics of the model as it is, with the layers' values.
 
@@ -99,6 +100,8 @@ class _Sums:
     def statistics(self, tokens: int) -> ModuleStatistics:
         y, omega = self.y.cpu().double() / tokens, self.omega.cpu().double()
         energy = float(self.squares.sum())
+        if not math.isfinite(energy) or not bool(torch.isfinite(self.weighted_z).all()):
+            raise FloatingPointError("the gradient of the logits is not finite")
         c = self.weighted_z.cpu().double() / energy if energy else self.weighted_z.cpu().double()
         directions = _leading(y, omega, self.kept)
         rest = (self.squares.cpu() / tokens - directions.square().sum(1)).clamp(min=0)
@@ -135,10 +138,14 @@ def _watched(
     captured: list[tuple[_Sums, torch.Tensor, torch.Tensor]] = []
 
     def from_here(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.detach().requires_grad_(True)
+        return output.detach().requires_grad_(True).clone()  # CTRL scales it in place, which no leaf allows
 
     def capture(of_module: _Sums) -> Callable[..., None]:
-        return lambda module, inputs, output: captured.append((of_module, inputs[0].detach(), output))
+        def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            if output.requires_grad:  # some models call a layer without gradients; nothing is trained there
+                captured.append((of_module, inputs[0].detach(), output))
+
+        return keep
 
     handles = [model.get_input_embeddings().register_forward_hook(from_here)]
     try:

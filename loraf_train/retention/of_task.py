@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraf_train.retention import gather
+from loraf.errors import one_line
+from loraf_train.retention.gather import TOKENS_AT_ONCE, gather
 from loraf_train.retention.protection import ProtectedTask, Protection
 from loraf_train.retention.statistics import encode
 from loraf_train.trainer.penalty import NO_PENALTY, Penalty
@@ -26,6 +27,7 @@ class RetentionOfTask:
 
     Attributes:
         statistics: content of the task's statistics file, after `gather`; None: there are none.
+        failure: why they could not be gathered; empty if they could.
     """
 
     def __init__(self, settings: RetentionConfig | None, protected: Sequence[ProtectedTask]):
@@ -33,6 +35,7 @@ class RetentionOfTask:
         self._protected = protected
         self._protection: Protection | None = None
         self.statistics: bytes | None = None
+        self.failure = ""
 
     @property
     def budget(self) -> float:
@@ -50,11 +53,25 @@ class RetentionOfTask:
         """Earlier task → root mean square change of its logits by all tasks since, with the layers' present values."""
         return self._protection.changes() if self._protection else {}
 
-    def gather(self, base: TrainableBase, examples: Sequence[Example], seed: int) -> None:
-        """Gathers the statistics of the task, whose layers are in the model, from its training examples."""
-        if self._settings is not None:
-            layers = {name: base.model.get_submodule(name) for name in base.targets}
-            self.statistics = encode(gather.gather(base.model, layers, examples, base.pad_id, seed))  # type: ignore[arg-type]  # LorafLinear
+    def gather(self, base: TrainableBase, examples: Sequence[Example], seed: int, at_once: int | None) -> None:
+        """Gathers the statistics of the task, whose layers are in the model, from its training examples.
+
+        A failure, such as too little memory, does not lose the trained task: it has no statistics then.
+
+        Args:
+            at_once: examples that training computes at once; None: as many as `gather` chooses.
+        """
+        if self._settings is None:
+            return
+        layers = {name: base.model.get_submodule(name) for name in base.targets}
+        tokens = TOKENS_AT_ONCE
+        if at_once is not None:
+            tokens = min(tokens, at_once * max(len(example.input_ids) for example in examples))
+        try:
+            statistics = gather(base.model, layers, examples, base.pad_id, seed, tokens_at_once=tokens)  # type: ignore[arg-type]  # LorafLinear
+            self.statistics = encode(statistics)
+        except (RuntimeError, NotImplementedError, ArithmeticError) as error:  # of torch, or of the model's code
+            self.failure = one_line(error)
 
     @property
     def record(self) -> dict[str, Any]:

@@ -36,16 +36,18 @@ class ProtectedTask:
 
     Attributes:
         later: module → the stored tasks that came after it.
+        price: the smallest λ once the budget is in force.
     """
 
     name: str
     statistics: Statistics
     later: Mapping[str, EarlierTasks]
+    price: float = PRICE
 
 
 def allowed(budget: float, step: int, steps: int) -> float:
     """Returns the mean squared change of a logit that is allowed at a step, from 1: it falls to budget²."""
-    return budget**2 * max(1.0, _IN_FORCE * steps / step)
+    return budget * budget * max(1.0, _IN_FORCE * steps / step)  # a power would refuse an overflow
 
 
 class Protection(Penalty):
@@ -61,6 +63,7 @@ class Protection(Penalty):
         self._budget = budget
         self._tasks = [_Quadratic(layers, task) for task in tasks]
         self.names = [task.name for task in tasks]
+        self._prices = torch.tensor([task.price for task in tasks], dtype=torch.float64)
         self._log_strength = torch.full((len(tasks),), -math.inf, dtype=torch.float64)
         self._last_error = torch.full((len(tasks),), math.nan, dtype=torch.float64)
 
@@ -82,7 +85,8 @@ class Protection(Penalty):
         since = torch.where(self._last_error.isnan(), 0.0, error - self._last_error)
         integral = max(_INTEGRAL, _INTEGRAL_OF_ALL_STEPS / steps)
         self._log_strength += integral * error + _PROPORTIONAL * since
-        self._log_strength.clamp_(math.log(PRICE * min(1.0, step / (_IN_FORCE * steps))), math.log(_STRONGEST))
+        smallest = self._prices * min(1.0, step / (_IN_FORCE * steps))
+        self._log_strength.clamp_(max=math.log(_STRONGEST)).clamp_(min=smallest.log())
         self._last_error = error
 
     @torch.no_grad()

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING
 from loraf import manifest
 from loraf.errors import ConfigError, LorafError, Problem
 from loraf.manifest import Manifest
-from loraf_train.data.examples import digest_of
+from loraf_train.data.examples import Example, digest_of
 from loraf_train.data.task_data import TaskData, load_all
 from loraf_train.processes import launcher
+from loraf_train.retention import base_text
 from loraf_train.sequence.base_checks import BaseModelShape, base_model_shape, load_tokenizer
 from loraf_train.sequence.experts import untouched_experts
 from loraf_train.sequence.model_fit import beyond_context, oversized
 from loraf_train.sequence.provenance import EXAMPLES_DIGEST
 from loraf_train.settings import loading
 from loraf_train.settings.config import RunConfig
+from loraf_train.settings.data import RecordSource
 from loraf_train.terminal.tables import quiet_libraries
 from loraf_train.trainer import trackers
 
@@ -39,6 +41,7 @@ class PreparedRun:
     Attributes:
         existing: the checkpoint in the output folder, if there is one.
         warnings: non-fatal problems.
+        base_text: the general text that `retention.base` names; None: it names none.
     """
 
     config: RunConfig
@@ -47,6 +50,7 @@ class PreparedRun:
     data: dict[str, TaskData]
     existing: Manifest | None
     warnings: list[Problem]
+    base_text: list[Example] | None = None
 
     @property
     def waiting(self) -> list[str]:
@@ -87,6 +91,7 @@ def survey(
     data, data_problems = load_all(config, tokenizer, eval_limit, today)
     problems += data_problems
     problems += trackers.missing(config) + launcher.problems()
+    text = _base_text(config, model, tokenizer, problems)
     existing = _existing(config, problems) if into_checkpoint else None
     if model is not None:
         if into_checkpoint:
@@ -100,7 +105,7 @@ def survey(
         warnings += _edited_data(config, existing, data)
     if problems or model is None or tokenizer is None:
         return None, problems, warnings
-    return PreparedRun(config, model, tokenizer, data, existing, warnings), [], warnings
+    return PreparedRun(config, model, tokenizer, data, existing, warnings, text), [], warnings
 
 
 def recorded_date(output: Path) -> date | None:
@@ -142,6 +147,24 @@ def _model(config: RunConfig, problems: list[Problem]) -> tuple[BaseModelShape |
     except ConfigError as error:
         problems += error.problems
     return shape, tokenizer
+
+
+def _base_text(
+    config: RunConfig,
+    model: BaseModelShape | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    problems: list[Problem],
+) -> list[Example] | None:
+    """The general text that the file names; None if it names none or the text cannot be used."""
+    source = None if config.retention is None else config.retention.base
+    if source == base_text.SELF and launcher.sharding() is not None:
+        problems.append(base_text.sharded_problem(str(config.file)))
+    if isinstance(source, RecordSource) and model is not None and tokenizer is not None:
+        try:
+            return base_text.read(source, tokenizer, model.context, model.vocabulary)
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    return None
 
 
 def _existing(config: RunConfig, problems: list[Problem]) -> Manifest | None:

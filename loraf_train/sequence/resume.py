@@ -45,6 +45,7 @@ _STATE_FILE = re.compile(r"\.?state-(\d+)\.(json|safetensors)(\.\d+\.tmp)?")
 _TEMPORARY = re.compile(r"\.(?:loraf\.json|.+\.safetensors)\.(\d+)\.tmp")  # of loraf.checkpoint.write_durably
 DROPOUT, BY_TOKEN = "dropout", "by token"  # in the provenance if the task draws anything; older states lack it
 RETENTION = "retention"  # in the provenance if earlier tasks are protected; older states lack it
+GENERAL = "general"  # in the provenance if the base model is protected: the digest of the text
 DATE = "date"  # in the provenance if the prompts name one
 _LARGEST_RECORD = 1 << 24  # bytes
 _POSITIONS = "mask."  # prefix of the stored tensors' names; part of the format, like the fields of _Record
@@ -319,6 +320,7 @@ _CHANGED_PARTS = {
     "examples": "the training data",
     "earlier": "the adapter's A or its earlier tasks",
     "base": "the base model's weights",
+    "general": "the general text that protects the base model",
 }
 
 

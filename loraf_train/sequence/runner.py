@@ -34,6 +34,7 @@ from loraf_train.adapter import model_limits, sharding
 from loraf_train.adapter.trainable_base import TrainableBase, earlier_tasks, find_targets, projections, shapes_of
 from loraf_train.data.examples import digest_of
 from loraf_train.processes import group, launcher
+from loraf_train.retention.of_base import ProtectedBase, protected_base
 from loraf_train.retention.of_checkpoint import protected_tasks, unprotected
 from loraf_train.retention.of_task import RetentionOfTask
 from loraf_train.sequence import provenance, resume
@@ -48,6 +49,7 @@ from loraf_train.trainer.randomness import own_randomness
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from loraf_train.data.examples import Example
     from loraf_train.data.task_data import TaskData
     from loraf_train.retention.protection import ProtectedTask
     from loraf_train.settings.config import RunConfig, TaskConfig
@@ -87,7 +89,8 @@ class Observer:
         """The task was trained under retention.
 
         Args:
-            spent: earlier task → root mean square change of its logits by all later tasks, as its statistics predict.
+            spent: earlier task → root mean square change of its logits by all later tasks, as its statistics predict;
+                for the base model `of_base.NAME`.
         """
 
     def unprotected(self, tasks: Sequence[str]) -> None:
@@ -161,6 +164,7 @@ def run(
     observer: Observer | None = None,
     loaded: Loaded | None = None,
     select_positions: SelectPositions = calibrate,
+    base_text: Sequence[Example] | None = None,
 ) -> Checkpoint:
     """Trains every task that `config.output` does not have yet.
 
@@ -169,14 +173,15 @@ def run(
             finished tasks).
         loaded: result of `load_model`; None: load it here.
         select_positions: replaces calibration. The checkpoint does not record it, so use another output folder.
+        base_text: the general text that `retention.base` names; None: it is read here.
 
     Raises:
-        ConfigError: all obstacles to the run, before anything is trained: see `conflicts.obstacles`.
+        ConfigError: all obstacles to the run, before anything is trained: see `conflicts.obstacles`, `protected_base`.
         CheckpointError: the checkpoint in `config.output` cannot be read or written, or another process writes to it.
     """
     loaded = loaded or load_model(config)
     with locked(config.output, "loraf-train run") if group.is_first() else contextlib.nullcontext():
-        return _run(config, data, observer, loaded, select_positions)
+        return _run(config, data, observer, loaded, select_positions, base_text)
 
 
 def _run(
@@ -185,6 +190,7 @@ def _run(
     observer: Observer | None,
     loaded: Loaded,
     select_positions: SelectPositions,
+    base_text: Sequence[Example] | None,
 ) -> Checkpoint:
     model, tokenizer, folder = loaded
     targets = find_targets(model, config.adapter.target_modules, str(config.file))
@@ -203,6 +209,7 @@ def _run(
     finished = checkpoint.manifest.task_names
     group.first_writes(lambda: resume.tidy(config.output, finished), lambda: None)
     base: TrainableBase | None = None
+    of_base: ProtectedBase | None = None
     for task in config.tasks:
         if task.name in checkpoint.manifest.task_names:
             observer.task_kept(checkpoint, task)
@@ -213,9 +220,10 @@ def _run(
             model.requires_grad_(False)
             pad_id = model_limits.padding_id(tokenizer, model_limits.vocabulary(model))
             base = TrainableBase(model, targets, projections(checkpoint, targets), pad_id, config.output)
+            of_base = protected_base(base, tokenizer, config, base_text)
         observer.task_started(task)
         task_data = data(task) if callable(data) else data[task.name]
-        checkpoint = _add_task(base, config, task, task_data, checkpoint, observer, select_positions)
+        checkpoint = _add_task(base, config, task, task_data, checkpoint, observer, select_positions, of_base)
         before = _weight_sample(targets)
         observer.task_finished(checkpoint, task, model)
         if not torch.equal(before, _weight_sample(targets)):
@@ -242,6 +250,7 @@ def _add_task(
     checkpoint: Checkpoint,
     observer: Observer,
     select_positions: SelectPositions,
+    of_base: ProtectedBase | None,
 ) -> Checkpoint:
     """Takes a task through both phases and commits it; returns the checkpoint that has it."""
     trained_with = checkpoint.manifest.task_names if task.start == "previous" else ()
@@ -249,8 +258,9 @@ def _add_task(
     taken = {module: [values[module] for values in checkpoint.tasks.values()] for module in base.targets}
     seeds = seeds_of(config.seed, task.name)
     _require_one_date(task, data, base.model.device)
-    protected = protected_tasks(checkpoint) if config.retention is not None else []
-    store = _resume_store(base, config, task, data, checkpoint, protected)
+    protected = [] if of_base is None else [of_base.as_task(checkpoint)]
+    protected += protected_tasks(checkpoint) if config.retention is not None else []
+    store = _resume_store(base, config, task, data, checkpoint, protected, of_base)
     for remark in store.remarks:
         observer.remarked(task, remark)
     if store.state is not None:
@@ -277,7 +287,12 @@ def _add_task(
     def on_trained() -> None:
         if retention.spent:
             observer.retained(task, retention.spent, retention.budget)
-        retention.gather(base, data.train, seeds[TRAINING_SEED])
+        retention.gather(base, data.train, seeds[TRAINING_SEED], task.training.micro_batch_size)
+        if retention.failure:
+            remark = (
+                f"its statistics could not be gathered ({retention.failure}), so later tasks may change its answers"
+            )
+            observer.remarked(task, remark)
         observer.trained(task, base.model)
 
     values, outcome = train_task(
@@ -348,13 +363,15 @@ def _resume_store(
     data: TaskData,
     checkpoint: Checkpoint,
     protected: Sequence[ProtectedTask],
+    of_base: ProtectedBase | None,
 ) -> resume.ResumeStore:
     """The store for a task's unfinished state. Of the data only the training examples matter."""
     retention: dict[str, Any] = {}
     if config.retention is not None and protected:
-        files = {t.name: t.statistics for t in checkpoint.manifest.tasks}
-        statistics = {t.name: file.sha256 for t in protected if (file := files[t.name]) is not None}
+        statistics = {t.name: t.statistics.sha256 for t in checkpoint.manifest.tasks if t.statistics is not None}
         retention = {resume.RETENTION: {"budget": config.retention.budget, "statistics": statistics}}
+    if of_base is not None:
+        retention[resume.GENERAL] = of_base.text
     settings = {name: part for name, part in provenance.settings(config, task).items() if name != "data"}
     environment = provenance.environment(base.model)
     return resume.ResumeStore(

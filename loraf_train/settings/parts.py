@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationInfo
 
 from loraf.limits import MAX_RANK
-from loraf_train.settings.declare import Number, SettingsModel, Whole, setting
+from loraf_train.settings.data import RecordSource
+from loraf_train.settings.declare import Number, SettingsModel, Whole, mistake, setting
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -24,6 +25,15 @@ def _trackers(value: Any) -> Any:
 def _on_or_off(value: Any) -> Any:
     """Accepts YAML's off and on, which are booleans, and the words."""
     return {"off": None, "on": {}, False: None, True: {}}.get(value, value) if isinstance(value, bool | str) else value
+
+
+def _off_self_or_source(value: Any, info: ValidationInfo) -> Any:
+    """Accepts off, self, or a source of records."""
+    if value is None or value is False or value == "off":
+        return None
+    if value is True or value == "on":
+        raise mistake("does not say which text")
+    return value if value == "self" else RecordSource.model_validate(value, context=info.context)
 
 
 class AdapterConfig(SettingsModel):
@@ -136,6 +146,13 @@ class RetentionConfig(SettingsModel):
         "Root mean square change of an earlier task's logit that all later tasks together may cause, as predicted.",
         expects="a number above 0, for example 0.2",
         gt=0,
+    )
+    base: Annotated[Literal["self"] | RecordSource | None, BeforeValidator(_off_self_or_source)] = setting(
+        None,
+        "General text on which the base model's own answers are kept as well: a data file, or self for text that the "
+        "model writes; by default they are not kept.",
+        expects="off, self, or a data file of general text",
+        exclude_if=lambda value: value is None,
     )
 
 

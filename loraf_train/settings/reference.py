@@ -16,6 +16,7 @@ from loraf_train.settings.problems import model_in
 
 REQUIRED = "required"
 _VALIDATED_ALONE: dict[str, type[BaseModel]] = {"tasks": TaskEntry}  # RunFile leaves these to a model of their own
+_DESCRIBED_ELSEWHERE = {"retention.base"}  # a source of records, as data.train
 _SCALARS = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path"}
 
 
@@ -53,7 +54,7 @@ def _describe(model: type[BaseModel], prefix: str, described: set[type[BaseModel
         key = prefix + name
         kind = f"list of {_type_text(section)}" if key in _VALIDATED_ALONE else _type_text(field.annotation)
         yield SettingDescription(key, kind, _default_text(field, section), field.description or "", expects(field))
-        if section is not None and section not in described:
+        if section is not None and section not in described and key not in _DESCRIBED_ELSEWHERE:
             yield from _describe(section, f"{key}{_entry_text(kind)}.", described)
 
 

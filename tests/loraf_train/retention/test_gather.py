@@ -101,6 +101,30 @@ def test_the_model_is_left_as_it_was(base_and_layers):
     assert not base.model.training and not base.model.get_input_embeddings()._forward_hooks
 
 
+def test_a_layer_that_the_model_calls_without_gradients_has_no_statistics(base_and_layers, monkeypatch):
+    """As the indexers of DeepSeek V3.2 and GLM's models with its attention."""
+    base, layers = base_and_layers
+    name = "model.layers.1.self_attn.q_proj"
+    usual = gather(base.model, layers, toys.examples(7, 4), toys.PAD, seed=3)
+    monkeypatch.setattr(layers[name], "forward", torch.no_grad()(layers[name].forward))
+    found = gather(base.model, layers, toys.examples(7, 4), toys.PAD, seed=3)
+    assert not any(part.any() for part in (found[name].directions, found[name].rest, found[name].factor))
+    other = "model.layers.1.self_attn.v_proj"
+    torch.testing.assert_close(found[other].factor, usual[other].factor)
+
+
+def test_a_model_may_change_its_embedded_text_in_place(base_and_layers, monkeypatch):
+    """As CTRL does."""
+    base, layers = base_and_layers
+    norm = base.model.model.layers[0].input_layernorm
+    usual = norm.forward
+    expected = gather(base.model, layers, toys.examples(7, 4), toys.PAD, seed=3)
+    monkeypatch.setattr(norm, "forward", lambda embedded: usual(embedded.mul_(1.0)))
+    found = gather(base.model, layers, toys.examples(7, 4), toys.PAD, seed=3)
+    for name in found:
+        torch.testing.assert_close(found[name].factor, expected[name].factor)
+
+
 @pytest.mark.parametrize(
     ("module", "within"),
     [("self_attn.q_proj", 0.2), ("mlp.down_proj", 0.2), ("self_attn.v_proj", 0.6)],  # its tokens are not independent

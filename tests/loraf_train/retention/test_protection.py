@@ -122,6 +122,16 @@ def test_more_is_allowed_at_first():
     assert allowances[69:] == pytest.approx([0.2**2] * 31)
 
 
+@pytest.mark.parametrize("budget", [1e-200, 1e200])
+def test_a_budget_whose_square_is_no_number_is_like_a_very_small_or_large_one(budget):
+    of = layers()
+    protection = Protection(of, [protected("one", 1, later=False)], budget)
+    for step in range(10):
+        protection.add_gradient(step, 10)
+    assert protection.state()["log_strength"].exp() == pytest.approx(100 if budget < 1 else PRICE)
+    assert all(layer.values.grad.isfinite().all() for layer in of.values())
+
+
 def test_its_state_is_all_that_the_next_step_depends_on():
     of, again = layers(), layers()
     task = protected("one", 1, later=True)

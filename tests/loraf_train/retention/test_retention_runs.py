@@ -15,6 +15,7 @@ from loraf.checkpoint import Checkpoint
 from loraf.delta import Merger
 from loraf.errors import CorruptCheckpoint
 from loraf_train.adapter.trainable_base import TrainableBase, find_targets, projections
+from loraf_train.retention.gather import gather
 from loraf_train.retention.measured import completion_logits, root_mean_square_change
 from loraf_train.retention.of_checkpoint import gather_again, protected_tasks, stored_statistics
 from loraf_train.retention.statistics import mean_square_change
@@ -178,3 +179,29 @@ def test_a_base_in_bfloat16_is_protected_as_well(model_folder, tmp_path):
     listener = Listener()
     runner.run(on, DATA, listener)
     assert listener.spent["two"]["one"] < 1.15 * ON.budget
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), NotImplementedError("no embedding")])
+def test_a_task_whose_statistics_fail_is_kept_without_them(model_folder, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("loraf_train.retention.of_task.gather", fail)
+    on = config(model_folder, tmp_path / "ckpt", ON, names=("one",), max_steps=2)
+    checkpoint = runner.run(on, DATA, listener := Listener())
+    assert checkpoint.manifest.task("one").statistics is None
+    (remark,) = listener.remarks
+    assert "statistics could not be gathered (" in remark and str(error) in remark
+
+
+def test_no_more_is_computed_at_once_than_in_training(model_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(*arguments, tokens_at_once, **keywords):
+        seen.append(tokens_at_once)
+        return gather(*arguments, tokens_at_once=tokens_at_once, **keywords)
+
+    monkeypatch.setattr("loraf_train.retention.of_task.gather", spy)
+    on = config(model_folder, tmp_path / "ckpt", ON, names=("one",), max_steps=2, micro_batch_size=2)
+    runner.run(on, DATA)
+    assert seen == [2 * max(len(example.input_ids) for example in DATA["one"].train)]
