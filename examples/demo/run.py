@@ -3,8 +3,9 @@
 1. trains two tasks in sequence on the embedded model (`loraf-train run`)
 2. serves the checkpoint on vLLM (`loraf-serve`)
 3. asks the same questions of {first}, {second}, {both}, as trained, and base, over gRPC
-4. prints each task's accuracy under each set, on held-out examples
-5. stops the server; exits 1 unless each task reaches 0.90 as trained and stays at or under 0.20 under base
+4. prints each task's accuracy under each set, on held-out examples, and what the first task keeps without retention
+5. stops the server; exits 1 unless each task reaches 0.90 as trained and with both tasks on, and stays at or under 0.20
+   under base
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -28,7 +30,8 @@ from loraf_serve.launch import launch
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "tasks.yaml"
-AS_TRAINED_AT_LEAST = 0.90
+COMPARISON = HERE.parent / "retention" / "results" / "two" / "results.json"
+AT_LEAST = 0.90  # as trained, and with both tasks on
 BASE_AT_MOST = 0.20
 EXAMPLES_SHOWN = 2
 
@@ -111,6 +114,11 @@ def main() -> int:
         results = accuracies(server.client, tasks)
         status = server.stop()
     show(results, console)
+    first, second = tasks
+    console.print(
+        f"With the masks alone, {first} falls to {masks_alone(first, second):.3f} with {second} on too "
+        f"(method loraf-paper in {COMPARISON.relative_to(HERE.parents[1])}, mean over its seeds)."
+    )
 
     seconds = time.monotonic() - began
     console.print(
@@ -131,15 +139,29 @@ def show(results: dict[str, dict[str, tuple[int, int]]], console: Console) -> No
     console.print(table)
 
 
+def masks_alone(first: str, second: str) -> float:
+    """Returns the accuracy of the first task after the second, all on, as the paper trains, from the comparison."""
+    runs = [run for run in json.loads(COMPARISON.read_text())["runs"] if run["method"] == "loraf-paper"]
+    return statistics.mean(
+        score["score"]
+        for run in runs
+        for score in run["scores"]
+        if (score["task"], score["after"], score["acting"]) == (first, second, "so-far")
+        and run["order"] == [first, second]
+    )
+
+
 def verdict(results: dict[str, dict[str, tuple[int, int]]]) -> list[str]:
     """Returns the accuracies that miss their thresholds."""
     failures = []
     for task, row in results.items():
-        trained, base = (right / count for right, count in (row["as trained"], row["base"]))
-        if trained < AS_TRAINED_AT_LEAST:
-            failures.append(f"{task} as trained: {trained:.3f}, at least {AS_TRAINED_AT_LEAST} expected")
-        if base > BASE_AT_MOST:
-            failures.append(f"{task} under base: {base:.3f}, at most {BASE_AT_MOST} expected")
+        share = {label: right / count for label, (right, count) in row.items()}
+        both = f"{{{', '.join(results)}}}"
+        for label in ("as trained", both):
+            if share[label] < AT_LEAST:
+                failures.append(f"{task} under {label}: {share[label]:.3f}, at least {AT_LEAST} expected")
+        if share["base"] > BASE_AT_MOST:
+            failures.append(f"{task} under base: {share['base']:.3f}, at most {BASE_AT_MOST} expected")
     return failures
 
 

@@ -45,9 +45,8 @@ def test_a_run_says_what_is_not_protected_and_then_what_was_spent(copied, capsys
     run(capsys, *PROTECT)
     status, out, _ = run(capsys, "run", "tasks.yaml", *more)
     assert status == 0
-    spent = re.search(
-        r"third: predicted change .* of a budget of 0.1: upper (\S+)(?: \(over\))?, truth (\S+) ", out.replace("\n", " ")
-    )
+    pattern = r"third: predicted change .* of a budget of 0.1: upper (\S+)(?: \(over\))?, truth (\S+) "
+    spent = re.search(pattern, out.replace("\n", " "))
     assert spent and all(float(number) > 0 for number in spent.groups())
 
 
