@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from loraf import __version__
 from loraf.errors import LorafError
+from loraf_train import dispatch
 
 if TYPE_CHECKING:
     Command = Callable[[argparse.Namespace], int]
@@ -49,132 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-# --- commands: each imports what it needs only when it runs -------------------------------------------------------
-
-
-def _run(options: argparse.Namespace) -> int:
-    from loraf_train.commands.run import run
-
-    return run(options.file, options.set, not options.no_eval, options.eval_limit)
-
-
-def _check(options: argparse.Namespace) -> int:
-    from loraf_train.commands.check import check
-
-    return check(options.file, options.set)
-
-
-def _eval(options: argparse.Namespace) -> int:
-    from loraf_train.commands.eval import evaluate
-
-    return evaluate(
-        options.file, options.set, options.tasks, options.as_trained, options.base, options.limit, options.json
-    )
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from loraf_train.commands.compare import compare
-
-    return compare(
-        options.file,
-        options.set,
-        options.methods,
-        options.protocol,
-        options.seeds,
-        options.out,
-        options.eval_limit,
-        options.stored,
-    )
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from loraf_train.commands.inspect import inspect
-
-    return inspect(
-        _local_folder(options.checkpoint, statistics=options.verify), options.verify, options.json, options.layers
-    )
-
-
-def _export(options: argparse.Namespace) -> int:
-    from loraf_train.commands.export import export
-
-    return export(
-        _local_folder(options.checkpoint),
-        options.out,
-        options.format,
-        options.tasks,
-        options.as_trained,
-        options.model,
-        options.dtype,
-        options.allow_other_base,
-        options.revision,
-    )
-
-
-def _import(options: argparse.Namespace) -> int:
-    from loraf_train.commands.import_ import import_task
-
-    return import_task(
-        options.folder,
-        options.into,
-        options.name,
-        options.tasks,
-        options.sparsity,
-        options.dtype,
-        options.allow_lossy,
-        options.allow_other_base,
-    )
-
-
-def _remove(options: argparse.Namespace) -> int:
-    from loraf_train.commands.remove import remove
-
-    return remove(options.checkpoint, options.task, options.dry_run)
-
-
-def _protect(options: argparse.Namespace) -> int:
-    from loraf_train.commands.protect import protect
-
-    return protect(options.checkpoint, options.file, options.set, options.again)
-
-
-def _tune_weights(options: argparse.Namespace) -> int:
-    from loraf_train.commands.tune_weights import tune_weights
-
-    return tune_weights(
-        options.checkpoint, options.file, options.set, options.tasks, options.name, options.replace, options.limit
-    )
-
-
-def _card(options: argparse.Namespace) -> int:
-    from loraf_train.commands.push import card
-
-    return card(options.checkpoint, options.write, options.name, options.with_statistics)
-
-
-def _push(options: argparse.Namespace) -> int:
-    from loraf_train.commands.push import push
-
-    return push(
-        options.checkpoint,
-        options.repository,
-        options.private,
-        options.revision,
-        options.message,
-        options.with_statistics,
-    )
-
-
-def _local_folder(checkpoint: str, statistics: bool = False) -> Path:
-    """A checkpoint's folder; one on the hub is downloaded first, on request with its statistics."""
-    from loraf.hub import checkpoint_folder
-
-    return checkpoint_folder(checkpoint, statistics=statistics)
-
-
-# --- the command line --------------------------------------------------------------------------------------------
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line with every subcommand; the reference page is generated from it."""
     parser = argparse.ArgumentParser(
@@ -205,7 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_run(commands: Subcommands) -> None:
     run = _add_file_command(
-        commands, "run", _run, "Train every task of the file that its checkpoint does not have yet, and score them."
+        commands,
+        "run",
+        dispatch.run,
+        "Train every task of the file that its checkpoint does not have yet, and score them.",
     )
     run.add_argument("--no-eval", action="store_true", help="Train only, and measure no scores.")
     run.add_argument("--eval-limit", type=_positive, metavar="N", help=EVAL_LIMIT)
@@ -215,7 +93,7 @@ def _add_check(commands: Subcommands) -> None:
     _add_file_command(
         commands,
         "check",
-        _check,
+        dispatch.check,
         "Check the file, the model and all records; print an example of each task, its capacity and a run's memory.",
         "Nothing is trained.",
     )
@@ -223,7 +101,10 @@ def _add_check(commands: Subcommands) -> None:
 
 def _add_eval(commands: Subcommands) -> None:
     evaluate = _add_file_command(
-        commands, "eval", _eval, "Score the file's checkpoint under one or more task sets (default: all tasks on)."
+        commands,
+        "eval",
+        dispatch.eval_,
+        "Score the file's checkpoint under one or more task sets (default: all tasks on).",
     )
     evaluate.add_argument(
         "--tasks", action="append", default=[], metavar="SET", help=f"Score this task set: {TASK_SET}; repeatable."
@@ -244,7 +125,7 @@ def _add_compare(commands: Subcommands) -> None:
     compare = _add_file_command(
         commands,
         "compare",
-        _compare,
+        dispatch.compare,
         "Train the file's tasks with several methods and seeds, and write tables and pictures of the results.",
     )
     compare.add_argument(
@@ -273,7 +154,7 @@ def _add_compare(commands: Subcommands) -> None:
 
 
 def _add_inspect(commands: Subcommands) -> None:
-    inspect = _add_command(commands, "inspect", _inspect, "Show what a checkpoint holds.")
+    inspect = _add_command(commands, "inspect", dispatch.inspect, "Show what a checkpoint holds.")
     inspect.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT_OR_HUB_ID)
     inspect.add_argument("--verify", action="store_true", help="Read every file, rebuild every A, check every digest.")
     inspect.add_argument(
@@ -283,7 +164,7 @@ def _add_inspect(commands: Subcommands) -> None:
 
 
 def _add_export(commands: Subcommands) -> None:
-    export = _add_command(commands, "export", _export, "Write a task set as a PEFT adapter or a full model.")
+    export = _add_command(commands, "export", dispatch.export, "Write a task set as a PEFT adapter or a full model.")
     export.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT_OR_HUB_ID)
     task_set = export.add_mutually_exclusive_group(required=True)
     task_set.add_argument("--tasks", metavar="SET", help=f"Export this task set: {TASK_SET}.")
@@ -317,7 +198,7 @@ def _add_import(commands: Subcommands) -> None:
     import_ = _add_command(
         commands,
         "import",
-        _import,
+        dispatch.import_,
         "Add an adapter that was trained elsewhere to a checkpoint, as a new task.",
         "The adapter is a LoRA in PEFT's format or a task set of another LoRAF checkpoint. One that uses the "
         "checkpoint's own A is copied exactly; any other is approximated at free positions, and refused if the "
@@ -350,7 +231,7 @@ def _add_remove(commands: Subcommands) -> None:
     remove = _add_command(
         commands,
         "remove",
-        _remove,
+        dispatch.remove,
         "Remove a task from a checkpoint and free its positions.",
         "The task's values and statistics are deleted, and named sets with it. Tasks that were trained on top of it "
         "stay, but can no longer be served as they were trained.",
@@ -364,7 +245,7 @@ def _add_protect(commands: Subcommands) -> None:
     protect = _add_file_command(
         commands,
         "protect",
-        _protect,
+        dispatch.protect,
         "Gather the statistics of finished tasks, so that later tasks keep what they answer.",
         "For tasks that were trained without retention. Needs the records that they were trained on.",
         of_checkpoint=True,
@@ -376,7 +257,7 @@ def _add_tune_weights(commands: Subcommands) -> None:
     tune_weights = _add_file_command(
         commands,
         "tune-weights",
-        _tune_weights,
+        dispatch.tune_weights,
         "Choose a weight for each of some tasks without training, and store them as a named set.",
         "Every evaluation set is split in two by the file's seed: one half chooses the weights, the other is held out "
         "and scored.",
@@ -391,7 +272,7 @@ def _add_tune_weights(commands: Subcommands) -> None:
 
 
 def _add_card(commands: Subcommands) -> None:
-    card = _add_command(commands, "card", _card, "Print a model card for the hub, generated from the manifest.")
+    card = _add_command(commands, "card", dispatch.card, "Print a model card for the hub, generated from the manifest.")
     card.add_argument("checkpoint", metavar="CKPT", help=CHECKPOINT_OR_HUB_ID)
     card.add_argument(
         "--name", metavar="NAME", help="The checkpoint's name on the card, such as org/name (default: CKPT)."
@@ -408,7 +289,7 @@ def _add_push(commands: Subcommands) -> None:
     push = _add_command(
         commands,
         "push",
-        _push,
+        dispatch.push,
         "Upload a checkpoint to the hub.",
         "The checkpoint is verified first. One commit then uploads the manifest, the tasks and a model card (the "
         "folder's README.md, or one generated from the manifest). Other files in the folder are not uploaded.",

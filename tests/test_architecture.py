@@ -26,6 +26,7 @@ from tests.source_tree import (
 # room as well.
 LORAF_TRAIN = (
     "cli",
+    "dispatch",
     "commands",
     "compare",
     "sequence",

@@ -64,7 +64,7 @@ class Stopper(runner.Observer):
 def run_config(
     model: Path, output: Path, seconds: float = 0.0, names: tuple[str, ...] = NAMES, **training
 ) -> RunConfig:
-    """Tasks with retention, dropout, warm-up, schedule, momentum, weight decay; 2 epochs of 3 steps of 2 micro-batches."""
+    """Tasks with retention, dropout, warm-up, schedule, momentum, weight decay; 2 epochs of 3 steps of 2 batches."""
     settings = {
         "max_steps": None,
         "epochs": 2.0,

@@ -18,11 +18,9 @@ import torch
 
 from loraf.errors import ConfigError
 from loraf_train.compare import methods, stored
-from loraf_train.compare.general import general_text
 from loraf_train.compare.meter import Meter
 from loraf_train.compare.results import ALONE, AS_TRAINED, BASE, PAIR, SO_FAR, Change, Run
 from loraf_train.sequence import runner
-from loraf_train.settings.data import RecordSource
 from tests.loraf_train.compare_toys import FILE, SHORT, comparison, write_data
 from tests.standins import make_model
 
@@ -378,27 +376,6 @@ def test_a_stored_run_is_read_back_unchanged(measured, tmp_path):
 
 
 # --- the parts --------------------------------------------------------------------------------------------------
-
-
-def test_general_text_longer_than_the_context_is_divided_and_every_token_counts(folder, measured):
-    tokenizer = measured[0].loaded[1]
-    (folder / "long.jsonl").write_text(json.dumps({"text": "a" * 100}) + "\n" + json.dumps({"text": ""}) + "\n")
-    general = general_text(RecordSource(file=folder / "long.jsonl"), tokenizer, 40)
-    assert [len(e.example.input_ids) for e in general.examples] == [40, 40, 21]  # <s> and 100 bytes
-    assert general.tokens == 101 - 3  # the first of each piece is predicted from nothing
-
-
-def test_general_records_may_have_a_prompt(folder, measured):
-    tokenizer = measured[0].loaded[1]
-    general = general_text(RecordSource(file=folder / "upper.jsonl"), tokenizer, 1024)
-    assert general.tokens == 9 * 3  # two letters and the end of sequence
-
-
-@pytest.mark.parametrize("record", [{"text": 3}, {"text": ""}])
-def test_general_text_that_is_missing_or_too_short_is_refused(folder, measured, record):
-    (folder / "odd.jsonl").write_text(json.dumps(record) + "\n")
-    with pytest.raises(ConfigError, match=r"odd\.jsonl"):
-        general_text(RecordSource(file=folder / "odd.jsonl"), measured[0].loaded[1], 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports and resets a process's peak memory")
