@@ -113,7 +113,7 @@ def method_of(shape: str, options):
         folder = base_model.resolve("tiny", None, "")
         make = training_methods.make_model
         training_methods.make_model = lambda _: transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
         ).requires_grad_(False)
         method = training_methods.Method("loraf", setting)
         training_methods.make_model = make

@@ -178,7 +178,7 @@ def test_an_interrupted_run_goes_on_to_the_golden_bytes(tmp_path):
         pytest.skip(f"trained bits belong to the versions that they were made with, {before}; here are {now}")
     shutil.copytree(HERE / "interrupted", tmp_path, dirs_exist_ok=True)
     ran = subprocess.run(
-        [sys.executable, "-m", "loraf_train.cli", "run", str(tmp_path / "tasks.yaml")],
+        [sys.executable, "-m", "loraf_train.cli", "run", str(tmp_path / "tasks.yaml"), "--set", "retention=off"],
         cwd=ROOT,
         env={**os.environ, **ORIGIN["environment"]},
         capture_output=True,

@@ -1,7 +1,9 @@
 """Two processes train the same task as one: they share the batch, and only one of them writes.
 
 Tolerance, in float32: the same positions, and values within 1e-5 of those of one process (of values up to 0.25), since
-sums are taken in another order. Sharding the base with FSDP gives the same bits as two processes without it.
+sums are taken in another order; of a task under retention within 2e-4, since the statistics that protect earlier ones
+are rounded to eight and sixteen bits, now and then to another side. Sharding the base with FSDP gives the same bits as
+two processes without it.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ ROOT = Path(__file__).parents[3]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 WHOLE = FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
 KINDS = {"ddp": {}, "fsdp": FSDP, "fsdp-whole": WHOLE, "stopped": FSDP, "differing": {}}
-WITHIN = {"rtol": 0.0, "atol": 1e-5}
+WITHIN, WITHIN_UNDER_RETENTION = 1e-5, 2e-4
 
 
 class Counter(runner.Observer):
@@ -146,13 +148,14 @@ def answers(folder: Path, kind: str) -> list[dict]:
     return [json.loads((folder / f"{kind}-{rank}.json").read_text()) for rank in range(2)]
 
 
-def require_same(actual: Checkpoint, expected: Checkpoint, **within: float) -> None:
+def require_same(actual: Checkpoint, expected: Checkpoint) -> None:
     assert actual.tasks.keys() == expected.tasks.keys() and actual.tasks
     for name, modules in expected.tasks.items():
         for module, b in modules.items():
             other = actual.tasks[name][module]
             assert torch.equal(other.positions, b.positions)
-            torch.testing.assert_close(other.values, b.values, **within)
+            within = WITHIN_UNDER_RETENTION if "retention" in expected.manifest.task(name).training else WITHIN
+            torch.testing.assert_close(other.values, b.values, rtol=0.0, atol=within)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp-whole"])
@@ -164,7 +167,7 @@ def test_two_processes_train_the_same_positions_and_values_as_one(ran, kind):
     for part in ("positions", "values"):
         assert records[0][part] == records[1][part] and len(records[0][part]) == 2
     assert together.manifest.task("two").training["processes"] == 2
-    require_same(together, alone, **WITHIN)
+    require_same(together, alone)
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "fsdp-whole"])
@@ -182,7 +185,7 @@ def test_another_number_of_processes_resumes_where_two_stopped(ran, tmp_path):
     runner.run(make_config(ran / "model", tmp_path / "ckpt"), DATA, observer)
     assert observer.events[:2] == [("one", "resumes after training step 3 of 4"), ("one", "step 4")]
     assert re.fullmatch(r"the environment changed, .* processes was 2, is 1", observer.remarks[0])
-    require_same(Checkpoint.open(tmp_path / "ckpt"), Checkpoint.open(ran / "one"), **WITHIN)
+    require_same(Checkpoint.open(tmp_path / "ckpt"), Checkpoint.open(ran / "one"))
 
 
 def test_processes_that_select_different_positions_train_nothing(ran):
@@ -223,7 +226,7 @@ def test_the_command_under_accelerate_launch(kind, trained, tmp_path):
     assert done.stdout.count("scores after truth") == 1
     folder, printed = trained
     alone, together = Checkpoint.open(folder / "ckpt"), Checkpoint.open(tmp_path / "ckpt")
-    require_same(together, alone, **WITHIN)
+    require_same(together, alone)
     assert table.stored(together.manifest) == table.stored(alone.manifest)
     assert done.stdout.splitlines()[-1] == printed.splitlines()[-1]
 

@@ -121,7 +121,7 @@ def test_two_processes_resume_after_one_is_killed(tmp_path):
     assert events[:2] == [["one", "resumes after training step 4 of 6"], ["one", "step 5"]]
     assert json.loads((tmp_path / "ckpt-1.json").read_text()) == []  # only the first one reports
     assert contents(tmp_path / "ckpt") == contents(tmp_path / "whole")
-    assert sorted(contents(tmp_path / "ckpt")) == ["loraf.json", "tasks/one.safetensors"]
+    assert sorted(contents(tmp_path / "ckpt")) == ["loraf.json", "statistics/one.safetensors", "tasks/one.safetensors"]
 
 
 def main(folder: Path) -> None:
