@@ -110,7 +110,7 @@ def _protect(prepared: PreparedRun, again: bool, out: Console) -> None:
             seed = seeds_of(config.seed, name)[TRAINING_SEED]
             try:
                 data = gather_again(base, checkpoint, name, prepared.data[name].train, seed)
-            except (RuntimeError, NotImplementedError, ArithmeticError) as error:  # of torch, or of the model's code
+            except (RuntimeError, NotImplementedError, ArithmeticError) as error:  # no memory, no embedding, not finite
                 message = f"the statistics of task {name!r} cannot be gathered ({one_line(error)})"
                 remedy = "try a machine with more memory, or precision: float32"
                 raise ConfigError(Problem(message, remedy=remedy)) from error

@@ -68,9 +68,9 @@ class RetentionOfTask:
         if at_once is not None:
             tokens = min(tokens, at_once * max(len(example.input_ids) for example in examples))
         try:
-            statistics = gather(base.model, layers, examples, base.pad_id, seed, tokens_at_once=tokens)  # type: ignore[arg-type]  # LorafLinear
+            statistics = gather(base.model, layers, examples, base.pad_id, seed, tokens_at_once=tokens)  # type: ignore[arg-type]  # get_submodule says Module
             self.statistics = encode(statistics)
-        except (RuntimeError, NotImplementedError, ArithmeticError) as error:  # of torch, or of the model's code
+        except (RuntimeError, NotImplementedError, ArithmeticError) as error:  # no memory, no embedding, not finite
             self.failure = one_line(error)
 
     @property

@@ -119,8 +119,8 @@ def test_a_large_adapter_gives_its_memory_back_each_time(engine: Engine, tmp_pat
         while loaded[-1] - worker_bytes(engine) < 0.8 * held:
             assert time.monotonic() < deadline, (loaded[-1], worker_bytes(engine), held)
             time.sleep(0.05)
-    # If each of these fourteen loads left a tenth of an adapter, the difference would be 1.4 of it; 0.6 was once seen.
-    assert statistics.median(loaded[-8:]) - statistics.median(loaded[2:10]) < 0.8 * held, loaded
+    # If each of these fourteen loads left a tenth of an adapter, the difference would be nearly three times as much.
+    assert statistics.median(loaded[-8:]) - statistics.median(loaded[2:10]) < 0.5 * held, loaded
 
 
 def test_the_same_content_can_be_loaded_again(engine: Engine, tmp_path: Path) -> None:
