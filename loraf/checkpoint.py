@@ -6,6 +6,7 @@
 
 A save writes new files under temporary names, flushes and renames them, and replaces the manifest last. So at every
 moment the folder holds either the old checkpoint or the new one. The file of a finished task is never written again.
+What a killed save left behind, the next one removes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from loraf import manifest as manifests
 from loraf import projection, task_file
 from loraf.bounded_file import read_bounded
-from loraf.durable_folder import flush_folder, make_durably
+from loraf.durable_folder import flush_folder, make_durably, remove_leftovers, temporary_name
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem
 from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task, Templates, positions_per_matrix
 from loraf.manifest_view import CheckpointManifestView, read_manifest
@@ -104,6 +105,7 @@ class Checkpoint(CheckpointManifestView):
         except OSError as error:
             raise unwritable(path, error) from None
         write_durably(path / manifests.FILE_NAME, data)
+        remove_leftovers(folders_of(path))
         return cls(path, manifest, {})
 
     def add_task(
@@ -292,6 +294,7 @@ class Checkpoint(CheckpointManifestView):
             write_durably(path / manifests.FILE_NAME, data)
         for file in files:
             _delete(file)
+        remove_leftovers(folders_of(path))
         return manifest
 
     def _with_task(self, name: str, **changes: Any) -> Manifest:
@@ -318,6 +321,7 @@ class Checkpoint(CheckpointManifestView):
             write_durably(path, content)
         write_durably(self.path / manifests.FILE_NAME, data)
         self.manifest = manifest
+        remove_leftovers(folders_of(self.path))
 
     def _require_unchanged(self) -> None:
         """Refuses to overwrite what another process wrote, whose tasks would be lost."""
@@ -335,6 +339,11 @@ class Checkpoint(CheckpointManifestView):
     def nbytes(self) -> int:
         """Bytes of the tasks' coordinates and values in memory."""
         return sum(b.nbytes for modules in self.tasks.values() for b in modules.values())
+
+
+def folders_of(path: Path) -> tuple[Path, ...]:
+    """Returns the folders of a checkpoint that hold its files."""
+    return path, path / "tasks", path / "statistics"
 
 
 def _statistics_path(task: str) -> str:
@@ -388,7 +397,7 @@ def write_durably(target: Path, data: bytes) -> None:
     Raises:
         CheckpointError: the operating system refused (disk full, no permission).
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(target)
     try:
         try:
             with open(temporary, "wb") as stream:

@@ -295,7 +295,8 @@ def parse(data: bytes, path: Path) -> Manifest:
         raise CorruptCheckpoint(Problem(f"is not {FORMAT!r}", "format", file, _RESTORE))
     version = content.get("format_version")
     if type(version) is not int or version not in (PLAIN_VERSION, EXTENDED_VERSION):
-        message = f"format version {version!r} is unknown (this release reads {PLAIN_VERSION} and {EXTENDED_VERSION})"
+        stated = strict_json.shown(version)
+        message = f"format version {stated} is unknown (this release reads {PLAIN_VERSION} and {EXTENDED_VERSION})"
         raise CheckpointError(Problem(message, "format_version", file, "use a release of loraf that reads it"))
     stated = content.pop("digest", None)
     if stated != content_digest(content):
@@ -354,7 +355,8 @@ def inconsistencies(manifest: Manifest, report: Callable[[str, str], None]) -> N
     for name, module in manifest.modules.items():
         sizes = (module.d_out, module.d_in)
         fits = all(0 < size <= MAX_DIMENSION and size * max(1, rank) < MAX_ENTRIES for size in sizes)
-        check(fits, f"modules.{name}", f"has no valid shape ({module.d_out} × {module.d_in}, rank {rank})")
+        where = f"modules.{strict_json.shown_name(name)}"
+        check(fits, where, f"has no valid shape ({module.d_out} × {module.d_in}, rank {rank})")
         check(name.isprintable() and 0 < len(name) <= MAX_NAME, f"modules.{name[:MAX_NAME]!r}", _NO_NAME)
     check(len(manifest.tasks) <= MAX_TASKS, "tasks", f"has more than {MAX_TASKS:,} entries")
     seen: set[str] = set()
@@ -362,7 +364,7 @@ def inconsistencies(manifest: Manifest, report: Callable[[str, str], None]) -> N
         where = f"tasks[{i}]"
         problem = name_problem(task.name)
         check(problem is None, f"{where}.name", problem.message if problem else "")
-        check(task.name not in seen, f"{where}.name", f"task name {task.name!r} is used twice")
+        check(task.name not in seen, f"{where}.name", f"task name {_shown(task.name)} is used twice")
         seen.add(task.name)
         _check_task(manifest, task, where, report)
     set_record.check_sets(manifest.sets, seen, report)
@@ -372,9 +374,9 @@ def _check_task(manifest: Manifest, task: Task, where: str, report: Callable[[st
     """Reports inconsistent values of one task, apart from its name."""
     path = f"tasks/{task.name}.safetensors"
     if task.file.path != path:
-        report(f"{where}.file.path", f"is not {path!r}")
+        report(f"{where}.file.path", f"is not {_shown(path)}")
     if task.dtype not in DTYPES:
-        report(f"{where}.dtype", f"{task.dtype!r} is not one of {', '.join(DTYPES)}")
+        report(f"{where}.dtype", f"{_shown(task.dtype)} is not one of {', '.join(DTYPES)}")
     if not abs(task.alpha) <= MAX_FACTOR:
         report(f"{where}.alpha", f"{task.alpha} is out of range")
     if len({*task.trained_with, task.name}) != len(task.trained_with) + 1:
@@ -395,7 +397,8 @@ def _check_task(manifest: Manifest, task: Task, where: str, report: Callable[[st
     k = {name: positions_per_matrix(task.sparsity, m.d_out, rank) for name, m in manifest.modules.items()}
     if task.k != k:
         differing = sorted(name for name in k.keys() | task.k.keys() if k.get(name) != task.k.get(name))[:4]
-        message = f"is not ⌊(1 − sparsity)·d_out·rank⌋ for every module ({', '.join(differing)})"
+        names = ", ".join(map(strict_json.shown_name, differing))
+        message = f"is not ⌊(1 − sparsity)·d_out·rank⌋ for every module ({names})"
         report(f"{where}.k", message)
     elif task.dtype in DTYPES:
         of_a_position = index_bytes(rank) + _VALUE_BYTES[task.dtype]
@@ -410,11 +413,15 @@ def _check_statistics(
     """Reports inconsistent values of a task's statistics file."""
     path = f"statistics/{task}.safetensors"
     if stored.path != path:
-        report(f"{where}.path", f"is not {path!r}")
+        report(f"{where}.path", f"is not {_shown(path)}")
     rows = sum(module.d_out for module in manifest.modules.values())
     most = statistics_bytes(rows, len(manifest.modules), manifest.rank)
     if not 0 <= stored.bytes <= most:
         report(f"{where}.bytes", f"{stored.bytes} is not a size up to {most:,}")
+
+
+def _shown(text: str) -> str:
+    return strict_json.shown(text, strict_json.LONGEST_NAME)
 
 
 def _is_name(text: str) -> bool:

@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, TypeVar
 
+from loraf.limits import MAX_NAME
+
 UNKNOWN_FIELD = "is not a known field"  # a message of `build`
 DEEPEST = 64  # lists and objects within each other; code that walks a value recursively then ends well
 MOST_VALUES = 1 << 22  # in one file; each takes about 100 bytes of memory, whatever it takes in the file
+LONGEST_NAME = 100  # characters that messages show of a name that no checkpoint can have
 _INTEGERS = 1 << 127  # from −2¹²⁷ to 2¹²⁷ − 1: far beyond any count, and sums stay cheap
 T = TypeVar("T")
 
@@ -111,7 +114,7 @@ def _convert(kind: Any, value: Any, where: str, faults: list[tuple[str, str]]) -
         except OverflowError:
             faults.append((where, "is a number too large for a float"))
             return None
-    names = {
+    kinds = {
         str: "a string",
         int: "an integer",
         bool: "true or false",
@@ -119,7 +122,7 @@ def _convert(kind: Any, value: Any, where: str, faults: list[tuple[str, str]]) -
         tuple: "a list",
         dict: "an object",
     }
-    faults.append((where, f"is {_shown(value)}, not {names[origin or kind]}"))
+    faults.append((where, f"is {shown(value)}, not {kinds[origin or kind]}"))
     return None
 
 
@@ -138,7 +141,7 @@ def _large_integers(value: Any, where: str) -> Iterator[str]:
 
 def _object(cls: type, value: Any, where: str, faults: list[tuple[str, str]]) -> Any:
     if not isinstance(value, dict):
-        faults.append((where, f"is {_shown(value)}, not an object"))
+        faults.append((where, f"is {shown(value)}, not an object"))
         return None
     before = len(faults)
     known = {f.name: f for f in dataclasses.fields(cls)}
@@ -159,12 +162,23 @@ def _type_hints(cls: type) -> dict[str, Any]:
 
 
 def _below(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+    return f"{where}.{shown_name(name)}" if where else shown_name(name)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any, longest: int = 40) -> str:
+    """Returns a value from a file as messages show it: as Python writes it, cut to `longest` characters."""
     text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"
+    return text if len(text) <= longest else f"{text[: longest - 3]}…"
+
+
+def shown_name(name: str) -> str:
+    """Returns a name from a file as messages show it: without quotes, cut, and without characters that steer terminals.
+
+    Names that a checkpoint may have are shown as they are.
+    """
+    if name.isprintable() and len(name) <= MAX_NAME:
+        return name
+    return shown(name[:MAX_NAME], LONGEST_NAME)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -172,7 +186,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) != len(pairs):
         keys = [key for key, _ in pairs]
         duplicate = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise ValueError(f"duplicate key {duplicate!r}")
+        raise ValueError(f"duplicate key {shown(duplicate, LONGEST_NAME)}")
     return unique
 
 
@@ -193,5 +207,5 @@ def _no_constant(name: str) -> None:
 def _finite_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is too large for a float")
+        raise ValueError(f"{text[:LONGEST_NAME]} is too large for a float")
     return number

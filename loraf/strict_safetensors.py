@@ -15,6 +15,7 @@ import torch
 
 from loraf import strict_json
 from loraf.limits import MAX_HEADER_BYTES
+from loraf.strict_json import LONGEST_NAME, shown
 
 _TOO_LARGE = 1 << 63  # bytes of a tensor; also without a dimension that is zero, since torch multiplies the others
 _MOST_DIMENSIONS = 64
@@ -129,7 +130,7 @@ def parse_header(text: bytes | memoryview, size: int) -> list[Entry]:
     end = 0
     for entry in entries:
         if entry.first != end:
-            raise ValueError(f"the bytes of {entry.name!r} do not follow those of the tensor before")
+            raise ValueError(f"the bytes of {shown(entry.name, LONGEST_NAME)} do not follow those of the tensor before")
         end = entry.last
     if end != size:
         raise ValueError(f"the tensors take {end} bytes of {size}")
@@ -138,24 +139,25 @@ def parse_header(text: bytes | memoryview, size: int) -> list[Entry]:
 
 def _entry(name: str, fields: Any) -> Entry:
     """Raises ValueError."""
+    label = shown(name, LONGEST_NAME)
     if not isinstance(fields, dict) or fields.keys() != _FIELDS:
-        raise ValueError(f"{name!r} does not have exactly dtype, shape and data_offsets")
+        raise ValueError(f"{label} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
+        raise ValueError(f"{label} has the unknown dtype {shown(dtype)}")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
-        raise ValueError(f"{name!r} has a shape or data_offsets that are not lists")
+        raise ValueError(f"{label} has a shape or data_offsets that are not lists")
     numbers = [*shape, *offsets]
     if {*map(type, numbers)} != {int} or not 0 <= min(numbers) <= max(numbers) < 1 << 63:
-        raise ValueError(f"{name!r} has a shape or data_offsets with an invalid number")
+        raise ValueError(f"{label} has a shape or data_offsets with an invalid number")
     if len(shape) > _MOST_DIMENSIONS:
-        raise ValueError(f"{name!r} has {len(shape)} dimensions")
+        raise ValueError(f"{label} has {len(shape)} dimensions")
     if _DTYPES[dtype].itemsize * math.prod(filter(None, shape)) >= _TOO_LARGE:
-        raise ValueError(f"{name!r} has a shape that no memory can hold")
+        raise ValueError(f"{label} has a shape that no memory can hold")
     size = _DTYPES[dtype].itemsize * math.prod(shape)
     first, last = offsets
     if size != last - first:
-        raise ValueError(f"{name!r} takes {size} bytes, but its data_offsets span {last - first}")
+        raise ValueError(f"{label} takes {size} bytes, but its data_offsets span {last - first}")
     return Entry(name, first, last, _DTYPES[dtype], shape)
 
 

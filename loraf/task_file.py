@@ -19,6 +19,7 @@ from loraf.bounded_file import open_regular
 from loraf.errors import Problem
 from loraf.manifest import Manifest, Task
 from loraf.sparse import SparseB, examine
+from loraf.strict_json import shown_name
 from loraf.system import in_threads, pages
 
 RESTORE = "restore the checkpoint from a copy, or train it again"
@@ -170,7 +171,7 @@ def _read(path: Path, manifest: Manifest, task: Task) -> dict[str, SparseB] | Pr
         tensors = strict_safetensors.parse(_content(file, task), longest_header(task))
         expected = tensor_names(task)
         if set(tensors) != expected:
-            differing = ", ".join(sorted(set(tensors) ^ expected)[:4])
+            differing = ", ".join(map(shown_name, sorted(set(tensors) ^ expected)[:4]))
             raise _Refused(f"holds other tensors than the manifest lists ({differing})")
     except OSError as error:
         return Problem(f"cannot be read ({error.strerror})", file=str(file), remedy=RESTORE)

@@ -16,6 +16,7 @@ from loraf.errors import Problem, SelectionError, UnknownTask
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED_NAMES = frozenset({"all", "base"})
 MAX_WEIGHT = 16.0
+_SHOWN = 100  # characters of a name that is none
 
 
 def name_problem(name: str, kind: str = "task", *, field: str = "name", file: str = "") -> Problem | None:
@@ -24,12 +25,27 @@ def name_problem(name: str, kind: str = "task", *, field: str = "name", file: st
         return Problem(f"{name!r} is reserved", field, file, f"choose a {kind} name other than 'all' and 'base'")
     if not NAME_PATTERN.fullmatch(name):
         return Problem(
-            f"{name!r} is not a valid {kind} name",
+            f"{name[:_SHOWN]!r} is not a valid {kind} name",
             field,
             file,
             "use 1 to 64 of a-z, 0-9, '.', '_', '-', starting with a letter or digit",
         )
     return None
+
+
+def read_pairs(text: str) -> tuple[list[tuple[str, float]], list[Problem]]:
+    """Splits `math:0.5+nlu` into names and weights, and lists the weights that are not numbers. Checks no name."""
+    pairs: list[tuple[str, float]] = []
+    problems: list[Problem] = []
+    for i, part in enumerate(text.split("+")):
+        name, colon, weight = (piece.strip() for piece in part.partition(":"))
+        try:
+            pairs.append((name, float(weight) if colon else 1.0))
+        except ValueError:
+            pairs.append((name, 1.0))  # so that the name is checked too
+            remedy = "write name:number, for example math:0.5"
+            problems.append(Problem(f"weight {weight!r} is not a number", f"tasks[{i}].weight", remedy=remedy))
+    return pairs, problems
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ class TaskSet:
 
     @classmethod
     def parse(cls, text: str, order: Sequence[str]) -> TaskSet:
-        """Parses `math`, `math:0.5+nlu`, `all` or `base`.
+        """Parses `math`, `math:0.5+nlu`, `all` or `base`. What people write may be more, see `loraf.set_text`.
 
         Raises:
             SelectionError, UnknownTask: see `of`; also if a weight is not a number. Lists all mistakes.
@@ -63,16 +79,7 @@ class TaskSet:
             return cls()
         if text == "all":
             return cls.of(dict.fromkeys(order, 1.0), order)
-        pairs: list[tuple[str, float]] = []
-        problems: list[Problem] = []
-        for i, part in enumerate(text.split("+")):
-            name, colon, weight = (piece.strip() for piece in part.partition(":"))
-            try:
-                pairs.append((name, float(weight) if colon else 1.0))
-            except ValueError:
-                pairs.append((name, 1.0))  # so that the name is checked too
-                remedy = "write name:number, for example math:0.5"
-                problems.append(Problem(f"weight {weight!r} is not a number", f"tasks[{i}].weight", remedy=remedy))
+        pairs, problems = read_pairs(text)
         return cls._checked(pairs, order, problems)
 
     @classmethod

@@ -4,25 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraf.errors import Problem, UnknownTask
+from loraf.errors import UnknownTask
 from loraf.manifest import Manifest
-from loraf.tasksets import NAME_PATTERN, RESERVED_NAMES, TaskSet
-
-
-def task_set(text: str, manifest: Manifest) -> TaskSet:
-    """Parses `a,b`, `a+b`, `a:0.5+b`, `all`, `base`, or the name of one of the checkpoint's named sets.
-
-    Raises:
-        SelectionError: the text is not a task set.
-        UnknownTask: the checkpoint has no such task or named set.
-    """
-    name = text.strip()
-    if name in manifest.sets:
-        return manifest.named_set(name)
-    if manifest.sets and NAME_PATTERN.fullmatch(name) and name not in (*manifest.task_names, *RESERVED_NAMES):
-        remedy = f"choose from: {', '.join((*manifest.task_names, *manifest.sets))}"
-        raise UnknownTask(Problem(f"there is no task or named set {name!r}", "tasks", remedy=remedy))
-    return TaskSet.parse(text.replace(",", "+"), manifest.task_names)
+from loraf.set_text import task_set
+from loraf.tasksets import TaskSet
 
 
 def task_sets(
@@ -31,12 +16,12 @@ def task_sets(
     """The task sets that a command line names, without repetitions; the set of all tasks if it names none.
 
     Args:
-        tasks: sets as text, see `task_set`.
+        tasks: sets as text, see `loraf.set_text`.
         as_trained: names of tasks, each for the set that it was trained in.
         base: whether the bare base model is one of them.
 
     Raises:
-        SelectionError, UnknownTask: see `task_set` and `Manifest.as_trained`.
+        SelectionError, UnknownTask: see `loraf.set_text.task_set` and `Manifest.as_trained`.
     """
     sets = [task_set(text, manifest) for text in tasks]
     sets += [manifest.as_trained(name) for name in as_trained]

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from loraf import manifest as manifests
+from loraf import set_text
 from loraf.errors import ConfigError, Problem
 from loraf.units import size_text
-from loraf_train import set_options
 from loraf_train.terminal import tables
 
 
@@ -39,7 +39,7 @@ def export(
     """
     problems = _output_problems(out)
     manifest = manifests.read(folder)
-    task_set = manifest.as_trained(as_trained) if as_trained else set_options.task_set(tasks or "all", manifest)
+    task_set = manifest.as_trained(as_trained) if as_trained else set_text.task_set(tasks or "all", manifest)
     if problems:
         raise ConfigError(problems)
 

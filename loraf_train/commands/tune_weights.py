@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraf import manifest as manifests
+from loraf import set_text
 from loraf.errors import ConfigError, LorafError, Problem
 from loraf.folder_lock import locked
 from loraf.manifest import Manifest
 from loraf.tasksets import TaskSet, name_problem
-from loraf_train import set_options
 from loraf_train.processes import launcher
 from loraf_train.sequence.preflight import PreparedRun, prepare
 from loraf_train.terminal import tables
@@ -84,10 +84,10 @@ def _tasks(text: str, manifest: Manifest) -> list[str]:
     """The tasks that `text` names, in the order of the checkpoint.
 
     Raises:
-        SelectionError, UnknownTask: see `set_options.task_set`.
+        SelectionError, UnknownTask: see `loraf.set_text.task_set`.
         ConfigError: it gives weights, or names no task.
     """
-    task_set = set_options.task_set(text, manifest)
+    task_set = set_text.task_set(text, manifest)
     if ":" in text or text.strip() in manifest.sets or task_set.is_base:
         remedy = "name tasks without weights, such as a,b"
         raise ConfigError(Problem(f"{text!r} does not say which weights to choose", "--tasks", remedy=remedy))

@@ -15,13 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from loraf import base_model, manifest
+from loraf import base_model, manifest, set_text
 from loraf.checkpoint import Checkpoint
 from loraf.delta import combined_b, task_scale
 from loraf.errors import BaseMismatch, ConfigError, LorafError, Problem
 from loraf.manifest import Manifest, Templates
 from loraf.peft_import import CONFIG, Factors, Shapes, read_peft
-from loraf_train import set_options
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class LorafSource:
         if tasks is None and len(source.tasks) != 1:
             message = f"the checkpoint holds {', '.join(source.task_names) or 'no tasks'}"
             raise ConfigError(Problem(message, "--tasks", str(folder), "name the tasks to import as one task"))
-        self._set = set_options.task_set(tasks or "all", source)
+        self._set = set_text.task_set(tasks or "all", source)
         if self._set.is_base:
             raise ConfigError(Problem(f"{tasks!r} is not a task", "--tasks", str(folder), "name one or more tasks"))
         self.shapes = {name: (module.d_out, module.d_in) for name, module in source.modules.items()}

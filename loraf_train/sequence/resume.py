@@ -28,8 +28,8 @@ import torch
 
 from loraf import strict_json, strict_safetensors
 from loraf.bounded_file import read_bounded
-from loraf.checkpoint import unwritable, write_durably
-from loraf.durable_folder import flush_folder, make_durably
+from loraf.checkpoint import folders_of, unwritable, write_durably
+from loraf.durable_folder import flush_folder, make_durably, remove_leftovers
 from loraf.errors import CheckpointError, Problem
 from loraf.manifest import StoredFile
 from loraf.sealed_json import seal, unseal
@@ -42,7 +42,6 @@ FOLDER = ".resume"
 _SEAL = "loraf-resume", 1
 _RECORD_FILE = re.compile(r"state-(\d+)\.json")
 _STATE_FILE = re.compile(r"\.?state-(\d+)\.(json|safetensors)(\.\d+\.tmp)?")
-_TEMPORARY = re.compile(r"\.(?:loraf\.json|.+\.safetensors)\.(\d+)\.tmp")  # of loraf.checkpoint.write_durably
 DROPOUT, BY_TOKEN = "dropout", "by token"  # in the provenance if the task draws anything; older states lack it
 RETENTION = "retention"  # in the provenance if earlier tasks are protected; older states lack it
 GENERAL = "general"  # in the provenance if the base model is protected: the digest of the text
@@ -282,27 +281,10 @@ def tidy(output: Path, finished: Collection[str]) -> None:
         finished: tasks that the checkpoint has.
     """
     with contextlib.suppress(OSError):  # leftovers do no harm
-        for folder in (output, output / "tasks", output / "statistics"):
-            for file in folder.glob(".*.tmp"):
-                match = _TEMPORARY.fullmatch(file.name)
-                if match and not _is_running(int(match[1])):
-                    file.unlink(missing_ok=True)
+        remove_leftovers(folders_of(output))
         folder = output / FOLDER
         if folder.is_dir() and all(_task_of(folder / f"state-{n}.json") in finished for n in _numbers(folder)):
             _remove(folder)
-
-
-def _is_running(process: int) -> bool:
-    """Whether another process of this machine has this id."""
-    if process == os.getpid():  # in a container the killed run may have had the same
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _task_of(file: Path) -> str | None:
