@@ -4,7 +4,7 @@
 #   make test-fast   the tests without vLLM engines and without slow ones (under 3 minutes on 2 cores)
 #   make lint        ruff, mypy, and buf for proto/
 #   make docs        the documentation site, in site/; a broken link fails
-#   make tools       installs what lint and tests use from outside Python: buf, from npm
+#   make tools       installs what lint and tests use from outside Python: buf and Go's template engine, from npm
 #   make dist        source distribution and wheel, in dist/
 # WORKERS is the number of processes that share the tests (default 2, see tests/conftest.py).
 # PYTHON selects the interpreter (3.11 or newer). EXTRAS=cuda,dev selects the vLLM build for NVIDIA GPUs.
@@ -41,8 +41,10 @@ lint: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-tools:
+tools: setup
 	tools/buf.sh install
+	tools/grpc_js.sh
+	$(BIN)/python -m tools.chart install
 
 dist: setup
 	$(BIN)/uv build --build-constraint build-constraints.txt --out-dir dist

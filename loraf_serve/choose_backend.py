@@ -13,7 +13,24 @@ from loraf_serve.backends.fallback import Fallback
 
 CHOICES = ("auto", "resident", "slots", "merged")
 Replacements = dict[type[LorafError], Callable[[LorafError], Backend]]
+MERGED_REMEDY = "leave it out, or serve with --backend resident or slots"
+_REQUESTED = "requested by --backend"
 _SLOT_OPTIONS = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which backend serves, and why.
+
+    Attributes:
+        name: "resident", "slots" or "merged".
+        reason: in words.
+        others: backends that take over at start, in this order, if the first turns out not to serve.
+    """
+
+    name: str
+    reason: str
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,43 @@ class BackendChoice:
 
     backend: Backend
     reason: str
+
+
+def decide(option: str, model_folder: Path, engine_options: Sequence[str]) -> Decision:
+    """Decides which backend `--backend` names. Imports vLLM unless that is merged, and makes no backend.
+
+    Args: see `choose`.
+
+    Raises:
+        ConfigError: the backend cannot serve this model.
+    """
+    if option == "merged":
+        return Decision("merged", _REQUESTED)
+    from loraf_serve.vllm.engine.support import can_serve, can_serve_resident, not_by_default
+
+    obstacle = can_serve(model_folder)
+    if obstacle is not None:
+        if option != "auto":
+            message = f"{option} cannot serve this model: {obstacle}"
+            raise ConfigError(Problem(message, "--backend", remedy="fix that, or serve with --backend merged"))
+        return Decision("merged", obstacle)
+    # Asked for by name, a backend refuses what is not proven.
+    others = ("merged",) if option == "auto" else ()
+    if option == "slots":
+        return Decision("slots", _REQUESTED)
+    resident_obstacle = can_serve_resident(model_folder)
+    if option == "auto":
+        names = [engine_option.partition("=")[0] for engine_option in engine_options]
+        slot_option = next((name for name in _SLOT_OPTIONS if name in names), None)
+        is_about_slots = f"{slot_option} is an option of slots" if slot_option else None
+        resident_obstacle = resident_obstacle or is_about_slots or not_by_default()
+    if resident_obstacle is None:
+        reason = "any number of task sets can share a batch" if option == "auto" else _REQUESTED
+        return Decision("resident", reason, ("slots", *others))
+    if option == "resident":
+        message, remedy = f"resident cannot serve here: {resident_obstacle}", "serve with --backend slots"
+        raise ConfigError(Problem(message, "--backend", remedy=remedy))
+    return Decision("slots", f"not resident: {resident_obstacle}", others)
 
 
 def choose(
@@ -46,58 +100,37 @@ def choose(
     Raises:
         ConfigError: the backend cannot serve this model, or does not know an option.
     """
-    reason = "requested by --backend"
+    decision = decide(option, model_folder, engine_options)
 
     def merged(why: str, remedy: str) -> Backend:
-        dtype, max_model_len = _merged_options(engine_options, why, remedy)
+        dtype, max_model_len = merged_options(engine_options, why, remedy)
         from loraf_serve.backends.merged import MergedBackend
 
         return MergedBackend(model_folder, dtype, max_model_len=max_model_len)
 
+    if decision.name == "merged":
+        return BackendChoice(merged(decision.reason, MERGED_REMEDY), decision.reason)
+    from loraf_serve.adapters.checkpoint_folder import read_values
+    from loraf_serve.vllm.engine.backends import ResidentBackend, SlotsBackend
+
     def instead(error: LorafError) -> Backend:
         return merged(f"chosen because {error.problems[0].field}: {error.problems[0].message}", "leave it out")
 
-    if option != "merged":
-        from loraf_serve.vllm.engine.support import can_serve, can_serve_resident, not_by_default
+    def slots() -> Backend:
+        return SlotsBackend(model_folder, engine_options, max_rank, adapter_memory)
 
-        def slots() -> Backend:
-            from loraf_serve.vllm.engine.backends import SlotsBackend
-
-            return SlotsBackend(model_folder, engine_options, max_rank, adapter_memory)
-
-        from loraf_serve.adapters.checkpoint_folder import read_values
-
-        # Asked for by name, a backend refuses what is not proven.
-        others: Replacements = {NotProven: instead, EngineFailed: instead} if option == "auto" else {}
-        obstacle = can_serve(model_folder)
-        if obstacle is None and option != "slots":
-            resident_obstacle = can_serve_resident(model_folder)
-            if option == "auto":
-                reason = "any number of task sets can share a batch"
-                names = [engine_option.partition("=")[0] for engine_option in engine_options]
-                slot_option = next((name for name in _SLOT_OPTIONS if name in names), None)
-                is_about_slots = f"{slot_option} is an option of slots" if slot_option else None
-                resident_obstacle = resident_obstacle or is_about_slots or not_by_default()
-            if resident_obstacle is None:
-                from loraf_serve.vllm.engine.backends import ResidentBackend  # imports vLLM
-
-                resident = ResidentBackend(model_folder, engine_options, max_rank, adapter_memory)
-                others = {SelfCheckFailed: lambda _: slots(), **others}
-                return BackendChoice(Fallback(resident, others, say, read_values), reason)
-            if option == "resident":
-                message, remedy = f"resident cannot serve here: {resident_obstacle}", "serve with --backend slots"
-                raise ConfigError(Problem(message, "--backend", remedy=remedy))
-            reason = f"not resident: {resident_obstacle}"
-        if obstacle is None:
-            return BackendChoice(Fallback(slots(), others, say, read_values) if others else slots(), reason)
-        if option != "auto":
-            message = f"{option} cannot serve this model: {obstacle}"
-            raise ConfigError(Problem(message, "--backend", remedy="fix that, or serve with --backend merged"))
-        reason = obstacle
-    return BackendChoice(merged(reason, "leave it out, or serve with --backend resident or slots"), reason)
+    others: Replacements = {}
+    if decision.name == "resident":
+        first: Backend = ResidentBackend(model_folder, engine_options, max_rank, adapter_memory)
+        others[SelfCheckFailed] = lambda _: slots()
+    else:
+        first = slots()
+    if "merged" in decision.others:
+        others |= {NotProven: instead, EngineFailed: instead}
+    return BackendChoice(Fallback(first, others, say, read_values) if others else first, decision.reason)
 
 
-def _merged_options(engine_options: Sequence[str], reason: str, remedy: str) -> tuple[str | None, int | None]:
+def merged_options(engine_options: Sequence[str], reason: str, remedy: str) -> tuple[str | None, int | None]:
     """Parses --dtype and --max-model-len. Raises ConfigError, which names every other option.
 
     Args:

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 from loraf import __version__
 from loraf.errors import ConfigError, LorafError, Problem
 from loraf_serve import choose_backend
-from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT
+from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT, is_local
 from loraf_serve.backends.backend import BackendUnavailable, EngineFailed
+from loraf_serve.security.tokens import Tokens
 from loraf_serve.service.server_options import (
     DEFAULT_GRACE,
+    DEFAULT_MAX_CONNECTION_AGE,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_MAX_QUEUE,
+    LOG_FORMATS,
     ServerOptions,
 )
 
@@ -33,7 +36,29 @@ accepts --dtype and --max-model-len only.
 
   loraf-serve --model tiny --adapter ./ckpt
   loraf-serve --model mistral-7b --adapter prod=./ckpt@math+nlu --adapter org/other-adapter --dtype bfloat16
+
+loraf-serve check, with the same options, tells whether the model and the adapters fit, and starts nothing.
 """
+
+
+_CHECK = "check"
+_CHECK_EPILOG = """\
+Takes the options of loraf-serve. Exits with 0 if a start with them would fit, and with 2 if not. Models and adapters on
+the hub are downloaded, as at a start; no engine is started.
+
+  loraf-serve check --model tiny --adapter ./ckpt
+"""
+
+
+def check_parser() -> argparse.ArgumentParser:
+    """The command line of `loraf-serve check`: the server's options, and its own."""
+    command = parser()
+    command.prog = f"loraf-serve {_CHECK}"
+    command.description = "Check whether a server with these options would fit: where, on which backend, and why."
+    command.epilog = _CHECK_EPILOG
+    output = command.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print the result as one JSON object (default: text)")
+    return command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,6 +90,16 @@ def parser() -> argparse.ArgumentParser:
         metavar="[NAME=]CKPT[#REVISION][@task+task]",
         help="checkpoint to serve: a folder or a hub id, optionally with a name before =, a hub id's branch, tag or "
         "commit after #, and tasks after @; may be repeated (default: none, only the base model answers)",
+    )
+    models.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="sets",
+        metavar="[ADAPTER/]NAME=SET",
+        help="task set that requests may select by NAME, for example support=math+nlu:0.5; it replaces the set of that "
+        "name in the checkpoint; without ADAPTER/, every adapter with all of its tasks has it, and so have adapters "
+        "that are loaded later; may be repeated (default: only the sets stored in the checkpoints)",
     )
     models.add_argument(
         "--adapter-root",
@@ -117,6 +152,21 @@ def parser() -> argparse.ArgumentParser:
         "--insecure", action="store_true", help="allow connections from other machines without TLS (default: refuse)"
     )
     network.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="tokens of the clients that may call, one per line: TOKEN [name=NAME] [adapter=A,B] [tasks=x,y] [load] "
+        "[priority] [in-flight=N] [tokens-per-minute=N]; read again when it changes (default: everybody may call)",
+    )
+    network.add_argument(
+        "--max-connection-age",
+        type=float,
+        default=DEFAULT_MAX_CONNECTION_AGE,
+        metavar="SECONDS",
+        help="time after which a client is asked to connect again, in seconds, so that load balancers can share out "
+        f"connections; running requests are not cut off; 0 for never (default: {DEFAULT_MAX_CONNECTION_AGE:g})",
+    )
+    network.add_argument(
         "--reflection", action="store_true", help="offer gRPC reflection, by which clients can query the protocol"
     )
 
@@ -147,8 +197,34 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=DEFAULT_GRACE,
         metavar="SECONDS",
-        help="time that requests in flight may continue after SIGTERM or Ctrl-C, in seconds; a second signal ends it "
-        f"(default: {DEFAULT_GRACE:g})",
+        help="time that requests in flight may continue after SIGTERM or Ctrl-C and --drain-delay, in seconds; a "
+        f"second signal ends it (default: {DEFAULT_GRACE:g})",
+    )
+    limits.add_argument(
+        "--drain-delay",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="time after SIGTERM or Ctrl-C in which the server says NOT_SERVING but still accepts requests, in "
+        "seconds, so that a load balancer turns to other servers first (default: 0)",
+    )
+
+    logs = command.add_argument_group("metrics and logs")
+    logs.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="PORT",
+        help="serve metrics for Prometheus over HTTP on this port of --host, at /metrics, with the same tokens and "
+        "certificates; 0 for any free port (default: no metrics)",
+    )
+    logs.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default="text",
+        help="log lines as text, or as JSON objects (default: text)",
+    )
+    logs.add_argument(
+        "--log-texts", action="store_true", help="write prompts and answers to the log (default: neither)"
     )
     return command
 
@@ -159,9 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 after a clean stop, 2 for a user error, 1 if the engine failed to start or died.
     """
-    arguments, engine_options = parser().parse_known_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    is_check = argv[:1] == [_CHECK]
+    arguments, engine_options = (check_parser() if is_check else parser()).parse_known_args(argv[is_check:])
     try:
-        return _serve(arguments, engine_options)
+        return _check(arguments, engine_options) if is_check else _serve(arguments, engine_options)
     except LorafError as error:
         print(f"loraf-serve: {error}", file=sys.stderr)
         return 1 if isinstance(error, EngineFailed) else 2
@@ -175,12 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
     options, model_folder, vocab_size, registry, root = _prepare(arguments, engine_options)
     import asyncio
-    import logging
 
     from loraf.hub import loaded_from_hub
+    from loraf_serve.observe import logs
     from loraf_serve.service import server
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(options.log_format)
+    if options.log_format == "json":
+        logs.configure_vllm()
     if commit := loaded_from_hub(model_folder):
         _say(f"model {commit}")
     for adapter in registry:
@@ -192,6 +272,19 @@ def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
     )
     _say(f"backend {choice.backend.name}: {choice.reason}")
     return asyncio.run(server.run(choice.backend, registry, options, vocab_size, root, _say))
+
+
+def _check(arguments: argparse.Namespace, engine_options: list[str]) -> int:
+    from loraf_serve.check import command
+
+    try:
+        options, model_folder, _, registry, _ = _prepare(arguments, engine_options)
+    except ConfigError as error:
+        result = command.refused(error, arguments.model)
+    else:
+        start = command.Start(arguments.model, model_folder, arguments.backend, engine_options, registry, options)
+        result = command.check(start)
+    return result.show(arguments.json)
 
 
 def _prepare(
@@ -210,17 +303,31 @@ def _prepare(
 
     options = ServerOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ServerOptions)})
     problems = options.problems()
+    if arguments.adapter_root and not options.token_file and not is_local(options.host):
+        message = f"{options.host} can be reached from other machines, and anybody there could load adapters"
+        problems.append(Problem(message, "--adapter-root", remedy="give --token-file with a token that says load"))
+    if options.token_file:
+        try:
+            Tokens(options.token_file)
+        except ConfigError as error:
+            problems += error.problems
     if engine_options and not engine_options[0].startswith("-"):
         remedy = "checkpoints come after --adapter; see loraf-serve --help"
         problems.append(Problem("is not an option", engine_options[0], remedy=remedy))
 
     from loraf import base_model
     from loraf_serve.adapters.adapter_spec import check_adapters, parse_spec
+    from loraf_serve.adapters.named_sets import OperatorSets
     from loraf_serve.adapters.registry import Registry
     from loraf_serve.adapters.root import AdapterRoot
     from loraf_serve.backends import vocabulary
 
     registry, vocab_size, root = Registry(), None, None
+    sets = OperatorSets()
+    try:
+        sets = OperatorSets.parse(arguments.sets)
+    except ConfigError as error:
+        problems += error.problems
     try:
         if arguments.revision is not None:
             base_model.require_revision(arguments.model, arguments.revision, "--revision")
@@ -236,9 +343,11 @@ def _prepare(
                 problems += spec_error.problems
     else:
         try:
-            registry = check_adapters(arguments.adapter, model_folder, arguments.allow_other_base)
+            registry = check_adapters(arguments.adapter, model_folder, arguments.allow_other_base).with_sets(sets)
         except ConfigError as error:
             problems += error.problems
+        else:
+            problems += sets.problems(tuple(registry), may_load=arguments.adapter_root is not None)
     try:
         if arguments.adapter_root:
             root = AdapterRoot(arguments.adapter_root, model_folder, arguments.allow_other_base)
@@ -246,6 +355,9 @@ def _prepare(
         problems += error.problems
     if problems:
         raise ConfigError(problems)
+    from loraf_serve.service.info import public_name
+
+    options = dataclasses.replace(options, model=public_name(model_folder))  # not a path of this machine
     return options, model_folder, vocab_size, registry, root
 
 

@@ -14,8 +14,9 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from loraf_serve.client import Client
 
@@ -31,11 +32,13 @@ class Server:
 
     Attributes:
         address: host:port, or a Unix socket.
-        client: a client connected to it.
+        client: a client connected to it; for asyncio, make an `AsyncClient` for `address`.
         log: the last 200 lines of its output.
     """
 
-    def __init__(self, arguments: list[str], start_timeout: float, echo: IO[str] | None):
+    def __init__(
+        self, arguments: list[str], start_timeout: float, echo: IO[str] | None, client: Mapping[str, Any] | None = None
+    ):
         self.log: deque[str] = deque(maxlen=200)
         self.address = ""
         self._listening = threading.Event()
@@ -51,7 +54,12 @@ class Server:
             self._process.wait()
             self._reader.join(5)
             raise ServerFailed("loraf-serve did not start:\n" + "\n".join(self.log))
-        self.client = Client(self.address)
+        try:
+            self.client = Client(self.address, **(client or {}))
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
 
     def _read(self, echo: IO[str] | None) -> None:
         for line in self._process.stdout or ():
@@ -97,7 +105,12 @@ class Server:
 
 
 def launch(
-    model: str, *adapters: str, options: tuple[str, ...] = (), start_timeout: float = 600.0, echo: IO[str] | None = None
+    model: str,
+    *adapters: str,
+    options: tuple[str, ...] = (),
+    start_timeout: float = 600.0,
+    echo: IO[str] | None = None,
+    client: Mapping[str, Any] | None = None,
 ) -> Server:
     """Starts `loraf-serve` on a free port of this machine and waits until it serves.
 
@@ -106,6 +119,7 @@ def launch(
         options: further options of `loraf-serve`.
         start_timeout: seconds.
         echo: stream that the server's output is copied to.
+        client: further arguments of `Client`, such as {"token": "…"} for a server with `--token-file`.
 
     Raises:
         ServerFailed: the server did not start; the text ends with its last lines of output.
@@ -113,4 +127,4 @@ def launch(
     arguments = ["--model", model, "--port", "0", *options]
     for adapter in adapters:
         arguments += ["--adapter", adapter]
-    return Server(arguments, start_timeout, echo)
+    return Server(arguments, start_timeout, echo, client)

@@ -29,10 +29,12 @@ ENGINE = (
     "tests/loraf_serve/vllm/stock/test_server.py",
     "tests/loraf_serve/vllm/test_architectures.py",
     "tests/loraf_serve/vllm/test_backends.py",
+    "tests/loraf_serve/vllm/test_campaigns.py",
     "tests/loraf_serve/vllm/test_engine_death.py",
     "tests/loraf_serve/vllm/test_hostile_requests.py",
     "tests/loraf_serve/vllm/test_parity.py",
     "tests/loraf_serve/vllm/test_processes.py",
+    "tests/loraf_serve/vllm/test_request_fields.py",
 )
 
 # Marked `slow`: files with many tests that take seconds. Single slow tests carry the marker themselves.

@@ -48,6 +48,7 @@ LORAF_SERVE = (
     "launch",
     "client_cli",
     "client",
+    "check",
     "service",
     "request",
     "choose_backend",
@@ -55,11 +56,14 @@ LORAF_SERVE = (
     "adapters",
     "backends",
     "kernels",
+    "observe",
+    "security",
     "addresses",
     "errors",
+    "limits",
     "v1",
 )
-VLLM = ("plugin", "engine", "stock", "slots", "resident", "worker", "relied_on", "naming")
+VLLM = ("plugin", "engine", "stock", "slots", "resident", "worker", "forms", "relied_on", "naming")
 # Side by side: neither may import the other.
 STRANGERS = (
     ("loraf_train", "loraf_serve"),

@@ -12,9 +12,12 @@ TOOLS = {
     "buf": "make tools, with Node.js and npm",
     "C++ compiler": "Debian's g++, then make setup",
     "GPU": "an NVIDIA GPU and make setup EXTRAS=cuda,dev",
+    "Go templates": "make tools, with Node.js and npm",
     "MkDocs": "make setup",
     "Triton": "comes with vLLM: make setup",
+    "grpc-js": "make tools, with Node.js and npm",
     "openssl": "Debian's openssl",
+    "promtool": "Debian's prometheus",
     "real records": "examples/mistral-7b/get_data.py FOLDER, then LORAF_TEST_DATA=FOLDER",
     "vLLM": "make setup EXTRAS=cpu,dev",
 }

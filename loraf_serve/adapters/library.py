@@ -213,6 +213,7 @@ class AdapterLibrary:
                     message, remedy = f"the name {name!r} is taken", "set replace, or choose another name"
                     raise NameTaken(Problem(message, "name", remedy=remedy))
                 checkpoint = await self._run(root.find, path, tasks)
+                self.registry.operator_sets.require_free_names(checkpoint.served_as(name))
                 stop_if_given_up()
                 held = checkpoint.manifest.adapter_digest in self._held
                 if not held:

@@ -19,12 +19,15 @@ from loraf.manifest import Manifest
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # others are packed: their shape is not the layer's
 _MOST_PACKED = 16  # values in one stored number
+_REMEDY = "use the base model of the checkpoint"
 
 
 def misfits(manifest: Manifest, model_folder: Path, where: str) -> list[Problem]:
     """Returns every module that has another shape in the model, or that is larger than anything in it.
 
-    A module that the files have under another name is not compared any further. Empty if they cannot be read.
+    A module that the files have under another name is not compared any further, but all modules together must not be
+    larger than the model: A of each is computed, which would take hours for what a manifest of some kilobytes can
+    state. Empty if the files cannot be read.
 
     Args:
         where: the checkpoint's folder, for messages.
@@ -43,8 +46,16 @@ def misfits(manifest: Manifest, model_folder: Path, where: str) -> list[Problem]
             message = f"has shape {stated} in the checkpoint, which is larger than anything in the model"
         else:
             continue
-        problems.append(Problem(message, module, where, "use the base model of the checkpoint"))
+        problems.append(Problem(message, module, where, _REMEDY))
+    all_sides = sum(spec.d_out + spec.d_in for spec in manifest.modules.values())
+    if not problems and all_sides > sum(_sides(shape) for _, shape in weights.values()) * _MOST_PACKED:
+        problems.append(Problem("are together larger than the model", "modules", where, _REMEDY))
     return problems
+
+
+def _sides(shape: tuple[int, ...]) -> int:
+    """Returns the sum of the sides of a matrix, or of all matrices in a tensor (of experts, say)."""
+    return math.prod(shape[:-2]) * sum(shape[-2:])
 
 
 @lru_cache(maxsize=8)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from loraf.errors import Problem, UnknownTask
+from loraf_serve.adapters.named_sets import NamedSet, OperatorSets
 from loraf_serve.backends.backend import ServedAdapter
 from loraf_serve.errors import InvalidRequest
 
 
 class Registry:
-    """Adapters by name, in the order they were given. Immutable: a request sees the same adapters to its end."""
+    """Adapters by name, in the order they were given. Immutable: a request sees the same adapters to its end.
 
-    def __init__(self, adapters: Iterable[ServedAdapter] = ()):
+    Args:
+        operator_sets: the named sets of the server's command line, which hold for adapters that come later too.
+    """
+
+    def __init__(self, adapters: Iterable[ServedAdapter] = (), operator_sets: OperatorSets | None = None):
         self._adapters = {adapter.name: adapter for adapter in adapters}
+        self.operator_sets = OperatorSets() if operator_sets is None else operator_sets
+        self._sets: dict[str, dict[str, NamedSet]] = {}  # by adapter, filled in as they are asked for
 
     def __iter__(self) -> Iterator[ServedAdapter]:
         return iter(tuple(self._adapters.values()))
@@ -26,11 +33,23 @@ class Registry:
 
     def with_adapter(self, adapter: ServedAdapter) -> Registry:
         """A copy in which the adapter's name means `adapter`. A name that is already there keeps its place."""
-        return Registry((self._adapters | {adapter.name: adapter}).values())
+        return Registry((self._adapters | {adapter.name: adapter}).values(), self.operator_sets)
 
     def without(self, name: str) -> Registry:
         """A copy without one name."""
-        return Registry(adapter for adapter in self if adapter.name != name)
+        return Registry((adapter for adapter in self if adapter.name != name), self.operator_sets)
+
+    def with_sets(self, operator_sets: OperatorSets) -> Registry:
+        """A copy with other named sets of the operator."""
+        return Registry(self, operator_sets)
+
+    def sets_of(self, adapter: ServedAdapter) -> Mapping[str, NamedSet]:
+        """The named sets of an adapter, by name, in alphabetical order."""
+        if self._adapters.get(adapter.name) is not adapter:  # replaced in the meantime
+            return self.operator_sets.of(adapter)
+        if adapter.name not in self._sets:
+            self._sets[adapter.name] = self.operator_sets.of(adapter)
+        return self._sets[adapter.name]
 
     def named(self, digest: str) -> tuple[str, ...]:
         """All names of the content with this adapter digest."""

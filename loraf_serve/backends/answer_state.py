@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loraf_serve.backends.backend import ChoiceDelta, GenerationRequest, PositionLogprobs, TokenLogprob
-from loraf_serve.backends.detokenize import StopTexts, TextStream, token_text
-from loraf_serve.backends.sampler import Sampler, rank_of
+from loraf_serve.backends.backend import ChoiceDelta, GenerationRequest
+from loraf_serve.backends.bad_words import token_sequences
+from loraf_serve.backends.detokenize import StopTexts, TextStream
+from loraf_serve.backends.logprobs import position_logprobs
+from loraf_serve.backends.sampler import Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +54,10 @@ class AnswerState:
             frozenset() if sampling.ignore_eos else config.more_eos
         )
         self._eos = None if sampling.ignore_eos else config.eos
-        self._sampler = Sampler(sampling, request.prompt_token_ids, ends.union(sampling.stop_token_ids), index)
+        excluded = [ids for word in sampling.bad_words for ids in token_sequences(config.tokenizer, word)]
+        self._sampler = Sampler(
+            sampling, request.prompt_token_ids, ends.union(sampling.stop_token_ids), index, excluded
+        )
         self._text = TextStream(config.tokenizer, request.prompt_token_ids, sampling.skip_special_tokens)
         self._stops = StopTexts(sampling.stop)
         self._limit = longest_answer(request, config.max_model_len)
@@ -65,7 +70,9 @@ class AnswerState:
         """
         token = self._sampler(logits, self.token_ids)
         count = self._sampling.logprobs
-        logprobs = () if count is None else (self._logprobs(logits, token, count),)
+        logprobs = (
+            () if count is None else (position_logprobs(self._config.tokenizer, logits, token, count, self.token_ids),)
+        )
         self.token_ids.append(token)
         finish, reason, text = self._ended_by(token)
         if finish == "stop":  # the token that ends the answer has no text
@@ -86,18 +93,6 @@ class AnswerState:
         if token in self._stop_tokens:
             return "stop", str(token), ""
         return ("length" if len(self.token_ids) >= self._limit else None), "", ""
-
-    def _logprobs(self, logits: torch.Tensor, token: int, count: int) -> PositionLogprobs:
-        """The `count` largest log-probabilities and that of `token`, before penalties and temperature."""
-        logprobs = logits.float().log_softmax(-1)
-        values, ids = logprobs.topk(min(count, len(logprobs)))
-
-        def entry(token: int, logprob: float, rank: int) -> TokenLogprob:
-            return TokenLogprob(token, logprob, rank, token_text(self._config.tokenizer, self.token_ids, token))
-
-        top = zip(ids.tolist(), values.tolist(), range(1, len(ids) + 1), strict=True)
-        chosen = entry(token, float(logprobs[token]), rank_of(logprobs, token))
-        return PositionLogprobs(chosen, tuple(entry(*each) for each in top))
 
 
 def longest_answer(request: GenerationRequest, max_model_len: int) -> int:

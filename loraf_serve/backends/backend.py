@@ -57,6 +57,19 @@ class UnsupportedField(ValueError):
 
 
 @dataclass(frozen=True)
+class StructuredOutput:
+    """The form that an answer must have.
+
+    Attributes:
+        kind: "json_schema", "regex", "choice" or "grammar".
+        value: the schema, expression or grammar; a tuple of texts for "choice".
+    """
+
+    kind: str
+    value: str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Sampling:
     """Validated SamplingParams; the defaults are vLLM's."""
 
@@ -77,6 +90,9 @@ class Sampling:
     n: int = 1
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    structured_output: StructuredOutput | None = None
+    prompt_logprobs: int | None = None
+    bad_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,14 @@ class ServedAdapter:
         return name if HUB_ID.fullmatch(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
     @property
+    def shown_base(self) -> str:
+        """`base_name`, for a folder with the start of the fingerprint: many folders have the same name."""
+        base = self.manifest.base_model
+        return (
+            self.base_name if base.name == self.base_name else f"{self.base_name}, fingerprint {base.fingerprint[:12]}"
+        )
+
+    @property
     def file_bytes(self) -> int:
         """Size of the selected tasks' files: roughly the memory that their values take."""
         return sum(task.file.bytes for task in self.manifest.tasks)
@@ -128,6 +152,7 @@ class GenerationRequest:
         prompt_token_ids: at least one, fewer than the backend's `max_model_len`.
         adapter: None only with the empty task set.
         task_set: in canonical order; the empty set is the base model.
+        priority: lower runs first; 0 is the normal one.
     """
 
     request_id: str
@@ -135,6 +160,7 @@ class GenerationRequest:
     sampling: Sampling
     adapter: ServedAdapter | None
     task_set: TaskSet
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,8 +197,15 @@ class ChoiceDelta:
 
 @dataclass(frozen=True)
 class Output:
+    """What is new of the answers to one request.
+
+    Attributes:
+        prompt_logprobs: if requested, in the first Output: one entry per token of the prompt, None for the first token.
+    """
+
     choices: tuple[ChoiceDelta, ...]
     cached_prompt_tokens: int = 0
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] = ()
 
 
 class Backend(ABC):
@@ -185,6 +218,10 @@ class Backend(ABC):
         tokenizer, max_model_len: set by `start`; the latter limits prompt and answer together, in tokens.
         vocab_size: number of token ids that the model can hold, set by `start`; None if the backend does not know it.
         end_tokens: ids that end an answer unless it ignores them, set by `start`; all below `vocab_size`.
+        unsupported_fields: fields of requests that it refuses, such as "sampling.structured_output"; known after
+            `start`.
+        keeps_metrics: set before `start`: the engine keeps metrics of its own in prometheus_client's default registry,
+            if it has any.
     """
 
     name: str
@@ -193,6 +230,8 @@ class Backend(ABC):
     max_model_len: int
     vocab_size: int | None = None
     end_tokens: frozenset[int] = frozenset()
+    unsupported_fields: tuple[str, ...] = ()
+    keeps_metrics = False
 
     @abstractmethod
     async def start(self) -> None:

@@ -73,7 +73,12 @@ class Fallback(Backend):
     def end_tokens(self) -> frozenset[int]:  # type: ignore[override]  # as above
         return self._current.end_tokens
 
+    @property
+    def unsupported_fields(self) -> tuple[str, ...]:  # type: ignore[override]  # as above
+        return self._current.unsupported_fields
+
     async def start(self) -> None:
+        self._current.keeps_metrics = self.keeps_metrics
         try:
             await self._current.start()
         except LorafError as error:
@@ -106,6 +111,7 @@ class Fallback(Backend):
         turns = ", which serves one task set at a time: sets take turns" if backend.name == "merged" else ""
         self._say(f"serving with the {backend.name} backend instead{turns}")
         await failed.stop()
+        self._current.keeps_metrics = self.keeps_metrics
         await self._current.start()
         for adapter in self._accepted:
             await self._add(adapter)

@@ -19,12 +19,19 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraf import base_files
 from loraf.errors import ConfigError, Problem, one_line
 from loraf_serve.backends.answer_state import DecodingConfig
-from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
+from loraf_serve.backends.backend import (
+    Backend,
+    BackendUnavailable,
+    GenerationRequest,
+    Output,
+    ServedAdapter,
+    UnsupportedField,
+)
 from loraf_serve.backends.merged_engine import MAX_ROWS, TURN_STEPS, Engine, Job
 from loraf_serve.backends.merged_weights import MergedWeights, key_of
 from loraf_serve.backends.model_runner import Forward, Prefill, cache_layers, lengths_interfere, unsupported_cache
@@ -33,7 +40,7 @@ from loraf_serve.backends.vocabulary import ends_within
 
 log = logging.getLogger(__name__)
 
-DTYPES = {  # vLLM's names
+DTYPES: dict[str, str | torch.dtype] = {  # vLLM's names
     "auto": "auto",
     "float32": torch.float32,
     "float": torch.float32,
@@ -47,7 +54,7 @@ _WARM_UP_TOKENS = 8
 
 
 class MergedBackend(Backend):
-    """Generates with merged weights. Supports every field of Sampling.
+    """Generates with merged weights. Supports every field of Sampling but `structured_output`.
 
     Args:
         model_folder: a transformers model with safetensors weights and a fast tokenizer.
@@ -59,6 +66,7 @@ class MergedBackend(Backend):
     """
 
     name = "merged"
+    unsupported_fields = ("sampling.structured_output",)
 
     def __init__(
         self,
@@ -104,6 +112,8 @@ class MergedBackend(Backend):
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Output]:
         engine, weights = self._running()
+        if request.sampling.structured_output is not None:
+            raise UnsupportedField("structured_output", self.name)
         key = key_of(request.adapter.digest if request.adapter else None, request.task_set)
         self._check(request, weights)
         queue = OutputQueue()
@@ -151,11 +161,8 @@ class MergedBackend(Backend):
     def _load(self) -> tuple[Engine, MergedWeights]:
         model, self.tokenizer = _load_model(self._folder, self._dtype, self._device)
         config = model.config.get_text_config(decoder=True)
-        self.max_model_len = _context(self._max_model_len, getattr(config, "max_position_embeddings", None))
-        unsupported = unsupported_cache(model.config)
-        if unsupported:
-            message = f"keeps a state other than keys and values ({unsupported}), which the merged backend cannot pause"
-            raise ConfigError(Problem(message, file=str(self._folder), remedy="serve a model that has only attention"))
+        self.max_model_len = context_limit(self._max_model_len, getattr(config, "max_position_embeddings", None))
+        require_only_attention(self._folder, model.config)
         forward = Forward(model)
         self.vocab_size, bytes_per_token = _warm_up(model, forward)
         budget = self._kv_cache_bytes or int(KV_SHARE * _free_memory(self._device))
@@ -180,8 +187,7 @@ def _ends(model: PreTrainedModel, eos: int | None, vocab_size: int) -> tuple[int
 
 def _load_model(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Raises ConfigError."""
-    if dtype not in DTYPES:
-        raise ConfigError(Problem(f"{dtype!r} is not a dtype", "--dtype", remedy=f"choose from: {', '.join(DTYPES)}"))
+    known_dtype = dtype_of(dtype)
     base_files.require_loadable(folder)
     # Written a second time in loraf_train.sequence.runner: neither package imports the other, and `loraf` must not
     # import transformers.
@@ -190,7 +196,7 @@ def _load_model(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrai
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=DTYPES[dtype],
+            dtype=known_dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `loading_problems` reports them
             local_files_only=True,
@@ -212,7 +218,22 @@ def _load_model(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrai
     return prepared, tokenizer
 
 
-def _context(option: int | None, allowed: int | None) -> int:
+def dtype_of(name: str) -> str | torch.dtype:
+    """What `--dtype` names: a dtype, or "auto" for the model's own. Raises ConfigError."""
+    if name not in DTYPES:
+        raise ConfigError(Problem(f"{name!r} is not a dtype", "--dtype", remedy=f"choose from: {', '.join(DTYPES)}"))
+    return DTYPES[name]
+
+
+def require_only_attention(folder: Path, config: PreTrainedConfig) -> None:
+    """Raises ConfigError if a model keeps a state that requests cannot be paused with."""
+    unsupported = unsupported_cache(config)
+    if unsupported:
+        message = f"keeps a state other than keys and values ({unsupported}), which the merged backend cannot pause"
+        raise ConfigError(Problem(message, file=str(folder), remedy="serve a model that has only attention"))
+
+
+def context_limit(option: int | None, allowed: int | None) -> int:
     """The limit on prompt and answer together, in tokens. Raises ConfigError.
 
     Args:

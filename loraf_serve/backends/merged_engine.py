@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -24,7 +24,8 @@ from typing import Protocol
 import torch
 
 from loraf_serve.backends.answer_state import AnswerState, DecodingConfig, longest_answer
-from loraf_serve.backends.backend import BackendUnavailable, ChoiceDelta, GenerationRequest
+from loraf_serve.backends.backend import BackendUnavailable, ChoiceDelta, GenerationRequest, PositionLogprobs
+from loraf_serve.backends.logprobs import PromptLogprobs
 from loraf_serve.backends.merged_weights import BASE, MergedWeights, SetKey
 from loraf_serve.backends.model_runner import Batch, Forward, Prefill
 
@@ -38,7 +39,7 @@ PREFILL_TOKENS_PER_STEP = 64  # this many prompt tokens count as one decoding st
 class Sink(Protocol):
     """Receives a request's answers. Called from the engine's thread; must not block."""
 
-    def put(self, deltas: Sequence[ChoiceDelta]) -> None: ...
+    def put(self, deltas: Sequence[ChoiceDelta], prompt_logprobs: Sequence[PositionLogprobs | None] = ()) -> None: ...
 
     def end(self, error: Exception | None) -> None: ...
 
@@ -49,6 +50,8 @@ class Job:
 
     Attributes:
         reserved: tokens of KV cache that its answers may need together.
+        arrival: its number in the order of arrival.
+        prompt_logprobs: if the request wants them.
         over: it has been answered, has failed, or was cancelled.
     """
 
@@ -58,7 +61,13 @@ class Job:
     reserved: int = 0
     arrival: int = 0
     answers: list[AnswerState] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
     over: bool = False
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its place in a queue: lower priorities first, then in the order of arrival."""
+        return self.request.priority, self.arrival
 
 
 class Group:
@@ -66,7 +75,7 @@ class Group:
 
     def __init__(self, key: SetKey):
         self.key = key
-        self.waiting: deque[Job] = deque()
+        self.waiting: list[Job] = []  # in the order of their places
         self.prefill: tuple[Job, Prefill] | None = None
         self.running: list[Job] = []  # jobs with answers in the batch
         self.batch = Batch()
@@ -80,6 +89,11 @@ class Group:
     def jobs(self) -> list[Job]:
         """All jobs, those in progress first."""
         return [*([self.prefill[0]] if self.prefill else []), *self.running, *self.waiting]
+
+    @property
+    def priority(self) -> int:
+        """The lowest number among its jobs, of which there is at least one."""
+        return min(job.request.priority for job in self.jobs)
 
     def remove(self, job: Job) -> None:
         """Removes a job and frees its KV cache."""
@@ -220,13 +234,20 @@ class Engine:
         # One token more than needed: the last token of an answer is never cached.
         length = len(job.request.prompt_token_ids) + longest_answer(job.request, self._config.max_model_len)
         job.reserved = sampling.n * length
-        self._groups.setdefault(job.key, Group(job.key)).waiting.append(job)
+        insort(self._groups.setdefault(job.key, Group(job.key)).waiting, job, key=lambda job: job.place)
 
     def _ready(self) -> list[Group]:
-        """The groups that can make progress, in the order of their turns. Drops groups without jobs."""
+        """The groups that can make progress, in the order of their turns. Drops groups without jobs.
+
+        A group with a job of a lower priority number comes first.
+        """
         self._groups = {key: group for key, group in self._groups.items() if group.jobs}
-        limit = self._arrival_limit()
-        return [g for g in self._groups.values() if g.busy or (self._has_room(g) and g.waiting[0].arrival < limit)]
+        ready = [group for group in self._groups.values() if group.busy or self._may_start(group)]
+        return sorted(ready, key=lambda group: group.priority)
+
+    def _may_start(self, group: Group) -> bool:
+        """Whether the group's next waiting job may start."""
+        return self._has_room(group) and group.waiting[0].place < self._place_limit()
 
     def _has_room(self, group: Group) -> bool:
         """Whether the group has a waiting job and rows for it in its batch; memory is not considered."""
@@ -234,11 +255,11 @@ class Engine:
             return False
         return not group.batch or len(group.batch) + group.waiting[0].request.sampling.n <= self._max_rows
 
-    def _arrival_limit(self) -> float:
-        """Only jobs that arrived before this may start: none overtakes the oldest job that waits for memory."""
+    def _place_limit(self) -> tuple[float, float]:
+        """Only jobs with a place before this may start: none overtakes the first job that waits for memory."""
         heads = [group.waiting[0] for group in self._groups.values() if self._has_room(group)]
-        full = [job.arrival for job in heads if self._reserved and self._reserved + job.reserved > self._kv_tokens]
-        return min(full, default=math.inf)
+        full = [job.place for job in heads if self._reserved and self._reserved + job.reserved > self._kv_tokens]
+        return min(full, default=(math.inf, math.inf))
 
     def _turn(self, group: Group) -> None:
         self._groups[group.key] = self._groups.pop(group.key)  # moves to the end of the queue
@@ -259,11 +280,11 @@ class Engine:
 
     def _step(self, group: Group) -> int:
         """Runs one chunk of a prompt, or one token of every answer. Returns its cost in decoding steps."""
-        if self._has_room(group) and group.waiting[0].arrival < self._arrival_limit():
-            job = group.waiting.popleft()
+        if self._may_start(group):
+            job = group.waiting.pop(0)
             self._reserved += job.reserved
             try:
-                group.prefill = (job, Prefill(job.request.prompt_token_ids))
+                group.prefill = (job, self._begin(job))
             except Exception as error:
                 self._fail(job, error)
                 return 0
@@ -271,6 +292,13 @@ class Engine:
             return self._prefill(group, *group.prefill)
         self._decode(group)
         return 1
+
+    def _begin(self, job: Job) -> Prefill:
+        prompt, count = job.request.prompt_token_ids, job.request.sampling.prompt_logprobs
+        if count is None:
+            return Prefill(prompt)
+        job.prompt_logprobs = PromptLogprobs(self._config.tokenizer, prompt, count)
+        return Prefill(prompt, job.prompt_logprobs.add)
 
     def _prefill(self, group: Group, job: Job, prefill: Prefill) -> int:
         """Runs one chunk of a prompt; after the last one, starts the job's answers. Returns the cost."""
@@ -317,7 +345,8 @@ class Engine:
         except Exception as error:
             self._fail(job, error)
             return
-        job.sink.put(deltas)
+        gathered, job.prompt_logprobs = job.prompt_logprobs, None
+        job.sink.put(deltas, gathered.positions if gathered else ())
         if all(answer.finished for answer in job.answers):
             self._close(job)
             job.sink.end(None)

@@ -10,7 +10,7 @@ token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn.functional import pad
@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from loraf_serve.backends.answer_state import AnswerState
 
 CHUNK = 512  # prompt tokens per model call; a request can be cancelled between chunks
+CHUNK_WITH_LOGITS = 64  # if the logits of every token are wanted, which take memory
 
 
 def unsupported_cache(config: PreTrainedConfig) -> str | None:
@@ -55,6 +56,20 @@ class Forward:
             tokens, positions: (rows, new tokens).
             mask: (rows, cached and new tokens), False at padding; None if there is no padding.
         """
+        return self._logits(tokens, cache, positions, mask, 1)[:, -1]
+
+    def every(self, tokens: Sequence[int], cache: Cache, positions: Sequence[int]) -> torch.Tensor:
+        """Returns the logits after each token of one row, (new tokens, vocab). Appends them to `cache`."""
+        return self._logits([tokens], cache, [positions], None, len(tokens))[0]
+
+    def _logits(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: Cache,
+        positions: Sequence[Sequence[int]],
+        mask: torch.Tensor | None,
+        keep: int,
+    ) -> torch.Tensor:
         device = self._model.device
         arguments = {
             "input_ids": torch.tensor(tokens, device=device),
@@ -62,37 +77,48 @@ class Forward:
             "attention_mask": None if mask is None else mask.to(device),
             "past_key_values": cache,
             "use_cache": True,
-            "logits_to_keep": 1,
+            "logits_to_keep": keep,
         }
         accepted = {name: value for name, value in arguments.items() if name in self._parameters}
         logits: torch.Tensor = self._model(**accepted).logits
-        return logits[:, -1]
+        return logits
 
 
 class Prefill:
     """Runs a prompt in chunks.
+
+    Args:
+        every: receives the logits after each token of a chunk, (tokens, vocab); None if nobody wants them.
 
     Attributes:
         cache: keys and values of the tokens so far. Every layer keeps all of them; a sliding window is applied by the
             mask.
     """
 
-    def __init__(self, prompt: Sequence[int]):
+    def __init__(self, prompt: Sequence[int], every: Callable[[torch.Tensor], None] | None = None):
         self.cache = DynamicCache()
         self._prompt = prompt
+        self._every = every
+        self._chunk = CHUNK if every is None else CHUNK_WITH_LOGITS
         self._done = 0
 
     def step(self, forward: Forward) -> torch.Tensor | None:
         """Runs the next chunk. Returns the logits after the prompt, (vocab,), or None if chunks remain."""
-        end = min(self._done + CHUNK, len(self._prompt))
-        logits = forward([self._prompt[self._done : end]], self.cache, [range(self._done, end)])
+        end = min(self._done + self._chunk, len(self._prompt))
+        tokens, positions = self._prompt[self._done : end], range(self._done, end)
+        if self._every is None:
+            logits = forward([tokens], self.cache, [positions])[0]
+        else:
+            rows = forward.every(tokens, self.cache, positions)
+            self._every(rows)
+            logits = rows[-1]
         self._done = end
-        return logits[0] if end == len(self._prompt) else None
+        return logits if end == len(self._prompt) else None
 
     @property
     def next_chunk(self) -> int:
         """Number of tokens in the next chunk."""
-        return min(CHUNK, len(self._prompt) - self._done)
+        return min(self._chunk, len(self._prompt) - self._done)
 
 
 class Batch:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
-from loraf_serve.backends.backend import ChoiceDelta, Output
+from loraf_serve.backends.backend import ChoiceDelta, Output, PositionLogprobs
 
 
 class OutputQueue:
@@ -20,14 +20,16 @@ class OutputQueue:
         self._wake = asyncio.Event()
         self._lock = threading.Lock()  # guards everything below
         self._deltas: list[ChoiceDelta] = []
+        self._prompt_logprobs: tuple[PositionLogprobs | None, ...] = ()
         self._ended = False
         self._error: Exception | None = None
         self._waking = False
 
-    def put(self, deltas: Sequence[ChoiceDelta]) -> None:
-        """Adds new parts of the answers."""
+    def put(self, deltas: Sequence[ChoiceDelta], prompt_logprobs: Sequence[PositionLogprobs | None] = ()) -> None:
+        """Adds new parts of the answers, and the prompt's log-probabilities with the first."""
         with self._lock:
             self._deltas += deltas
+            self._prompt_logprobs = self._prompt_logprobs or tuple(prompt_logprobs)
             self._wake_reader()
 
     def end(self, error: Exception | None) -> None:
@@ -52,9 +54,10 @@ class OutputQueue:
                 self._wake.clear()
                 self._waking = False
                 deltas, self._deltas = self._deltas, []
+                prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, ()
                 ended, error = self._ended, self._error
             if deltas:
-                return Output(tuple(joined(deltas)))
+                return Output(tuple(joined(deltas)), prompt_logprobs=prompt_logprobs)
             if error is not None:
                 raise error
             if ended:

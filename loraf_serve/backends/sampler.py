@@ -1,7 +1,7 @@
 """Samples a token from a row of logits as vLLM's sampler does (vllm/v1/sample/sampler.py), for one answer.
 
-    logits ─▶ min_tokens ─▶ logit_bias ─▶ penalties ─┬─▶ argmax                                        (greedy)
-                                                      └─▶ temperature ─▶ min_p ─▶ top_k ─▶ top_p ─▶ draw
+    logits ─▶ bad_words ─▶ min_tokens ─▶ logit_bias ─▶ penalties ─┬─▶ argmax                              (greedy)
+                                                                  └─▶ temperature ─▶ min_p ─▶ top_k ─▶ top_p ─▶ draw
 
 Log-probabilities are computed from the unmodified logits.
 """
@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from loraf_serve.backends import bad_words
 from loraf_serve.backends.backend import Sampling
 
 # vLLM treats a temperature below the first as greedy, and raises one below the second to it (_SAMPLING_EPS, _MAX_TEMP).
@@ -39,10 +40,19 @@ class Sampler:
         prompt: the prompt's token ids.
         stopping: ids that min_tokens suppresses: end-of-sequence and stop tokens.
         index: which of the request's answers this is; its seed is `sampling.seed + index`, as in vLLM.
+        excluded: bad words as sequences of tokens.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], stopping: Collection[int], index: int = 0):
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        stopping: Collection[int],
+        index: int = 0,
+        excluded: Sequence[Sequence[int]] = (),
+    ):
         self._sampling = sampling
+        self._excluded = excluded
         self._prompt = prompt
         self._stopping = sorted(stopping)
         self._greedy = sampling.temperature < GREEDY_BELOW
@@ -68,6 +78,7 @@ class Sampler:
     def scores(self, logits: torch.Tensor, output: Sequence[int]) -> torch.Tensor:
         """The logits after all steps but the last, float32 (vocab,), -inf for excluded tokens. Arguments as above."""
         scores = logits.to(torch.float32, copy=True)
+        scores[bad_words.excluded(self._excluded, output)] = -torch.inf
         if len(output) < self._sampling.min_tokens:
             scores[self._stopping] = -torch.inf
         add_bias(scores, self._sampling.logit_bias)
@@ -114,8 +125,3 @@ def warpers(sampling: Sampling) -> LogitsProcessorList:
     if sampling.top_p < 1:
         chain.append(TopPLogitsWarper(sampling.top_p))
     return chain
-
-
-def rank_of(logprobs: torch.Tensor, token: int) -> int:
-    """The number of tokens that are at least as likely, including `token` itself. `logprobs`: (vocab,)."""
-    return int((logprobs >= logprobs[token]).sum())

@@ -6,9 +6,11 @@ import copy
 import string
 from typing import TYPE_CHECKING
 
-from loraf.errors import Problem, one_line
+from loraf.errors import Problem
 from loraf.prompt_ids import prompt_ids
+from loraf_serve.backends.bad_words import token_sequences
 from loraf_serve.errors import InvalidRequest
+from loraf_serve.request import chat
 from loraf_serve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
@@ -44,9 +46,8 @@ class PromptReader:
             templates: the task's; its prompt template is applied to the prompt. None to use the prompt as it is.
 
         Raises:
-            InvalidRequest: there is no input, it is empty or too long, an id is not in the vocabulary, the model has no
-                chat template or its template refuses the messages, or the task's template does not have exactly one
-                field.
+            InvalidRequest: there is no input, it is empty or too long, an id is not in the vocabulary, the chat is
+                invalid (see `chat.text_of`), or the task's template does not have exactly one field.
         """
         kind = request.WhichOneof("input")
         if kind is None:
@@ -58,7 +59,8 @@ class PromptReader:
             ids = self._encode("prompt", text, templates is None or templates.special_tokens)
         elif kind == "messages":
             # The template writes the special tokens itself: a second BOS would change the answer.
-            ids = self._encode("messages", self._chat_text(request.messages), add_special_tokens=False)
+            text = chat.text_of(self._tokenizer, request.messages, request.tools)
+            ids = self._encode("messages", text, add_special_tokens=False)
         else:
             ids = tuple(request.prompt_token_ids.ids)
             if ids and max(ids) >= self.vocab_size:
@@ -71,6 +73,10 @@ class PromptReader:
             raise self._too_long(kind, f"{len(ids)} tokens")
         self._require_known(kind, ids)
         return ids
+
+    def bad_word_tokens(self, word: str) -> list[list[int]]:
+        """The sequences of tokens that a bad word excludes."""
+        return token_sequences(self._tokenizer, word)
 
     def _require_known(self, kind: str, ids: tuple[int, ...]) -> None:
         """Refuses tokens that the tokenizer has and the model does not. Raises InvalidRequest."""
@@ -90,31 +96,6 @@ class PromptReader:
     def _too_long(self, field: str, length: str) -> InvalidRequest:
         message = f"has {length}, and the limit for prompt and answer together is {self.max_model_len}"
         return _invalid(field, message, f"send at most {self.max_model_len - 1} tokens")
-
-    def _chat_text(self, messages: pb.Messages) -> str:
-        from jinja2 import TemplateError
-
-        if not self._tokenizer.chat_template:
-            raise _invalid("messages", "the model has no chat template", "send prompt, or serve a chat model")
-        if not messages.messages:
-            raise _invalid("messages.messages", "is empty", "send at least one message")
-        for i, message in enumerate(messages.messages):
-            if not message.role:
-                raise _invalid(f"messages.messages[{i}].role", "is empty", "use user, assistant or system")
-        chat = [{"role": m.role, "content": m.content} for m in messages.messages]
-        # As transformers' chat pipeline: the answer continues a last message of the assistant, which stays open.
-        continues = messages.messages[-1].role == "assistant"
-        try:
-            text = self._tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
-            )
-        except (TemplateError, ValueError) as error:  # templates refuse unknown roles and orders of roles
-            remedy = "send messages as the model's chat template expects them"
-            if continues:
-                remedy += ", or end with a message of the user: the answer would continue the assistant's"
-            raise _invalid("messages", f"the chat template refuses them ({one_line(error)})", remedy) from None
-        assert isinstance(text, str)  # because of tokenize=False
-        return text
 
 
 def fill(template: str, prompt: str) -> str:

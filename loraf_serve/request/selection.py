@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from loraf.errors import LorafError, Problem, SelectionError, UnknownTask
@@ -12,7 +12,7 @@ from loraf_serve.backends.backend import ServedAdapter
 from loraf_serve.errors import DigestMismatch, InvalidRequest
 from loraf_serve.v1 import generation_pb2 as pb
 
-_KINDS = "all, tasks, as_trained or base"
+_KINDS = "all, tasks, named, as_trained or base"
 Selection = tuple[ServedAdapter | None, TaskSet, str | None]
 
 
@@ -40,7 +40,7 @@ def read(
             errors.append(InvalidRequest(Problem(message, "task_selection", remedy="select base")))
         return None, TaskSet(), None
     try:
-        return adapter, *_task_set(request, adapter)
+        return adapter, *_task_set(request, adapter, registry)
     except (SelectionError, InvalidRequest) as error:
         errors.append(error)
         return adapter, TaskSet(), None
@@ -55,7 +55,7 @@ def _check_form(request: pb.GenerateRequest | pb.StreamGenerateRequest, errors: 
 
 
 def _task_set(
-    request: pb.GenerateRequest | pb.StreamGenerateRequest, adapter: ServedAdapter
+    request: pb.GenerateRequest | pb.StreamGenerateRequest, adapter: ServedAdapter, registry: Registry
 ) -> tuple[TaskSet, str | None]:
     """The task set, and the task's name if exactly one is selected. Raises InvalidRequest, UnknownTask."""
     manifest = adapter.manifest
@@ -66,13 +66,41 @@ def _task_set(
             return manifest.as_trained(name), name
         except UnknownTask as error:
             raise UnknownTask(replace(p, field="task_selection.as_trained.name") for p in error.problems) from None
-    task_set = _read_tasks(request, adapter.tasks)
+    if kind == "named":
+        named = _named(request.task_selection.named.name, adapter, registry)
+        return named, named.names[0] if len(named.names) == 1 else None
+    try:
+        task_set = _read_tasks(request, adapter.tasks)
+    except (InvalidRequest, UnknownTask) as error:
+        sets = registry.sets_of(adapter)
+        raise type(error)(_or_named(problem, request.task_selection, sets) for problem in error.problems) from None
     if task_set is not None:
         names = [task.name for task in request.task_selection.tasks.tasks]
         return task_set, names[0] if len(names) == 1 else None
     if kind == "base":
         return TaskSet(), None
     return manifest.all_tasks(), adapter.tasks[0] if len(adapter.tasks) == 1 else None
+
+
+def _named(name: str, adapter: ServedAdapter, registry: Registry) -> TaskSet:
+    """The set of that name. Raises UnknownTask, which lists the names there are."""
+    sets = registry.sets_of(adapter)
+    if name in sets:
+        return sets[name].task_set
+    message = f"adapter {adapter.name!r} has no named set {name!r}"
+    remedy = f"choose from: {', '.join(sets) or 'none'}"
+    if name in adapter.tasks:
+        message, remedy = f"{name!r} is a task, not a named set", "select it with tasks"
+    raise UnknownTask(Problem(message, "task_selection.named.name", remedy=remedy))
+
+
+def _or_named(problem: Problem, selection: pb.TaskSelection, sets: Collection[str]) -> Problem:
+    """The problem with a name in `tasks`, which may be that it is the name of a named set."""
+    for i, task in enumerate(selection.tasks.tasks):
+        if problem.field == f"task_selection.tasks.tasks[{i}].name" and task.name in sets:
+            message = f"{task.name!r} is a named set, not a task"
+            return replace(problem, message=message, remedy="select it with named")
+    return problem
 
 
 def _read_tasks(request: pb.GenerateRequest | pb.StreamGenerateRequest, order: Sequence[str]) -> TaskSet | None:

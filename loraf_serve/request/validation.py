@@ -3,6 +3,7 @@
     selection  adapter and task set             (loraf_serve.request.selection)
     prompt     text or chat to token ids        (loraf_serve.request.prompts)
     sampling   ranges and defaults              (loraf_serve.request.sampling)
+    limits     of what takes time to read       (loraf_serve.limits, loraf_serve.request.lanes)
 
 Each violation is named by its path in the request (`sampling.top_p`). If a request has mistakes of several kinds,
 INVALID_ARGUMENT takes precedence over NOT_FOUND, and that over FAILED_PRECONDITION.
@@ -10,46 +11,52 @@ INVALID_ARGUMENT takes precedence over NOT_FOUND, and that over FAILED_PRECONDIT
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+
+from google.protobuf.message import Message
 
 from loraf.errors import LorafError, Problem, UnknownTask
 from loraf_serve.adapters.registry import Registry
 from loraf_serve.backends.backend import Backend, GenerationRequest, Sampling, ServedAdapter
 from loraf_serve.errors import DigestMismatch, InvalidRequest
-from loraf_serve.request import sampling, selection
+from loraf_serve.limits import MAX_PRIORITY, MAX_PROMPT_LOGPROBS_ENTRIES, MAX_REQUEST_ID
+from loraf_serve.request import chat, sampling, selection
+from loraf_serve.request.lanes import Lanes
 from loraf_serve.request.prompts import PromptReader
 from loraf_serve.v1 import generation_pb2 as pb
 
 AnyRequest = pb.GenerateRequest | pb.StreamGenerateRequest
 
-MAX_REQUEST_ID = 128  # characters
+_REMEDIES = {"priority": "leave it out, or serve with a vLLM backend and --scheduling-policy priority"}
 
 
 class Validator:
-    """Validates requests in its own thread, because a long prompt takes long to tokenize.
+    """Validates requests in threads, because a long prompt takes long to tokenize.
 
     Args:
-        backend: started. Its tokenizer is copied, since a tokenizer is not thread-safe.
+        backend: started. Its tokenizer is copied for each thread, since a tokenizer is not thread-safe.
         vocab_size: the model's number of token ids (rows of its embedding, which may be more or fewer than the
             tokenizer has tokens); the backend's counts if it is smaller. None for the backend's, or the tokenizer's.
     """
 
     def __init__(self, backend: Backend, vocab_size: int | None = None):
         size = min((n for n in (vocab_size, backend.vocab_size) if n), default=None)
-        self._prompts = PromptReader(backend.tokenizer, backend.max_model_len, size)
+        self._backend = backend
         self._end_tokens = backend.end_tokens
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
+        self._lanes = Lanes(lambda: PromptReader(backend.tokenizer, backend.max_model_len, size))
 
     async def read(self, request: AnyRequest, registry: Registry) -> GenerationRequest:
-        """`read_now` in the thread. Raises as `read_now`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.read_now, request, registry)
+        """Validates a request in a thread. Raises as `read_now`."""
+        # What is too long is refused here: it would keep a thread busy.
+        problems = chat.size_problems(request)
+        if problems:
+            raise InvalidRequest(problems)
+        return await self._lanes.run(_characters(request), lambda prompts: self._read(request, registry, prompts))
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Ends the threads."""
+        self._lanes.close()
 
     def read_now(self, request: AnyRequest, registry: Registry) -> GenerationRequest:
         """Validates a request and gives it a unique id (ids of clients need not be unique).
@@ -62,14 +69,23 @@ class Validator:
             UnknownTask: only an adapter or task that is not loaded.
             DigestMismatch: only another version of the adapter than the request requires.
         """
+        problems = chat.size_problems(request)
+        if problems:
+            raise InvalidRequest(problems)
+        return self._read(request, registry, self._lanes.any_reader)
+
+    def _read(self, request: AnyRequest, registry: Registry, prompts: PromptReader) -> GenerationRequest:
         errors: list[LorafError] = []
         adapter, task_set, only_task = selection.read(request, registry, errors)
-        params = self._sampling(request, errors)
-        token_ids = self._token_ids(request, adapter, only_task, errors)
-        problem = request_id_problem(request.request_id)
-        if problem:
-            errors.append(InvalidRequest(problem))
-        room = self._prompts.max_model_len - len(token_ids)
+        params = self._sampling(request, prompts, errors)
+        token_ids = self._token_ids(request, prompts, adapter, only_task, errors)
+        errors += [InvalidRequest(problem) for problem in self._other_problems(request)]
+        entries = 0 if params.prompt_logprobs is None else (params.prompt_logprobs + 1) * len(token_ids)
+        if entries > MAX_PROMPT_LOGPROBS_ENTRIES:
+            message = f"{params.prompt_logprobs} for {len(token_ids)} tokens are {entries} log-probabilities"
+            remedy = f"use at most {MAX_PROMPT_LOGPROBS_ENTRIES}: a smaller number, or a shorter prompt"
+            errors.append(InvalidRequest(Problem(message, "sampling.prompt_logprobs", remedy=remedy)))
+        room = prompts.max_model_len - len(token_ids)
         if token_ids and params.min_tokens > room:
             message = f"{params.min_tokens} is more than the {room} tokens that are left of the context"
             errors.append(InvalidRequest(Problem(message, "sampling.min_tokens", remedy=f"use at most {room}")))
@@ -81,17 +97,40 @@ class Validator:
             sampling=replace(params, max_tokens=min(params.max_tokens, room)),
             adapter=adapter,
             task_set=task_set,
+            priority=request.priority,
         )
 
-    def _sampling(self, request: AnyRequest, errors: list[LorafError]) -> Sampling:
+    def _other_problems(self, request: AnyRequest) -> list[Problem]:
+        """The problems with fields that are neither the prompt nor the selection nor sampling."""
+        problems = []
+        if abs(request.priority) > MAX_PRIORITY:
+            remedy = f"use a value from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+            problems.append(Problem(f"{request.priority} is out of range", "priority", remedy=remedy))
+        if request.tools and request.WhichOneof("input") != "messages":
+            problems.append(Problem("requires messages", "tools", remedy="send messages, or leave tools out"))
+        unsupported = set(self._backend.unsupported_fields)
+        for field in sorted(unsupported & {*_set_fields(request), *_set_fields(request.sampling, "sampling.")}):
+            if field != "priority" or request.priority:  # 0 is what every request has
+                message = f"is not supported by the {self._backend.name} backend"
+                remedy = _REMEDIES.get(field, "leave it out, or serve with a vLLM backend")
+                problems.append(Problem(message, field, remedy=remedy))
+        problem = request_id_problem(request.request_id)
+        return [*problems, problem] if problem else problems
+
+    def _sampling(self, request: AnyRequest, prompts: PromptReader, errors: list[LorafError]) -> Sampling:
         try:
-            return sampling.read(request.sampling, self._prompts.vocab_size, self._end_tokens)
+            return sampling.read(request.sampling, prompts.vocab_size, self._end_tokens, prompts.bad_word_tokens)
         except InvalidRequest as error:
             errors.append(error)
             return Sampling()
 
     def _token_ids(
-        self, request: AnyRequest, adapter: ServedAdapter | None, task: str | None, errors: list[LorafError]
+        self,
+        request: AnyRequest,
+        prompts: PromptReader,
+        adapter: ServedAdapter | None,
+        task: str | None,
+        errors: list[LorafError],
     ) -> tuple[int, ...]:
         """The prompt's token ids; () after appending an error."""
         templates = None
@@ -104,7 +143,7 @@ class Validator:
                         return ()
                     raise _template_misused("requires that exactly one task is selected", "select one task")
                 templates = adapter.manifest.task(task).templates
-            return self._prompts.read(request, templates)
+            return prompts.read(request, templates)
         except InvalidRequest as error:
             errors.append(error)
             return ()
@@ -116,6 +155,17 @@ def request_id_problem(request_id: str) -> Problem | None:
         remedy = f"use at most {MAX_REQUEST_ID} printable characters"
         return Problem("is too long or has a character that cannot be printed", "request_id", remedy=remedy)
     return None
+
+
+def _characters(request: AnyRequest) -> int:
+    """About how much text there is to read in the request, whatever its form."""
+    if request.WhichOneof("input") != "messages":
+        return len(request.prompt) + len(request.prompt_token_ids.ids)
+    return request.messages.ByteSize() + sum(tool.ByteSize() for tool in request.tools)
+
+
+def _set_fields(message: Message, prefix: str = "") -> list[str]:
+    return [prefix + field.name for field, _ in message.ListFields()]
 
 
 def _template_misused(message: str, remedy: str) -> InvalidRequest:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from loraf_serve.adapters.named_sets import NamedSet
 from loraf_serve.backends.backend import (
     ChoiceDelta,
     GenerationRequest,
@@ -50,6 +53,9 @@ class ResponseStream:
         if not deltas:
             return None
         message = pb.StreamGenerateResponse(choices=[_choice(delta) for delta in deltas])
+        if output.prompt_logprobs:
+            empty = pb.PositionLogprobs()
+            message.prompt_logprobs.extend(_position(p) if p else empty for p in output.prompt_logprobs)
         if self._first or self.finished:
             message.request_id = self._request_id
             message.served_by.CopyFrom(served_by(self._request, self._backend))
@@ -75,6 +81,7 @@ class ResponseBuilder:
 
     async def add(self, message: pb.StreamGenerateResponse) -> None:
         """Adds the next message."""
+        self.response.prompt_logprobs.extend(message.prompt_logprobs)
         for piece in message.choices:
             choice = self._choices.setdefault(piece.index, pb.Choice(index=piece.index))
             self._texts.setdefault(piece.index, []).append(piece.text)
@@ -103,13 +110,18 @@ def served_by(request: GenerationRequest, backend: str) -> pb.ServedBy:
     )
 
 
-def adapter(served: ServedAdapter, resident_bytes: int) -> adapter_pb2.Adapter:
-    """The description of a loaded adapter. `resident_bytes`: memory that its content takes."""
+def adapter(served: ServedAdapter, resident_bytes: int, sets: Iterable[NamedSet] = ()) -> adapter_pb2.Adapter:
+    """The description of a loaded adapter.
+
+    Args:
+        resident_bytes: memory that its content takes.
+        sets: its named sets.
+    """
     manifest = served.manifest
     return adapter_pb2.Adapter(
         name=served.name,
         digest=served.digest,
-        base_model=served.base_name,
+        base_model=served.shown_base,
         rank=manifest.rank,
         tasks=[
             adapter_pb2.Task(
@@ -122,7 +134,14 @@ def adapter(served: ServedAdapter, resident_bytes: int) -> adapter_pb2.Adapter:
             for task in manifest.tasks
         ],
         resident_bytes=resident_bytes,
+        sets=[_named_set(named) for named in sets],
     )
+
+
+def _named_set(named: NamedSet) -> adapter_pb2.NamedSet:
+    origin = adapter_pb2.SET_ORIGIN_OPERATOR if named.by_operator else adapter_pb2.SET_ORIGIN_CHECKPOINT
+    tasks = [adapter_pb2.SetTask(name=name, weight=weight) for name, weight in named.task_set.weights]
+    return adapter_pb2.NamedSet(name=named.name, tasks=tasks, origin=origin)
 
 
 def _choice(delta: ChoiceDelta) -> pb.Choice:

@@ -1,7 +1,7 @@
 """The life of the server: listen, warm up, serve, drain.
 
 create_server ──▶ listening, NOT_SERVING ──warm_up──▶ SERVING ──drain──▶ NOT_SERVING, finishing ──▶ stopped
-                                                         └── engine gone ──▶ NOT_SERVING, UNAVAILABLE
+                                                         └── engine gone ──▶ NOT_SERVING, UNAVAILABLE ──▶ stopped
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -22,56 +21,101 @@ from loraf_serve.adapters.registry import Registry
 from loraf_serve.adapters.root import AdapterRoot
 from loraf_serve.addresses import address_of, is_local
 from loraf_serve.backends.backend import Backend, BackendUnavailable
+from loraf_serve.observe.call import Observer
+from loraf_serve.observe.metrics import LoadedAdapter, ServiceState
 from loraf_serve.request.validation import Validator
+from loraf_serve.security.certificates import server_credentials
+from loraf_serve.security.tokens import Tokens, readable_by_others
+from loraf_serve.service import access
 from loraf_serve.service.admission import Admission
+from loraf_serve.service.gate import Gate
+from loraf_serve.service.info import InfoService
+from loraf_serve.service.observation import Observation
 from loraf_serve.service.server_options import ServerOptions
 from loraf_serve.service.services import AdapterService, GenerationService
 from loraf_serve.service.status import ENGINE_GONE
-from loraf_serve.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
+from loraf_serve.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    info_pb2,
+    info_pb2_grpc,
+)
 
 log = logging.getLogger(__name__)
 
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    info_pb2.DESCRIPTOR.services_by_name["InfoService"].full_name,
 )
-_HEALTH_CHECK_SECONDS = 5.0  # between checks of the engine
+_HEALTH_CHECK_SECONDS = 0.5  # between checks of the engine
+_LAST_ANSWERS_SECONDS = 1.0  # after the engine's death, in which probes and clients can still learn of it
+_NEVER = 2**31 - 1  # milliseconds, as gRPC writes it
 _FLUSH_SECONDS = 1.0  # for answers that are ready to be sent, and handlers whose backend has just stopped
 _KEEPALIVE_MS = 60_000  # a client that vanished silently is noticed after this time and the timeout
 _KEEPALIVE_TIMEOUT_MS = 20_000
+_CLIENT_PING_MS = 5_000  # the least time between a client's own keepalive pings
 
 
 class GrpcServer:
     """The gRPC server of a backend. Made by `create_server`.
 
     Attributes:
-        engine_gone: the backend has failed for good.
+        tokens: who may call; None: everybody.
+        engine_gone: the backend has failed for good; engine_lost: is set then.
     """
 
-    def __init__(self, backend: Backend, library: AdapterLibrary, options: ServerOptions, vocab_size: int | None):
+    def __init__(
+        self,
+        backend: Backend,
+        library: AdapterLibrary,
+        options: ServerOptions,
+        vocab_size: int | None,
+        tokens: Tokens | None = None,
+        observers: Sequence[Observer] = (),
+    ):
+        self.tokens = tokens
         self.engine_gone = False
+        self.engine_lost = asyncio.Event()
         self._backend = backend
         self._library = library
         self._vocab_size = vocab_size
         self._admission = Admission(options.max_queue)
         self._generation = GenerationService(
-            backend, library, self._admission, options.default_deadline, self._engine_is_gone
+            backend,
+            library,
+            self._admission,
+            options.default_deadline,
+            self._engine_is_gone,
+            observers,
+            options.log_texts,
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in grpc-stubs
         self._watch: asyncio.Task[None] | None = None
+        age = round(options.max_connection_age * 1000)
         self._grpc = aio.server(
+            interceptors=[Gate(tokens, observers)],
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # otherwise a second server takes half of the first one's connections
                 ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
-            ]
+                ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),  # without it, the timeout above has no effect
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", _CLIENT_PING_MS),
+                # Streams that run when a connection has reached its age go on to their end.
+                *([("grpc.max_connection_age_ms", age), ("grpc.max_connection_age_grace_ms", _NEVER)] if age else []),
+            ],
         )
         adapters = AdapterService(library, self._admission, self._engine_is_gone)
         # Generated code for services has no types, hence the ignores.
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._grpc)  # type: ignore[no-untyped-call]
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._grpc)  # type: ignore[no-untyped-call]
+        info = InfoService(backend, self._admission, options)
+        info_pb2_grpc.add_InfoServiceServicer_to_server(info, self._grpc)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if options.reflection:
             from grpc_reflection.v1alpha import reflection
@@ -84,6 +128,21 @@ class GrpcServer:
         """The adapters that requests may name now."""
         return self._library.registry
 
+    def state(self, queue_limit: int) -> ServiceState:
+        """What metrics show of the server."""
+
+        def adapters() -> list[LoadedAdapter]:
+            size = self._library.resident_bytes
+            return [LoadedAdapter(adapter.name, size(adapter), len(adapter.tasks)) for adapter in self.registry]
+
+        return ServiceState(
+            serving=lambda: self._admission.is_open,
+            engine_up=lambda: not self.engine_gone,
+            adapters=adapters,
+            backend=lambda: self._backend.name,
+            queue_limit=queue_limit,
+        )
+
     async def listen(self, options: ServerOptions) -> int:
         """Starts to listen; every service is NOT_SERVING. Returns the port.
 
@@ -92,8 +151,8 @@ class GrpcServer:
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
-            if options.tls_cert:
-                port = self._grpc.add_secure_port(options.address, _credentials(options))
+            if options.tls:
+                port = self._grpc.add_secure_port(options.address, server_credentials(options.tls))
             else:
                 port = self._grpc.add_insecure_port(options.address)
         except RuntimeError:
@@ -117,15 +176,20 @@ class GrpcServer:
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             self._watch = asyncio.create_task(self._watch_engine())
 
-    async def drain(self, grace: float, hurry: asyncio.Event | None = None) -> None:
+    async def drain(self, grace: float, hurry: asyncio.Event | None = None, delay: float = 0.0) -> None:
         """Refuses new requests, waits for those in flight, then stops everything.
 
         Args:
             grace: seconds that requests in flight may continue.
-            hurry: ends the grace early when it is set.
+            hurry: ends the delay and the grace early when it is set.
+            delay: seconds in which the server says NOT_SERVING but still accepts requests, so that a load balancer
+                turns to other servers first.
         """
-        self._admission.close("the server is draining")
         await self._health.enter_graceful_shutdown()
+        if delay and self._admission.is_open:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for((hurry or asyncio.Event()).wait(), delay)
+        self._admission.close("the server is draining")
         empty = asyncio.create_task(self._admission.wait_empty(grace))
         waits = {empty} | ({asyncio.create_task(hurry.wait())} if hurry else set())
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -146,9 +210,10 @@ class GrpcServer:
         if self.engine_gone or not self._admission.is_open:  # already known, or draining
             return
         self.engine_gone = True
-        log.error("the engine is gone; the server answers UNAVAILABLE until it is restarted: %s", error)
+        log.error("the engine is gone: %s", error)
         self._admission.close(ENGINE_GONE)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.engine_lost.set()
 
     async def _watch_engine(self) -> None:
         while not self.engine_gone:
@@ -171,6 +236,7 @@ async def create_server(
     options: ServerOptions,
     vocab_size: int | None = None,
     root: AdapterRoot | None = None,
+    observers: Sequence[Observer] = (),
 ) -> tuple[GrpcServer, int]:
     """Makes a server that listens but does not serve yet. Call `warm_up` next, and `drain` at the end.
 
@@ -179,18 +245,20 @@ async def create_server(
         registry: the adapters to begin with; `warm_up` reads the values of those that have none.
         vocab_size: the model's number of token ids; None for the tokenizer's.
         root: where clients may load adapters from; None: clients cannot change what is loaded.
+        observers: are told of every call.
 
     Returns:
         The server and its port.
 
     Raises:
-        ConfigError: the options contradict each other, or the address is not available.
+        ConfigError: the options contradict each other, the token file cannot be used, or the address is not available.
     """
     problems = options.problems()
     if problems:
         raise ConfigError(problems)
+    tokens = Tokens(options.token_file) if options.token_file else None
     library = AdapterLibrary(backend, registry, root, options.adapter_memory)
-    server = GrpcServer(backend, library, options, vocab_size)
+    server = GrpcServer(backend, library, options, vocab_size, tokens, observers)
     return server, await server.listen(options)
 
 
@@ -202,7 +270,7 @@ async def run(
     root: AdapterRoot | None,
     say: Callable[[str], None],
 ) -> int:
-    """Serves until SIGTERM or SIGINT; a second signal ends the grace period.
+    """Serves until SIGTERM or SIGINT, or until the engine dies; a second signal ends the grace period.
 
     Args:
         say: prints a line for the user.
@@ -221,11 +289,24 @@ async def run(
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, on_signal)
-    server, port = await create_server(backend, registry, options, vocab_size, root)
+    observation = Observation(options)
+    backend.keeps_metrics = options.metrics_port is not None
+    server, port = await create_server(backend, registry, options, vocab_size, root, observation.observers)
+    authenticate = access.metrics_reader(server.tokens) if server.tokens else None
+    try:
+        metrics = observation.listen(server.state(options.max_queue), authenticate)
+    except ConfigError:
+        await server.drain(0.0)
+        raise
     address = address_of(options.host, port)
-    if not options.tls_cert and not is_local(options.host):
+    if not options.tls and not is_local(options.host):
         say("warning: no TLS, and other machines can reach this server (--insecure)")
+    if options.token_file and readable_by_others(options.token_file):
+        say(f"warning: {options.token_file}: other users of this machine can read the tokens (chmod o-r)")
+    if metrics:
+        say(f"metrics on {metrics}")
     say(f"loading the model; health on {address} is NOT_SERVING until it is ready")
+    grace, delay = options.grace, options.drain_delay
     warming, stopping = asyncio.create_task(server.warm_up()), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({warming, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -235,8 +316,15 @@ async def run(
                 rank, tasks = adapter.manifest.rank, ", ".join(adapter.tasks)
                 say(f"adapter {adapter.name}: verified, rank {rank}, digest {adapter.digest[:12]}, tasks {tasks}")
             say(f"listening on {address}")
-            await stopping
-            say("draining")
+            lost = asyncio.create_task(server.engine_lost.wait())
+            await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
+            lost.cancel()
+            if server.engine_gone:
+                say("the engine is gone; stopping, with exit status 1")
+                await asyncio.sleep(_LAST_ANSWERS_SECONDS)
+                grace = delay = 0.0
+            else:
+                say("draining")
         else:
             say("stopping before the model is loaded")
     finally:
@@ -244,13 +332,7 @@ async def run(
         stopping.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):  # raised above, or cancelled
             await warming
-        await server.drain(options.grace, hurry)
+        await server.drain(grace, hurry, delay)
+        observation.close()
     say("stopped")
     return 1 if server.engine_gone else 0
-
-
-def _credentials(options: ServerOptions) -> grpc.ServerCredentials:
-    assert options.tls_cert and options.tls_key  # both or neither, see ServerOptions.problems
-    pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
-    authority = options.tls_client_ca.read_bytes() if options.tls_client_ca else None
-    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)

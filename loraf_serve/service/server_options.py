@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraf.errors import Problem
 from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT, address_of, is_local
+from loraf_serve.security.tls_files import TlsFiles
 
 DEFAULT_MAX_QUEUE = 1024  # requests
 DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
 DEFAULT_GRACE = 30.0  # seconds
+LOG_FORMATS = ("text", "json")
+DEFAULT_MAX_CONNECTION_AGE = 3600.0  # seconds
+_LONGEST_SECONDS = 1e6  # gRPC counts milliseconds in 32 bits
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,20 @@ class ServerOptions:
         reflection: offer gRPC reflection.
         tls_client_ca: PEM file; clients must then present a certificate signed by this authority.
         insecure: allow other machines to connect without TLS.
+        token_file: only clients with one of its tokens may call; None: everybody.
         max_queue: limit on requests in flight, waiting and running.
         max_message_bytes: size limit of a request.
         default_deadline: seconds, for requests that set no deadline; None: no limit.
-        grace: seconds that requests in flight may continue after SIGTERM.
+        grace: seconds that requests in flight may continue after SIGTERM and the drain delay.
+        drain_delay: seconds after SIGTERM in which the server says NOT_SERVING but still accepts requests.
+        max_connection_age: seconds after which a client is asked to connect again, so that load balancers can share out
+            connections; its streams run to their end. 0: never.
+        metrics_port: serve metrics for Prometheus on this port of the host, of 127.0.0.1 if that is a Unix socket; 0
+            takes a free one. None: no metrics.
+        log_format: one of LOG_FORMATS.
+        log_texts: write prompts and answers to the log.
         adapter_memory: limit in bytes for all adapters, in the server's process and in the backend; None: no limit.
+        model: name of the base model, as clients may see it.
     """
 
     host: str = DEFAULT_HOST
@@ -38,16 +50,30 @@ class ServerOptions:
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     insecure: bool = False
+    token_file: Path | None = None
     max_queue: int = DEFAULT_MAX_QUEUE
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     default_deadline: float | None = None
     grace: float = DEFAULT_GRACE
+    drain_delay: float = 0.0
+    max_connection_age: float = DEFAULT_MAX_CONNECTION_AGE
+    metrics_port: int | None = None
+    log_format: str = "text"
+    log_texts: bool = False
     adapter_memory: int | None = None
+    model: str = ""
 
     @property
     def address(self) -> str:
         """As gRPC takes it: host:port, or a Unix socket."""
         return address_of(self.host, self.port)
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """The TLS files; None without TLS."""
+        if not (self.tls_cert and self.tls_key):
+            return None
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     def problems(self) -> list[Problem]:
         """All mistakes; each field is an option of the command line."""
@@ -58,6 +84,10 @@ class ServerOptions:
                 problems.append(Problem(message, field, remedy=remedy))
 
         check(0 <= self.port <= 65535, "--port", f"{self.port} is not a port", "use 0 (any free port) to 65535")
+        metrics = self.metrics_port or 0
+        check(0 <= metrics <= 65535, "--metrics-port", f"{metrics} is not a port", "use 0 (any free port) to 65535")
+        is_own = metrics != self.port or metrics == 0
+        check(is_own, "--metrics-port", f"{metrics} is the port of gRPC", "use another port")
         check(self.max_queue >= 1, "--max-queue", f"{self.max_queue} is out of range", "use at least 1")
         size = self.max_message_bytes
         in_range = 1024 <= size < 1 << 31
@@ -65,8 +95,13 @@ class ServerOptions:
         deadline = self.default_deadline
         in_range = deadline is None or 0 < deadline < float("inf")
         check(in_range, "--default-deadline", f"{deadline} is out of range", "use a number of seconds above 0")
-        in_range = 0 <= self.grace < float("inf")
-        check(in_range, "--grace", f"{self.grace} is out of range", "use a number of seconds, at least 0")
+        for option, seconds in (
+            ("--grace", self.grace),
+            ("--drain-delay", self.drain_delay),
+            ("--max-connection-age", self.max_connection_age),
+        ):
+            in_range = 0 <= seconds < _LONGEST_SECONDS
+            check(in_range, option, f"{seconds} is out of range", "use a number of seconds, at least 0")
         in_range = self.adapter_memory is None or self.adapter_memory >= 1
         check(in_range, "--adapter-memory", f"{self.adapter_memory} is out of range", "use at least 1 byte")
         problems += self._tls_problems()
@@ -85,23 +120,4 @@ class ServerOptions:
                 remedy = "give --tls-cert and --tls-key as well"
                 return [Problem("client certificates require TLS", "--tls-client-ca", remedy=remedy)]
             return []
-        problems = []
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            context.load_cert_chain(self.tls_cert, self.tls_key, password=lambda: "")
-        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-            files = f"{self.tls_cert}, {self.tls_key}"
-            remedy = "give a certificate and its unencrypted key as PEM files"
-            problems.append(Problem(f"cannot be used ({_reason(error)})", "--tls-cert, --tls-key", files, remedy))
-        if self.tls_client_ca:
-            try:
-                context.load_verify_locations(self.tls_client_ca)
-            except (OSError, ValueError) as error:
-                message, file = f"cannot be used ({_reason(error)})", str(self.tls_client_ca)
-                remedy = "give the authority's certificate as a PEM file"
-                problems.append(Problem(message, "--tls-client-ca", file, remedy))
-        return problems
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+        return self.tls.problems() if self.tls else []

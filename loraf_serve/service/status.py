@@ -1,14 +1,18 @@
 """Converts an exception to the gRPC status that the client sees, with details in the standard google.rpc messages.
 
     INVALID_ARGUMENT     BadRequest, with one field violation per mistake
-    RESOURCE_EXHAUSTED   RetryInfo, when to try again, if the queue is full
+    RESOURCE_EXHAUSTED   RetryInfo, when to try again, if a limit is reached
     INTERNAL             only the request id; the traceback is in the server's log
+    all                  RequestInfo with the request id
+
+No text holds a path of the server: files are named relative to their checkpoint.
 
 Texts are shortened to fit: with more than about 8 kB of trailing metadata a client sees RESOURCE_EXHAUSTED instead.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import PurePath
 
@@ -26,7 +30,10 @@ from loraf_serve.errors import (
     LoadingOff,
     NameTaken,
     NotServing,
-    QueueFull,
+    PermissionDenied,
+    ReadsTooSlowly,
+    TryLater,
+    Unauthenticated,
 )
 
 # The first class that matches decides.
@@ -40,8 +47,11 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (LoadingOff, grpc.StatusCode.FAILED_PRECONDITION),
     (NameTaken, grpc.StatusCode.ALREADY_EXISTS),
     (AdapterMemoryFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
     (LorafError, grpc.StatusCode.INVALID_ARGUMENT),  # InvalidRequest, or a refusal by the backend
-    (QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (TryLater, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (ReadsTooSlowly, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (NotServing, grpc.StatusCode.UNAVAILABLE),
     (BackendUnavailable, grpc.StatusCode.UNAVAILABLE),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -54,6 +64,9 @@ _MESSAGE_BYTES = 1000
 _VIOLATIONS_BYTES = 1800
 _VIOLATION_BYTES = 400  # one description
 _PART_BYTES = 200  # a problem's message or field
+# At least two names, so that "1/2" and "/" stay; not within a word or an address such as https://host/path.
+_ABSOLUTE_PATH = re.compile(r"(?<![\w/:.-])/[\w.+@~-]+(?:/[\w.+@~-]+)+")
+_CHECKPOINT_FOLDERS = ("tasks", "statistics")
 _VIOLATION_FRAME = 12  # bytes of protobuf's tags and lengths around one violation
 
 
@@ -79,13 +92,14 @@ def status_of(error: BaseException, request_id: str) -> status_pb2.Status:
         if code is grpc.StatusCode.INVALID_ARGUMENT:
             details.append(_packed(_bad_request(problems)))
     else:
-        message = str(error)
+        message = _without_paths(str(error))
     if isinstance(error, UnsupportedField):
         details.append(_packed(_bad_request([Problem(message, f"sampling.{error.field}")])))
-    if isinstance(error, QueueFull):
+    if isinstance(error, TryLater):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    details.append(_packed(error_details_pb2.RequestInfo(request_id=request_id)))
     return status_pb2.Status(code=code.value[0], message=cut(message, _MESSAGE_BYTES), details=details)
 
 
@@ -113,9 +127,20 @@ def _bad_request(problems: Iterable[Problem]) -> error_details_pb2.BadRequest:
 
 
 def _presentable(problem: Problem) -> Problem:
-    """Removes folders from file names, and shortens texts that the client made long, so that the remedy is visible."""
-    message, field = cut(problem.message, _PART_BYTES), cut(problem.field, _PART_BYTES)
-    return Problem(message, field, PurePath(problem.file).name, problem.remedy)
+    """Removes the server's folders, and shortens texts that the client made long, so that the remedy is visible."""
+    message, field = cut(_without_paths(problem.message), _PART_BYTES), cut(problem.field, _PART_BYTES)
+    return Problem(message, field, _in_checkpoint(problem.file), _without_paths(problem.remedy))
+
+
+def _in_checkpoint(file: str) -> str:
+    """`…/ckpt/tasks/math.safetensors` → `tasks/math.safetensors`; other files by their name."""
+    parts = PurePath(file).parts
+    return "/".join(parts[-2:] if len(parts) > 1 and parts[-2] in _CHECKPOINT_FOLDERS else parts[-1:])
+
+
+def _without_paths(text: str) -> str:
+    """Replaces each absolute path by its last part: texts of libraries name files of the server."""
+    return _ABSOLUTE_PATH.sub(lambda match: f"…/{PurePath(match[0]).name}", text)
 
 
 def _packed(detail: Message) -> any_pb2.Any:

@@ -5,9 +5,10 @@
     slots/       workers of the slots backend: a LoRA slot for each task set
     resident/    workers of the resident backend: one adapter for every task set
     stock/       a stock `vllm serve`
+    forms/       forms of answers (structured output), in the service's process, one of its own, and the engine core
     plugin       the entry point that vLLM calls in each of its processes
     naming       names that these processes share
     relied_on    what LoRAF relies on inside vLLM, in words and checks
 
-Imports: engine and stock → slots and resident → worker → naming.
+Imports: engine and stock → slots and resident → worker → naming; engine and plugin → forms.
 """

@@ -6,6 +6,7 @@ In processes of an engine that loraf-serve started (ENGINE_OWNER is set) it does
   reach only the service, which drains its requests and stops the engine. vLLM's engine core would abort every request
   at once.
 - torch.compile stays on in a resident engine.
+- A form of an answer that takes too much time ends its own request.
 - The errors that vLLM logs reach the service, for its message.
 - The engine core stops if the service dies without stopping it.
 
@@ -24,6 +25,7 @@ import time
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
+from loraf_serve.vllm.forms import budget
 from loraf_serve.vllm.naming import ENGINE_OWNER
 from loraf_serve.vllm.resident.compiling import KEEP, keep_compile
 from loraf_serve.vllm.stock import install
@@ -50,6 +52,7 @@ def register() -> None:
     if os.environ.get(KEEP):
         keep_compile()
     if owner == str(parent.pid):
+        budget.install()
         threading.Thread(target=_exit_after, args=(parent,), name="loraf-watch-service", daemon=True).start()
 
 

@@ -19,10 +19,11 @@ Facts = dict[str, Check]  # statement about vLLM → whether it holds; a check t
 
 FACTS: Facts = {}  # for every backend
 RESIDENT_FACTS: Facts = {}  # for the resident backend, in addition
-STOCK_FACTS: Facts = {}  # for serving from a stock `vllm serve`, in addition
 
 
-def _fact(facts: Facts, statement: str) -> Callable[[Check], Check]:
+def fact(facts: Facts, statement: str) -> Callable[[Check], Check]:
+    """Adds a check to `facts`."""
+
     def register(check: Check) -> Check:
         facts[statement] = check
         return check
@@ -42,18 +43,19 @@ def _holds(check: Check) -> bool:
         return False
 
 
-def _parameters(function: Callable[..., object]) -> list[str]:
+def parameters(function: Callable[..., object]) -> list[str]:
+    """Returns the names of a function's parameters."""
     return list(inspect.signature(function).parameters)
 
 
-@_fact(FACTS, f"vLLM's release is {RELEASE}x, the one that loraf was written for")
+@fact(FACTS, f"vLLM's release is {RELEASE}x, the one that loraf was written for")
 def _release() -> bool:
     import vllm
 
     return vllm.__version__.startswith(RELEASE)
 
 
-@_fact(FACTS, "plugins are entry points of the group vllm.general_plugins, loaded in the engine core and in workers")
+@fact(FACTS, "plugins are entry points of the group vllm.general_plugins, loaded in the engine core and in workers")
 def _group() -> bool:
     from vllm import plugins
     from vllm.v1.engine.core import EngineCore
@@ -64,7 +66,7 @@ def _group() -> bool:
     return same_name and all("load_general_plugins()" in inspect.getsource(loader) for loader in loaders)
 
 
-@_fact(FACTS, "the engine's arguments name an extension class, which each worker class inherits for remote calls")
+@fact(FACTS, "the engine's arguments name an extension class, which each worker class inherits for remote calls")
 def _extension() -> bool:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -73,24 +75,22 @@ def _extension() -> bool:
     return 0 < source.index("parallel_config.worker_cls") < source.index("parallel_config.worker_extension_cls")
 
 
-@_fact(FACTS, "the model runner looks up LRUCacheWorkerLoRAManager in its own module when it loads a model")
+@fact(FACTS, "the model runner looks up LRUCacheWorkerLoRAManager in its own module when it loads a model")
 def _manager_name() -> bool:
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     return "LRUCacheWorkerLoRAManager" in LoRAModelRunnerMixin.load_lora_model.__code__.co_names
 
 
-@_fact(FACTS, "the worker's LoRA manager turns a request into a LoRAModel in _load_adapter(lora_request)")
+@fact(FACTS, "the worker's LoRA manager turns a request into a LoRAModel in _load_adapter(lora_request)")
 def _load_adapter() -> bool:
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
     called = LRUCacheWorkerLoRAManager.add_adapter.__code__.co_names
-    return (
-        _parameters(LRUCacheWorkerLoRAManager._load_adapter) == ["self", "lora_request"] and "_load_adapter" in called
-    )
+    return parameters(LRUCacheWorkerLoRAManager._load_adapter) == ["self", "lora_request"] and "_load_adapter" in called
 
 
-@_fact(FACTS, "the model manager wraps layers in _create_lora_modules, reading supported_lora_modules")
+@fact(FACTS, "the model manager wraps layers in _create_lora_modules, reading supported_lora_modules")
 def _create_modules() -> bool:
     from vllm.lora.model_manager import LRUCacheLoRAModelManager
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -102,7 +102,7 @@ def _create_modules() -> bool:
     return used and has and "supported_lora_modules" in create.__code__.co_names
 
 
-@_fact(FACTS, "a LoRAModel is an id, a rank and the weights of each module by vLLM's names")
+@fact(FACTS, "a LoRAModel is an id, a rank and the weights of each module by vLLM's names")
 def _lora_model() -> bool:
     from vllm.lora.lora_model import LoRAModel
 
@@ -110,7 +110,7 @@ def _lora_model() -> bool:
     return (model.id, model.rank, model.loras) == (7, 8, {})
 
 
-@_fact(FACTS, "a module's weights are A (rank, d_in) and B (d_out, rank); scaling 1 leaves B as it is")
+@fact(FACTS, "a module's weights are A (rank, d_in) and B (d_out, rank); scaling 1 leaves B as it is")
 def _layer_weights() -> bool:
     import torch
     from vllm.lora.lora_weights import LoRALayerWeights
@@ -120,7 +120,7 @@ def _layer_weights() -> bool:
     return weights.lora_a is a and weights.lora_b is b and weights.input_dim == 3 and weights.output_dim == 4
 
 
-@_fact(FACTS, "names of PEFT weights become vLLM's module names by parse_fine_tuned_lora_name")
+@fact(FACTS, "names of PEFT weights become vLLM's module names by parse_fine_tuned_lora_name")
 def _names() -> bool:
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
@@ -128,19 +128,19 @@ def _names() -> bool:
     return parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", None) == (module, True)
 
 
-@_fact(FACTS, "the CPU platform names its LoRA products in get_punica_wrapper, called when a model is loaded")
+@fact(FACTS, "the CPU platform names its LoRA products in get_punica_wrapper, called when a model is loaded")
 def _punica() -> bool:
     from vllm.lora.punica_wrapper import punica_selector
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.platforms.cpu import CpuPlatform
 
     named = CpuPlatform.get_punica_wrapper().endswith("PunicaWrapperCPU")
-    linear = _parameters(PunicaWrapperCPU.add_lora_linear)[:7]
+    linear = parameters(PunicaWrapperCPU.add_lora_linear)[:7]
     expected = ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"]
     return named and linear == expected and "get_punica_wrapper" in punica_selector.get_punica_wrapper.__code__.co_names
 
 
-@_fact(FACTS, "slot -1 in the products' token indices means no adapter")
+@fact(FACTS, "slot -1 in the products' token indices means no adapter")
 def _base_rows() -> bool:
     import torch
     from vllm.lora.layers import LoRAMapping
@@ -151,7 +151,7 @@ def _base_rows() -> bool:
     return slots.tolist() == [-1, 1, -1]
 
 
-@_fact(FACTS, "a LoRA request is a name, an id from 1 and a path")
+@fact(FACTS, "a LoRA request is a name, an id from 1 and a path")
 def _request() -> bool:
     from vllm.lora.request import LoRARequest
 
@@ -159,7 +159,7 @@ def _request() -> bool:
     return (request.lora_name, request.lora_int_id, request.lora_path) == ("name", 1, "path")
 
 
-@_fact(FACTS, "the prefix cache's key holds the LoRA's name and path")
+@fact(FACTS, "the prefix cache's key holds the LoRA's name and path")
 def _prefix_cache() -> bool:
     from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
@@ -171,26 +171,26 @@ def _prefix_cache() -> bool:
     return len({str(key(name, path)) for name, path in (("a", "p"), ("b", "p"), ("a", "q"))}) == 3
 
 
-@_fact(FACTS, "the scheduler never runs more than max_loras adapters in one step")
+@fact(FACTS, "the scheduler never runs more than max_loras adapters in one step")
 def _max_loras() -> bool:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     return "self.lora_config.max_loras" in inspect.getsource(Scheduler.schedule)
 
 
-@_fact(FACTS, "AsyncLLM generates, aborts by our request id, calls workers, and reports when its engine has died")
+@fact(FACTS, "AsyncLLM generates, aborts by our request id, calls workers, and reports when its engine has died")
 def _async_llm() -> bool:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    generate = {"prompt", "sampling_params", "request_id", "lora_request"} <= set(_parameters(AsyncLLM.generate))
-    abort = _parameters(AsyncLLM.abort)[1] == "request_id"
-    call = {"method", "args"} <= set(_parameters(AsyncLLM.collective_rpc))
+    generate = {"prompt", "sampling_params", "request_id", "lora_request"} <= set(parameters(AsyncLLM.generate))
+    abort = parameters(AsyncLLM.abort)[1] == "request_id"
+    call = {"method", "args"} <= set(parameters(AsyncLLM.collective_rpc))
     others = ("errored", "get_tokenizer", "from_vllm_config")
-    handler = "output_handler" in AsyncLLM.__init__.__code__.co_names and "timeout" in _parameters(AsyncLLM.shutdown)
+    handler = "output_handler" in AsyncLLM.__init__.__code__.co_names and "timeout" in parameters(AsyncLLM.shutdown)
     return generate and abort and call and handler and all(hasattr(AsyncLLM, name) for name in others)
 
 
-@_fact(FACTS, "end tokens come from the input processor's generation_config_fields and its renderer's get_eos_token_id")
+@fact(FACTS, "end tokens come from the input processor's generation_config_fields and its renderer's get_eos_token_id")
 def _end_tokens() -> bool:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
@@ -201,20 +201,20 @@ def _end_tokens() -> bool:
     return shared and added == ["self.generation_config_fields,", "self.renderer.get_eos_token_id(),"]
 
 
-@_fact(FACTS, "add_request gives every answer a detokenizer in request_states, which decodes with stream.step alone")
+@fact(FACTS, "add_request gives every answer a detokenizer in request_states, which decodes with stream.step alone")
 def _detokenizer() -> bool:
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
     added = inspect.getsource(OutputProcessor.add_request)
-    keeps = "self.request_states[request_id] = req_state" in added and "detokenizer" in _parameters(RequestState)
+    keeps = "self.request_states[request_id] = req_state" in added and "detokenizer" in parameters(RequestState)
     source = inspect.getsource(FastIncrementalDetokenizer)
     steps = source.count("self.stream.step(self.tokenizer, next_token_id)")
     resets = source.count("self.stream = tokenizers.decoders.DecodeStream(")
     return keeps and (steps, resets, source.count("self.stream")) == (2, 2, 4)
 
 
-@_fact(FACTS, "text and log-probabilities of an answer come from two methods, and its queue passes an exception on")
+@fact(FACTS, "text and log-probabilities of an answer come from two methods, and its queue passes an exception on")
 def _answers() -> bool:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.logprobs import LogprobsProcessor
@@ -228,7 +228,7 @@ def _answers() -> bool:
     return called and untold and raised and aborted
 
 
-@_fact(FACTS, "a request is aborted when its iterator is closed or its task is cancelled")
+@fact(FACTS, "a request is aborted when its iterator is closed or its task is cancelled")
 def _abort_on_close() -> bool:
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -236,7 +236,7 @@ def _abort_on_close() -> bool:
     return "except (asyncio.CancelledError, GeneratorExit)" in source and "self.abort(" in source
 
 
-@_fact(FACTS, "a worker polls for the next call, with SpinCondition.wait(timeout_ms) between two polls")
+@fact(FACTS, "a worker polls for the next call, with SpinCondition.wait(timeout_ms) between two polls")
 def _waiting() -> bool:
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 
@@ -244,10 +244,10 @@ def _waiting() -> bool:
     wait = inspect.getsource(method)
     read = inspect.getsource(MessageQueue.acquire_read)
     polls = "self.last_read + self.busy_loop_s" in wait and "while True:" in read
-    return polls and "self._spin_condition.wait(" in read and _parameters(method) == ["self", "timeout_ms"]
+    return polls and "self._spin_condition.wait(" in read and parameters(method) == ["self", "timeout_ms"]
 
 
-@_fact(FACTS, "LoRA ranks come from a fixed list, and the engine's arguments have the names that loraf sets")
+@fact(FACTS, "LoRA ranks come from a fixed list, and the engine's arguments have the names that loraf sets")
 def _arguments() -> bool:
     from typing import get_args
 
@@ -260,7 +260,41 @@ def _arguments() -> bool:
     return ours <= names and all(isinstance(rank, int) for rank in get_args(MaxLoRARanks))
 
 
-@_fact(FACTS, "a linear LoRA layer's forward calls its apply, which adds LoRA with punica_wrapper")
+@fact(
+    FACTS,
+    "an engine without log statistics gives them to stat_loggers; PrometheusStatLogger takes gauge_lora_info=None",
+)
+def _metrics() -> bool:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+
+    enabled = "self.log_stats = log_stats or has_custom_loggers" in inspect.getsource(AsyncLLM.__init__)
+    given = {"stat_loggers", "disable_log_stats"} <= set(parameters(AsyncLLM.from_vllm_config))
+    only = "isinstance(global_stat_logger, PrometheusStatLogger)" in inspect.getsource(StatLoggerManager.__init__)
+    optional = "if self.gauge_lora_info is not None:" in inspect.getsource(PrometheusStatLogger.record)
+    made = parameters(PrometheusStatLogger.__init__) == ["self", "vllm_config", "engine_indexes"]
+    return enabled and given and only and optional and made
+
+
+@fact(
+    FACTS,
+    "XGrammar's forms fill a mask and accept tokens by two methods, and a request whose tokens are not accepted fails "
+    "alone; parameters of a subclass are taken, and their check of a form is a method of its own",
+)
+def _forms() -> bool:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
+
+    methods = parameters(XgrammarGrammar.fill_bitmask), parameters(XgrammarGrammar.accept_tokens)
+    update = inspect.getsource(Scheduler.update_from_output)
+    refused = update.partition("structured_output_manager.accept_tokens(")[2].partition("routed_experts")[0]
+    checked = "self._validate_structured_outputs(" in inspect.getsource(SamplingParams.verify)
+    alone = "RequestStatus.FINISHED_ERROR" in refused
+    return methods == (["self", "bitmask", "idx"], ["self", "request_id", "tokens"]) and alone and checked
+
+
+@fact(FACTS, "a linear LoRA layer's forward calls its apply, which adds LoRA with punica_wrapper")
 def _layer_apply() -> bool:
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA as Layer
     from vllm.lora.utils import _all_lora_classes
@@ -270,7 +304,7 @@ def _layer_apply() -> bool:
     return adds and all("self.apply(" in inspect.getsource(forward) for forward in linear)
 
 
-@_fact(FACTS, "every step calls set_active_adapters; do_not_compile and valid_modes make it run layers in Python")
+@fact(FACTS, "every step calls set_active_adapters; do_not_compile and valid_modes make it run layers in Python")
 def _steps() -> bool:
     from vllm.compilation import decorators
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
@@ -278,114 +312,40 @@ def _steps() -> bool:
 
     begins = "set_active_adapters(" in inspect.getsource(LoRAModelRunnerMixin._set_active_loras)
     skipped = "if self.do_not_compile or " in inspect.getsource(decorators)
-    return begins and skipped and "valid_modes" in _parameters(CudagraphDispatcher.dispatch)
+    return begins and skipped and "valid_modes" in parameters(CudagraphDispatcher.dispatch)
 
 
-@_fact(STOCK_FACTS, "vllm serve loads plugins, then creates its configuration with EngineArgs.create_engine_config")
-def _configuration() -> bool:
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.launchers.api_server import entry
-    from vllm.usage.usage_lib import UsageContext
-
-    first = _parameters(EngineArgs.create_engine_config)[:2] == ["self", "usage_context"]
-    plugins = "load_general_plugins()" in inspect.getsource(EngineArgs.__post_init__)
-    source = inspect.getsource(entry.build_async_engine_client_from_engine_args)
-    called = "engine_args.create_engine_config(usage_context=usage_context)" in source
-    return first and plugins and called and hasattr(UsageContext, "OPENAI_API_SERVER")
-
-
-@_fact(
-    STOCK_FACTS, "an OpenAI server's models are an OpenAIServingModels, looked up in app_state when the server starts"
-)
-def _models() -> bool:
-    from vllm.entrypoints.launchers.api_server import app_state
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-
-    used = "OpenAIServingModels" in app_state.init_app_state.__code__.co_names
-    # Read from the module's dictionary, because it may be loraf's subclass by now.
-    replaceable = issubclass(vars(app_state)["OpenAIServingModels"], OpenAIServingModels)
-    return used and replaceable and _parameters(OpenAIServingModels.__init__)[1] == "engine_client"
-
-
-@_fact(STOCK_FACTS, "every LoRA model is added by load_lora_adapter and kept by name in lora_requests")
-def _loading() -> bool:
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-
-    load = _parameters(OpenAIServingModels.load_lora_adapter) == ["self", "request", "base_model_name"]
-    static = "self.load_lora_adapter(" in inspect.getsource(OpenAIServingModels.init_static_loras)
-    kept = {"lora_requests", "lora_id_counter", "lora_resolver_lock"}
-    attributes = set(OpenAIServingModels.__init__.__code__.co_names)
-    check = hasattr(OpenAIServingModels, "_check_load_lora_adapter_request")
-    return load and static and kept <= attributes and check
-
-
-@_fact(STOCK_FACTS, "unload_lora_adapter removes the name from lora_requests; resolve_lora makes a lock for every name")
-def _unloading() -> bool:
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    unload = inspect.getsource(OpenAIServingModels.unload_lora_adapter)
-    lock = "self.lora_resolver_lock[lora_name]" in inspect.getsource(OpenAIServingModels.resolve_lora)
-    running = "self.output_processor" in inspect.getsource(AsyncLLM.__init__)
-    return "del self.lora_requests[lora_name]" in unload and lock and running
-
-
-@_fact(STOCK_FACTS, "resolve_lora is called for an unknown model name; a VLLMNotFoundError from it becomes a 404")
-def _resolving() -> bool:
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.entrypoints.serve import create_error_response
-    from vllm.entrypoints.serve.engine.serving import BaseServing
-    from vllm.exceptions import VLLMNotFoundError
-
-    check_model = inspect.getsource(BaseServing._check_model)
-    resolve = _parameters(OpenAIServingModels.resolve_lora) == ["self", "lora_name"]
-    order = (
-        0
-        < check_model.index("self.models.lora_requests")
-        < check_model.index("self.models.resolve_lora(request.model)")
-    )
-    return resolve and order and create_error_response(VLLMNotFoundError("text")).error.code == 404
-
-
-@_fact(STOCK_FACTS, "PunicaWrapperCPU applies LoRA to linear layers with add_lora_linear, add_shrink and add_expand")
-def _cpu_products() -> bool:
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-    names = set(PunicaWrapperCPU.add_lora_linear.__code__.co_names)
-    return {"add_shrink", "add_expand"} <= names
-
-
-@_fact(RESIDENT_FACTS, "the model manager makes its layers with from_layer, looked up in its own module")
+@fact(RESIDENT_FACTS, "the model manager makes its layers with from_layer, looked up in its own module")
 def _from_layer() -> bool:
     from vllm.lora import model_manager
 
     create = model_manager.LoRAModelManager._create_lora_modules
     arguments = ["layer", "max_loras", "lora_config", "packed_modules_list", "model_config"]
-    return "from_layer" in create.__code__.co_names and _parameters(vars(model_manager)["from_layer"]) == arguments
+    return "from_layer" in create.__code__.co_names and parameters(vars(model_manager)["from_layer"]) == arguments
 
 
-@_fact(RESIDENT_FACTS, "a linear LoRA layer adds its delta in _apply_lora_to_output(x, output), after the base product")
+@fact(RESIDENT_FACTS, "a linear LoRA layer adds its delta in _apply_lora_to_output(x, output), after the base product")
 def _apply() -> bool:
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA as Layer
 
     sync, base = inspect.getsource(Layer._apply_sync), inspect.getsource(Layer._apply_base_forward)
     called = all("return self._apply_lora_to_output(x, " in source for source in (sync, base))
     first = sync.index(".apply(self.base_layer, x, bias)") < sync.index("_apply_lora_to_output")
-    return called and first and _parameters(Layer._apply_lora_to_output) == ["self", "x", "output"]
+    return called and first and parameters(Layer._apply_lora_to_output) == ["self", "x", "output"]
 
 
-@_fact(RESIDENT_FACTS, "a LoRA layer allocates in create_lora_weights and is emptied by reset_lora")
+@fact(RESIDENT_FACTS, "a LoRA layer allocates in create_lora_weights and is emptied by reset_lora")
 def _allocation() -> bool:
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.utils import _all_lora_classes
 
     linear = [layer for layer in _all_lora_classes if issubclass(layer, BaseLinearLayerWithLoRA)]
     expected = ["self", "max_loras", "lora_config", "model_config"]
-    create = all(_parameters(layer.create_lora_weights) == expected for layer in linear)
-    return len(linear) > 4 and create and all(_parameters(layer.reset_lora) == ["self", "index"] for layer in linear)
+    create = all(parameters(layer.create_lora_weights) == expected for layer in linear)
+    return len(linear) > 4 and create and all(parameters(layer.reset_lora) == ["self", "index"] for layer in linear)
 
 
-@_fact(
+@fact(
     RESIDENT_FACTS,
     "_init_punica_wrapper fills punica_wrapper_mapping, and layers keep the wrapper passed to set_mapping",
 )
@@ -400,7 +360,7 @@ def _wrapper() -> bool:
     return order and filled and "self.punica_wrapper" in inspect.getsource(BaseLayerWithLoRA.set_mapping)
 
 
-@_fact(RESIDENT_FACTS, "before a step with a new mapping, update_metadata gets a LoRA id for each token")
+@fact(RESIDENT_FACTS, "before a step with a new mapping, update_metadata gets a LoRA id for each token")
 def _mapping() -> bool:
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.model_manager import LoRAModelManager
@@ -411,18 +371,18 @@ def _mapping() -> bool:
     return mapping.index_mapping == (0, 7, 7) and "self._last_mapping != mapping" in refreshed and passed
 
 
-@_fact(RESIDENT_FACTS, "activate_adapter gives an id a slot in lora_index_to_id and the LRU of active adapters")
+@fact(RESIDENT_FACTS, "activate_adapter gives an id a slot in lora_index_to_id and the LRU of active adapters")
 def _activation() -> bool:
     from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
     attributes = {"_active_adapters", "_registered_adapters", "lora_index_to_id"}
     used = set(LRUCacheLoRAModelManager.__init__.__code__.co_names)
     freed = "self.lora_index_to_id[index] = None" in inspect.getsource(LRUCacheLoRAModelManager._deactivate_adapter)
-    called = _parameters(LRUCacheLoRAModelManager.activate_adapter) == ["self", "lora_id"]
+    called = parameters(LRUCacheLoRAModelManager.activate_adapter) == ["self", "lora_id"]
     return attributes <= used and freed and called
 
 
-@_fact(RESIDENT_FACTS, "slice_lora_a keeps columns and slice_lora_b keeps rows; fused layers take lists of them")
+@fact(RESIDENT_FACTS, "slice_lora_a keeps columns and slice_lora_b keeps rows; fused layers take lists of them")
 def _slicing() -> bool:
     import torch
     from vllm.lora.layers import MergedColumnParallelLinearWithLoRA, RowParallelLinearWithLoRA
@@ -436,7 +396,7 @@ def _slicing() -> bool:
     return kept and whole and [part.flatten().tolist() for part in parts if part is not None] == [[4, 5, 6, 7], [2, 3]]
 
 
-@_fact(RESIDENT_FACTS, "on the CPU check_and_update_config switches torch.compile off if LoRA is configured")
+@fact(RESIDENT_FACTS, "on the CPU check_and_update_config switches torch.compile off if LoRA is configured")
 def _compile_off() -> bool:
     from vllm.platforms.cpu import CpuPlatform
 

@@ -12,15 +12,17 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, Block, blocks, inline_code, name
-from tools.docs.commands import MODULES, parser_of, subparsers
+from tools.docs.commands import CHECK, MODULES, parser_of, subparsers
 
-OTHER_PROGRAMS = {"curl", "hf", "pip", "source", "vllm"}
+OTHER_PROGRAMS = {"buf", "curl", "deploy/try_install.sh", "docker", "helm", "hf", "kubectl", "pip", "source", "vllm"}
 # vLLM's own, which loraf-serve and vllm serve pass through, and accelerate's.
 OTHER_OPTIONS = {
     *("--dtype", "--enable-lora", "--enforce-eager", "--lora-modules", "--max-cpu-loras", "--max-lora-rank"),
     *("--max-loras", "--max-model-len", "--model", "--tensor-parallel-size", "--worker-extension-cls"),
+    *("--max-num-batched-tokens", "--scheduling-policy"),
     *("--cpu", "--config_file", "--mpirun_hostfile", "--multi_gpu", "--num_machines", "--num_processes"),
-    *("--use_deepspeed", "--torch-backend", "--kills", "--out"),
+    *("--use_deepspeed", "--torch-backend", "--kills", "--out", "--gpu-memory-utilization"),
+    *("--gpus", "--health-cmd", "--time"),  # docker's
 }
 PLACEHOLDER = "…"
 
@@ -53,6 +55,8 @@ def mistakes(words: Sequence[str]) -> str:
         return _make_mistakes(arguments)
     if program == "python":
         return _python_mistakes(arguments)
+    if [program, *arguments[:1]] == CHECK.split():
+        return _parse(CHECK, arguments[1:])
     if program in MODULES:
         return _parse(program, arguments)
     return "" if program in OTHER_PROGRAMS else f"{program} is not a known program"
@@ -66,7 +70,7 @@ def _parse(program: str, arguments: Sequence[str]) -> str:
     except SystemExit as end:
         return errors.getvalue() if end.code else ""
     options = {word.partition("=")[0] for word in others if word.startswith("-")}
-    if program == "loraf-serve":
+    if program in ("loraf-serve", CHECK):
         options -= OTHER_OPTIONS
         others = []
     return f"{program} has no {sorted(options) or others}" if options or others else ""
@@ -129,7 +133,8 @@ def test_options_in_the_text_exist(page):
             if subcommand and subcommand not in subparsers(parser_of(program)):
                 wrong.append(f"`{code}`: no command {subcommand}")
                 continue
-            allowed = options_of(program, subcommand) | (OTHER_OPTIONS if program == "loraf-serve" else set())
+            allowed = options_of(CHECK if code.startswith(CHECK) else program, subcommand)
+            allowed |= OTHER_OPTIONS if program == "loraf-serve" else set()
         else:
             allowed = known
         wrong += [f"`{code}`: no option {option}" for option in options if option not in allowed]
@@ -145,6 +150,8 @@ def test_options_in_the_text_exist(page):
         "loraf-train train tasks.yaml",
         "loraf-serve --adapter ./ckpt",
         "loraf-serve --model tiny --backends merged",
+        "loraf-serve --model tiny --json",
+        "loraf-serve check --model tiny --jsn",
         "loraf-client generate hello --max-token 3",
         "make tests",
         "make setup EXTRA=cuda",

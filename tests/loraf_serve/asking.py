@@ -38,6 +38,5 @@ def metadata_bytes(error: grpc.RpcError) -> int:
 def violations(error: grpc.RpcError) -> dict[str, str]:
     """Field → description of each violation in an INVALID_ARGUMENT error."""
     bad_request = error_details_pb2.BadRequest()
-    (detail,) = rpc_status.from_call(error).details
-    assert detail.Unpack(bad_request)
+    assert any(detail.Unpack(bad_request) for detail in rpc_status.from_call(error).details)
     return {v.field: v.description for v in bad_request.field_violations}

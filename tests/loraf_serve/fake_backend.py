@@ -61,6 +61,7 @@ class FakeBackend(Backend):
     def __init__(self, seconds_per_token: float = 0.0, max_model_len: int = 256):
         self.tokenizer = byte_tokenizer()
         self.max_model_len = max_model_len
+        self.end_tokens = frozenset({self.tokenizer.eos_token_id})
         self.seconds_per_token = seconds_per_token
         self.gate: asyncio.Event | None = None
         self.failure: Exception | None = None
@@ -141,7 +142,9 @@ class FakeBackend(Backend):
                     raise self.failure_after
                 self._require_added(request)
                 finished = i == request.sampling.max_tokens - 1
-                yield Output(tuple(self._piece(request, n, i) for n in range(request.sampling.n)), 1)
+                prompt_logprobs = () if i else self._prompt_logprobs(request)
+                pieces = tuple(self._piece(request, n, i) for n in range(request.sampling.n))
+                yield Output(pieces, 1, prompt_logprobs)
         finally:
             self.running.discard(request.request_id)
             if not finished:
@@ -158,6 +161,14 @@ class FakeBackend(Backend):
         logprobs = () if wanted is None else (PositionLogprobs(entry, (entry,) * wanted),)
         finish = "length" if place == request.sampling.max_tokens - 1 else None
         return ChoiceDelta(index, letter, (token,), finish, "", logprobs)
+
+    def _prompt_logprobs(self, request: GenerationRequest) -> tuple[PositionLogprobs | None, ...]:
+        """For each token the logarithm -1, -2, …"""
+        wanted = request.sampling.prompt_logprobs
+        if wanted is None:
+            return ()
+        entries = [TokenLogprob(token, -float(i), 1, "") for i, token in enumerate(request.prompt_token_ids)]
+        return (None, *(PositionLogprobs(entry, (entry,) * wanted) for entry in entries[1:]))
 
     async def _stopped_within(self, seconds: float) -> bool:
         try:

@@ -113,7 +113,7 @@ class Running:
     def __init__(self, backend: FakeBackend, running: server.GrpcServer, port: int, loop: asyncio.AbstractEventLoop):
         self.backend, self.server, self.port, self.loop = backend, running, port, loop
         self.address = f"127.0.0.1:{port}"
-        self.client = Client(self.address)
+        self.client = Client(self.address, retries=0)
         self.channel = grpc.insecure_channel(self.address)
         self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
         self.adapters = adapter_pb2_grpc.AdapterServiceStub(self.channel)

@@ -68,8 +68,49 @@ def _numbers(v: int) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
         "presence_penalty": ((-2, 0, 2), (2.1, math.inf)),
         "frequency_penalty": ((-2, 0, 2), (-2.1, -math.inf)),
         "logprobs": ((0, 1, most - 1, most), (most + 1, 21, _HUGE)),
+        "prompt_logprobs": ((0, 1, most), (most + 1, 21, _HUGE)),
+        "priority": ((-1000, -1, 0, 1000), (-1001, 2**31 - 1, -(2**31))),
         "n": ((1, 2, 16), (0, 17, _HUGE)),
     }
+
+
+FORMS: tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]] = (  # those that an engine keeps to, and others
+    (
+        {"regex": "[ab]+"},
+        {"choice": ["a", "ab", "c"]},
+        {"grammar": 'root ::= "a" root | "b"'},
+        {"json_schema": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}},
+    ),
+    (
+        {"regex": "("},
+        {"regex": "(?=a)b"},
+        {"regex": "(a*" * 400 + ")*" * 400},
+        {"choice": []},
+        {"choice": ["a", "a"]},
+        {"grammar": "root ::= foo"},
+        {"grammar": "\0"},
+        {"json_schema": "{"},
+        {"json_schema": {"$ref": "#"}},
+        {"json_schema": {"type": "array", "minItems": 10**9}},
+        {"json_schema": '{"a":' * 100 + "1" + "}" * 100},
+    ),
+)
+BAD_WORDS = (("a", "ab", "c d"), ("", "   ", "x" * 257))
+TOOLS = (({"name": "f", "parameters": {"type": "object"}},), ({"name": "f g"}, {"name": "f", "parameters": "["}))
+
+# Arguments of `Client.generate` that are refused: the fields that the refusal names.
+INVALID: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"regex": "("}, "sampling.structured_output.regex"),
+    ({"grammar": " "}, "sampling.structured_output.grammar"),
+    ({"json_schema": "[]"}, "sampling.structured_output.json_schema"),
+    ({"json_schema": '{"a":' * 100 + "1" + "}" * 100}, "sampling.structured_output.json_schema"),
+    ({"choice": ["a", "a"]}, "sampling.structured_output.choice.texts[1]"),
+    ({"prompt_logprobs": 21}, "sampling.prompt_logprobs"),
+    ({"bad_words": ["a", ""]}, "sampling.bad_words[1]"),
+    ({"bad_words": ["a"] * 65}, "sampling.bad_words"),
+    ({"priority": 1001}, "priority"),
+    ({"tools": [{"name": "f"}]}, "tools"),
+)
 
 
 def random_request(source: random.Random, odd: OddModel) -> dict[str, Any]:
@@ -107,6 +148,12 @@ def random_request(source: random.Random, odd: OddModel) -> dict[str, Any]:
         request["logit_bias"] = {some_id(): source.choice(biases) for _ in range(source.randint(1, 4))}
     if source.random() < 0.2:
         request["stop"] = [text() for _ in range(source.randint(1, 3))]
+    if source.random() < 0.1:
+        request |= source.choice(FORMS[is_bad()])
+    if source.random() < 0.1:
+        request["bad_words"] = [source.choice(BAD_WORDS[is_bad()]) for _ in range(source.randint(1, 3))]
+    if kind == "messages" and source.random() < 0.1:
+        request["tools"] = [source.choice(TOOLS[is_bad()])]
     for name in ("ignore_eos", "skip_special_tokens"):
         if source.random() < 0.3:
             request[name] = source.random() < 0.5

@@ -124,7 +124,7 @@ def test_no_server():
     ("arguments", "error", "says"),
     [
         ({"prompt": "x", "messages": []}, TypeError, "one of prompt, messages and prompt_token_ids"),
-        ({"prompt": "x", "tasks": ["a"], "base": True}, TypeError, "one of tasks, as_trained and base"),
+        ({"prompt": "x", "tasks": ["a"], "base": True}, TypeError, "one of tasks, named, as_trained and base"),
         ({"prompt": "x", "tasks": "math"}, TypeError, r"tasks=\['math'\]"),
         ({"prompt": "x", "max_token": 3}, TypeError, "no field max_token"),
         ({"prompt": "x", "max_tokens": -3}, ValueError, "max_tokens=-3"),

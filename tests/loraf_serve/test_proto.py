@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loraf_serve.v1 import adapter_pb2
+from loraf_serve.v1 import adapter_pb2, info_pb2
 from loraf_serve.v1 import generation_pb2 as pb
 from tests.tools import needs
 
@@ -16,21 +16,27 @@ ROOT = Path(__file__).parents[2]
 
 FIELDS = {
     pb.GenerateRequest: "adapter adapter_digest task_selection prompt messages prompt_token_ids apply_task_template "
-    "sampling request_id",
-    pb.TaskSelection: "all tasks as_trained base",
+    "sampling request_id priority tools",
+    pb.TaskSelection: "all tasks as_trained base named",
     pb.WeightedTask: "name weight",
-    pb.Message: "role content",
+    pb.Message: "role content tool_calls tool_call_id reasoning_content",
+    pb.ToolCall: "id name arguments",
+    pb.Tool: "name description parameters",
+    pb.StructuredOutput: "json_schema regex choice grammar",
     pb.SamplingParams: "max_tokens min_tokens temperature top_p top_k min_p seed stop stop_token_ids "
-    "repetition_penalty presence_penalty frequency_penalty logit_bias logprobs n ignore_eos skip_special_tokens",
-    pb.GenerateResponse: "request_id choices usage served_by",
+    "repetition_penalty presence_penalty frequency_penalty logit_bias logprobs n ignore_eos skip_special_tokens "
+    "structured_output prompt_logprobs bad_words",
+    pb.GenerateResponse: "request_id choices usage served_by prompt_logprobs",
     pb.Choice: "index text token_ids finish_reason stop_reason logprobs",
     pb.Usage: "prompt_tokens cached_prompt_tokens completion_tokens",
     pb.ServedBy: "adapter digest tasks backend",
-    adapter_pb2.Adapter: "name digest base_model rank tasks resident_bytes",
+    adapter_pb2.Adapter: "name digest base_model rank tasks resident_bytes sets",
     adapter_pb2.LoadAdapterRequest: "name path tasks replace",
     adapter_pb2.LoadAdapterResponse: "adapter",
     adapter_pb2.UnloadAdapterRequest: "name",
     adapter_pb2.UnloadAdapterResponse: "running_requests other_names",
+    adapter_pb2.NamedSet: "name tasks origin",
+    info_pb2.GetServerInfoResponse: "model backend versions unsupported_fields limits",
     adapter_pb2.Task: "name alpha sparsity parameters trained_with",
 }
 

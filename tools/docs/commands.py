@@ -14,8 +14,14 @@ MODULES = {
 }
 
 
+CHECK = "loraf-serve check"  # a command, and yet no subparser: without it, loraf-serve takes the same options
+
+
 def parser_of(program: str) -> argparse.ArgumentParser:
-    """The parser of `loraf-train`, `loraf-serve` or `loraf-client`."""
+    """The parser of `loraf-train`, `loraf-serve`, `loraf-client` or CHECK."""
+    if program == CHECK:
+        check: argparse.ArgumentParser = importlib.import_module(MODULES["loraf-serve"]).check_parser()
+        return check
     module = importlib.import_module(MODULES[program])
     build = next(getattr(module, name) for name in ("build_parser", "parser") if hasattr(module, name))
     parser: argparse.ArgumentParser = build()
@@ -51,6 +57,15 @@ def markdown(program: str) -> str:
         example = parser.formatter_class is argparse.RawDescriptionHelpFormatter
         parts.append(f"```text\n{parser.epilog.strip()}\n```" if example else _text(parser.epilog))
     return "\n\n".join(parts)
+
+
+def check_markdown() -> str:
+    """What `loraf-serve check` does, and the options that it takes beside those of `loraf-serve`."""
+    parser, server = parser_of(CHECK), parser_of("loraf-serve")
+    known = {option for action in server._actions for option in action.option_strings}
+    own = [action for action in parser._actions if not known & set(action.option_strings)]
+    parts = [_text(parser.description or ""), f"```text\n{(parser.epilog or '').strip()}\n```"]
+    return "\n\n".join([*parts, "\n".join(_entry(action) for action in own)])
 
 
 def _summaries(parser: argparse.ArgumentParser) -> dict[str, str]:

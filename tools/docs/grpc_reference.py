@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTO = ROOT / "proto" / "loraf" / "v1"
-FILES = ("generation.proto", "adapter.proto")
+FILES = ("generation.proto", "adapter.proto", "info.proto")
 SCALARS = {"double", "float", "int32", "int64", "uint32", "uint64", "bool", "string", "bytes"}
 
 _HEADER = re.compile(r'syntax = "proto3";|package [\w.]+;|import ".*";')

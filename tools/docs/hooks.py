@@ -20,14 +20,16 @@ DOCS = ROOT / "docs"
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tools.docs import commands, grpc_reference, rooms, settings, versions  # noqa: E402  (after the path is set)
+from tools.docs import commands, grpc_reference, limits, rooms, settings, versions  # noqa: E402  (after the path is set)
 
 GENERATORS: dict[str, Callable[[], str]] = {
     "settings": settings.markdown,
     "loraf-train": lambda: commands.markdown("loraf-train"),
     "loraf-serve": lambda: commands.markdown("loraf-serve"),
+    "loraf-serve check": commands.check_markdown,
     "loraf-client": lambda: commands.markdown("loraf-client"),
     "grpc": grpc_reference.markdown,
+    "limits": limits.markdown,
     "versions": versions.markdown,
     "rooms": rooms.markdown,
 }

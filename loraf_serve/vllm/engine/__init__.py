@@ -8,6 +8,7 @@
     inexact        base models that vLLM computes wrongly
     arguments      the user's vLLM options as an engine's arguments
     environment    environment variables of vLLM's processes
+    metrics        vLLM's own Prometheus metrics, without labels that grow with the task sets
     answers        makes text of tokens, where vLLM's own way is not good enough
     convert        requests and outputs between the service's types and vLLM's
 

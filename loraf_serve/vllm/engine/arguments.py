@@ -10,13 +10,16 @@ from typing import Any, NoReturn, get_args
 
 import psutil
 import pydantic
+from vllm.config import VllmConfig
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from loraf.base_model import require_no_adapter
 from loraf.errors import ConfigError, Problem
+from loraf.hub import loaded_from_hub
 from loraf_serve.vllm.naming import RESIDENT_EXTENSION, SLOTS_EXTENSION, UNSUPPORTED_SPLITS, option
 
 DEFAULT_SLOTS = 4
@@ -45,7 +48,7 @@ _NEEDED = {
 UserOptions = Mapping[str, Any]  # the options of `_CHECKED_OPTIONS` that the user set, by their names in EngineArgs
 _CHECKED_OPTIONS = (
     *(*_FIXED, *_NEEDED, *UNSUPPORTED_SPLITS, *_SLOTS),
-    *("fully_sharded_loras", "gpu_memory_utilization", "tokenizer", "tokenizer_revision"),
+    *("fully_sharded_loras", "gpu_memory_utilization", "scheduling_policy", "tokenizer", "tokenizer_revision"),
 )
 
 
@@ -138,8 +141,11 @@ def _engine_args(
             "model": str(model_folder),
             "enable_lora": True,
             "use_tqdm_on_load": False,
-            # vLLM's metrics would get a label for every task set that a request names.
-            "disable_log_stats": True,
+            "disable_log_stats": True,  # neither log lines nor metrics, unless a backend asks for the latter
+            # Requests have a priority. While all have the same, the first comes first, as with vLLM's default.
+            "scheduling_policy": "priority",
+            # A label of vLLM's metrics, in place of the model's path on this machine.
+            "served_model_name": parsed.get("served_model_name") or [_public_name(model_folder)],
         }
         namespace = argparse.Namespace(**parsed | common | backend_settings | user)
         args: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(namespace)
@@ -156,6 +162,24 @@ def _engine_args(
     return args
 
 
+def _public_name(model_folder: Path) -> str:
+    """Returns the hub id of a folder in the hub's cache, or another folder's name."""
+    return loaded_from_hub(model_folder).partition(" ")[0] or model_folder.name
+
+
+def engine_config(args: AsyncEngineArgs) -> VllmConfig:
+    """Returns the engine's configuration, as vLLM completes it from the arguments and the model's config.
+
+    Raises:
+        ConfigError: vLLM refuses an option or the model.
+    """
+    try:
+        return args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    # vLLM raises these for a user's options or model, with an explanation. Others are bugs and propagate.
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise option_error(error) from None
+
+
 def option_error(error: Exception) -> ConfigError:
     """Converts vLLM's error about its options or the model, without pydantic's wrapping."""
     problems = []
@@ -164,6 +188,21 @@ def option_error(error: Exception) -> ConfigError:
             field = ".".join(str(part) for part in detail["loc"]) or _FIELD
             problems.append(Problem(detail["msg"].removeprefix("Value error, "), field, remedy=_REMEDY))
     return ConfigError(problems or Problem(str(error), _FIELD, remedy=_REMEDY))
+
+
+def require_xgrammar(config: VllmConfig) -> None:
+    """Has every form of an answer kept by XGrammar, for which `loraf_serve.vllm.forms` checks it.
+
+    By default vLLM's engine would use for all forms what it chose for the first one.
+
+    Raises:
+        ConfigError: the user chose another.
+    """
+    outputs = config.structured_outputs_config
+    if outputs.backend not in ("auto", "xgrammar"):
+        message = f"{outputs.backend} is not supported: loraf-serve checks forms of answers for XGrammar"
+        raise ConfigError(Problem(message, "--structured-outputs-config.backend", remedy="leave it out"))
+    outputs.backend = "xgrammar"
 
 
 def lora_rank(rank: int) -> int:

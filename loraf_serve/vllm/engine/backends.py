@@ -47,8 +47,8 @@ class SlotsBackend(VllmBackend):
         self._lora_requests = LoraRequests(first_id=lora.max_loras + 1, idle=lora.max_cpu_loras)
 
     @asynccontextmanager
-    async def _lora_request(self, key: str) -> AsyncIterator[LoRARequest]:
-        async with self._admission.slot(key):
+    async def _lora_request(self, key: str, priority: int = 0) -> AsyncIterator[LoRARequest]:
+        async with self._admission.slot(key, priority):
             yield self._lora_requests.get(key, self._admission.admitted)
 
     def _end_waiting(self, error: BackendUnavailable) -> None:
@@ -86,7 +86,7 @@ class ResidentBackend(VllmBackend):
         self._lora_requests = LoraRequests(first_id=lora.max_loras + 1, idle=_IDLE_SETS)
 
     @asynccontextmanager
-    async def _lora_request(self, key: str) -> AsyncIterator[LoRARequest]:
+    async def _lora_request(self, key: str, priority: int = 0) -> AsyncIterator[LoRARequest]:
         self._in_use[key] += 1
         try:
             yield self._lora_requests.get(key, self._in_use)

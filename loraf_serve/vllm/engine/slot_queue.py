@@ -2,8 +2,8 @@
 
 While all slots are taken, vLLM's scheduler skips a waiting request whose LoRA is not running and starts later requests
 whose LoRA is. So a steady stream for a few sets would keep every other set waiting forever. Therefore sets are admitted
-here, in the order in which they began to wait. As soon as a set waits, one admitted set is closed: its running requests
-finish, its new ones queue, and its slot goes to the set that has waited longest.
+here, in the order in which they began to wait; a set with a request of a lower priority number goes first. As soon as a
+set waits, one admitted set is closed: its running requests finish, its new ones queue, and the next set gets its slot.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
+
+_Turn = tuple[int, "asyncio.Future[None]"]  # priority, and what is waited for
 
 
 class SlotAdmission:
@@ -20,7 +22,7 @@ class SlotAdmission:
         self._slots = slots
         self._running: dict[Hashable, int] = {}  # admitted set → its requests, in order of admission
         self._closed: list[Hashable] = []  # admitted sets that take no more requests, in order of closing
-        self._waiting: dict[Hashable, list[asyncio.Future[None]]] = {}  # in the order in which sets began to wait
+        self._waiting: dict[Hashable, list[_Turn]] = {}  # in the order in which sets began to wait
         self._ended: Exception | None = None
 
     @property
@@ -32,24 +34,25 @@ class SlotAdmission:
         self._ended = error
         waiting, self._waiting = self._waiting, {}
         for turns in waiting.values():
-            for turn in turns:
+            for _, turn in turns:
                 if not turn.done():
                     turn.set_exception(error)
 
     @asynccontextmanager
-    async def slot(self, key: Hashable) -> AsyncIterator[None]:
-        """Waits until the set `key` has a slot, and holds it."""
-        await self._acquire(key)
+    async def slot(self, key: Hashable, priority: int = 0) -> AsyncIterator[None]:
+        """Waits until the set `key` has a slot, and holds it. Of the sets that wait, that with the lowest `priority` of
+        a request is next."""
+        await self._acquire(key, priority)
         try:
             yield
         finally:
             self._release(key)
 
-    async def _acquire(self, key: Hashable) -> None:
+    async def _acquire(self, key: Hashable, priority: int) -> None:
         if self._ended is not None:
             raise self._ended
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(key, []).append(turn)
+        self._waiting.setdefault(key, []).append((priority, turn))
         self._settle()
         try:
             await turn
@@ -66,9 +69,10 @@ class SlotAdmission:
 
     def _forget(self, key: Hashable, turn: asyncio.Future[None]) -> None:
         turns = self._waiting.get(key, [])
-        if turn in turns:
-            turns.remove(turn)
-            if not turns:
+        others = [other for other in turns if other[1] is not turn]
+        if len(others) < len(turns):
+            self._waiting[key] = others
+            if not others:
                 del self._waiting[key]
             self._settle()
 
@@ -78,7 +82,7 @@ class SlotAdmission:
             del self._running[key]
             if key in self._closed:
                 self._closed.remove(key)
-        for key in list(self._waiting):
+        for key in sorted(self._waiting, key=lambda key: min(priority for priority, _ in self._waiting[key])):
             if key in self._running:
                 if key not in self._closed:
                     self._admit(key)
@@ -94,7 +98,7 @@ class SlotAdmission:
             self._closed.append(min(open_sets, key=lambda key: self._running[key]))  # likely the first to become empty
 
     def _admit(self, key: Hashable) -> None:
-        for turn in self._waiting.pop(key):
+        for _, turn in self._waiting.pop(key):
             if not turn.done():  # a cancelled request has not left the queue yet
                 self._running[key] = self._running.get(key, 0) + 1
                 turn.set_result(None)

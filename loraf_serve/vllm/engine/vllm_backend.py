@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Collection, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,12 +22,14 @@ from loraf_serve.backends.backend import (
     EngineFailed,
     GenerationRequest,
     Output,
+    Sampling,
     ServedAdapter,
 )
 from loraf_serve.backends.vocabulary import ends_within
 from loraf_serve.vllm.engine import answers, quantised
 from loraf_serve.vllm.engine.environment import engine_environment
 from loraf_serve.vllm.engine.support import can_serve
+from loraf_serve.vllm.forms.form_checker import FormChecker
 from loraf_serve.vllm.naming import lora_path
 from loraf_serve.vllm.worker import faults, probe, remote
 
@@ -63,6 +66,7 @@ class VllmBackend(Backend):
         self._max_rank = max_rank
         self._reserve = reserve or 0
         self._engine: AsyncLLM | None = None
+        self._forms: FormChecker | None = None
         self._stopping = False
         self._bytes: dict[str, int] = {}  # digests of loaded checkpoints → bytes in all workers
         self._request_ids: set[str] = set()
@@ -80,8 +84,12 @@ class VllmBackend(Backend):
         """Adjusts the engine's configuration, as vLLM has completed it, before the engine starts."""
 
     @abstractmethod
-    def _lora_request(self, key: str) -> AbstractAsyncContextManager[LoRARequest]:
-        """Returns vLLM's request object of a task set, held while a request of the set runs."""
+    def _lora_request(self, key: str, priority: int = 0) -> AbstractAsyncContextManager[LoRARequest]:
+        """Returns vLLM's request object of a task set, held while a request of the set runs.
+
+        Args:
+            priority: of the request.
+        """
 
     async def start(self) -> None:
         try:
@@ -102,6 +110,10 @@ class VllmBackend(Backend):
         self.max_model_len = engine.model_config.max_model_len
         self.vocab_size = engine.model_config.get_vocab_size()
         self.end_tokens = _keep_ends_within(engine, self.vocab_size)
+        spaces = not engine.vllm_config.structured_outputs_config.disable_any_whitespace
+        self._forms = FormChecker(self.tokenizer, self.vocab_size, spaces)
+        if engine.vllm_config.scheduler_config.policy != "priority":
+            self.unsupported_fields = ("priority",)
         answers.install(engine)
         if not all(await self._call_workers("loraf_layers")):
             message = "vLLM's workers did not install LoRAF's LoRA manager"
@@ -138,24 +150,29 @@ class VllmBackend(Backend):
             reason = can_serve(self._model_folder)
             if reason:
                 raise ConfigError(Problem(reason, self._option, remedy="serve with --backend merged"))
-            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            from loraf_serve.vllm.engine.arguments import option_error
+            from loraf_serve.vllm.engine.arguments import engine_config, require_xgrammar
 
-            args = self._engine_args()
-            try:
-                config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-            # vLLM raises these for a user's options or model, with an explanation. Others are bugs and propagate.
-            except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-                raise option_error(error) from None
+            config = engine_config(self._engine_args())
+            require_xgrammar(config)
             self._configured(config)
             try:
-                self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+                # Statistics are only computed if somebody gets them.
+                self._engine = AsyncLLM.from_vllm_config(
+                    config, disable_log_stats=True, stat_loggers=self._stat_loggers()
+                )
             except Exception as error:
                 raise BackendUnavailable(one_line(error)) from error
         if self._stopping:  # `start` was cancelled in the meantime
             self._engine.shutdown(_EXIT_SECONDS)
+
+    def _stat_loggers(self) -> list[Any]:
+        if not self.keeps_metrics:
+            return []
+        from loraf_serve.vllm.engine.metrics import EngineMetrics
+
+        return [EngineMetrics]
 
     def _environment(self) -> dict[str, str]:
         """Returns additional environment variables for vLLM's processes."""
@@ -200,20 +217,29 @@ class VllmBackend(Backend):
         """See `Backend.generate`.
 
         Raises:
-            LorafError: vLLM refuses a sampling field or the prompt; with vLLM's explanation.
+            LorafError: vLLM refuses a sampling field or the prompt, with vLLM's explanation; or the answer cannot have
+                its form.
         """
         self._running()
+        form = await self._form(request.sampling)
         if request.task_set.is_base:
-            async with aclosing(self._stream(request, None)) as outputs:
+            async with aclosing(self._stream(request, None, form)) as outputs:
                 async for output in outputs:
                     yield output
             return
         async with (
-            self._lora_request(self._set_key(request)) as lora_request,
-            aclosing(self._stream(request, lora_request)) as outputs,
+            self._lora_request(self._set_key(request), request.priority) as lora_request,
+            aclosing(self._stream(request, lora_request, form)) as outputs,
         ):
             async for output in outputs:
                 yield output
+
+    async def _form(self, sampling: Sampling) -> tuple[str, str] | None:
+        """Returns the form of the answer as vLLM takes it. Raises LorafError: vLLM could not keep to it."""
+        if sampling.structured_output is None:
+            return None
+        assert self._forms is not None  # since `start`
+        return await self._forms.check(sampling.structured_output, {*sampling.stop_token_ids, *self.end_tokens})
 
     def _set_key(self, request: GenerationRequest) -> str:
         """Returns the set's name in the engine.
@@ -229,7 +255,7 @@ class VllmBackend(Backend):
         return lora_path(adapter.digest, str(task_set))
 
     async def _stream(
-        self, request: GenerationRequest, lora_request: LoRARequest | None
+        self, request: GenerationRequest, lora_request: LoRARequest | None, form: tuple[str, str] | None
     ) -> AsyncGenerator[Output, None]:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
@@ -240,17 +266,26 @@ class VllmBackend(Backend):
         engine = self._running()
         request_id = _new_request_id()  # the caller's ids may repeat
         finished = False
-        converter = convert.Converter(self.tokenizer, request.sampling.logprobs)
+        sampling = request.sampling
+        converter = convert.Converter(self.tokenizer, sampling.logprobs, sampling.prompt_logprobs)
         self._request_ids.add(request_id)
         try:
-            params = convert.sampling_params(request.sampling)
+            convert.require_room_for_prompt_logprobs(engine.vllm_config, request)
+            params = convert.sampling_params(sampling, form)
             prompt = tokens_input(list(request.prompt_token_ids))
-            async with aclosing(engine.generate(prompt, params, request_id, lora_request=lora_request)) as outputs:
+            generated = engine.generate(
+                prompt, params, request_id, lora_request=lora_request, priority=request.priority
+            )
+            async with aclosing(generated) as outputs:
                 async for output in outputs:
                     finished = output.finished
-                    if self._stopping and any(choice.finish_reason == "abort" for choice in output.outputs):
+                    reasons = {choice.finish_reason for choice in output.outputs}
+                    if self._stopping and "abort" in reasons:
                         raise _stopped()
-                    yield converter.output(output)
+                    if "error" in reasons:
+                        raise convert.failed_within_engine(sampling)
+                    prompt_logprobs = await converter.prompt_logprobs(output)
+                    yield replace(converter.output(output), prompt_logprobs=prompt_logprobs)
         except EngineDeadError as error:
             raise _dead() from error
         except EngineGenerateError as error:
@@ -275,6 +310,8 @@ class VllmBackend(Backend):
         if engine is None:
             return
         self._end_waiting(_stopped())
+        if self._forms is not None:
+            await self._forms.stop()
         deadline = asyncio.get_running_loop().time() + _STOP_SECONDS
         while self._request_ids and asyncio.get_running_loop().time() < deadline:
             await engine.abort(list(self._request_ids))

@@ -2,7 +2,7 @@
 
     --lora-modules math=./ckpt@math           one task set as a model
     --lora-modules ckpt=./ckpt                all tasks; any other set as the model `ckpt@SET`
-    SET: math · math+nlu · math:0.5+nlu · as_trained=nlu · all · base
+    SET: math · math+nlu · math:0.5+nlu · as_trained=nlu · all · base · a named set of the checkpoint
 
 A task's name cannot contain `=`, `:`, `+` or `@`, so every SET has one reading.
 
@@ -22,7 +22,6 @@ from loraf import base_model, manifest
 from loraf.errors import CheckpointError, ConfigError, LorafError, Problem
 from loraf.hub import split_revision
 from loraf.manifest import FILE_NAME, Manifest
-from loraf.tasksets import TaskSet
 from loraf_serve.adapters.adapter_spec import AdapterSpec, check_adapter
 from loraf_serve.adapters.checkpoint_folder import read_values
 from loraf_serve.backends.backend import ServedAdapter
@@ -30,7 +29,6 @@ from loraf_serve.vllm.naming import SCHEME
 
 ALLOW_OTHER_BASE = "LORAF_ALLOW_OTHER_BASE"  # environment variable, in place of loraf-serve's --allow-other-base
 EVERY_TASK = "all"
-_AS_TRAINED = "as_trained="
 _REMEDY = "write CKPT or CKPT@SET, for example ./ckpt@math+nlu"
 # Advice in loraf-serve's messages → advice for this server.
 _ADVICE = {
@@ -61,17 +59,6 @@ def split_path(path: str) -> tuple[str, str] | None:
         message = "names no checkpoint" if not checkpoint else "names no task set after the '@'"
         raise ConfigError(Problem(message, _field(path), remedy=_REMEDY))
     return checkpoint, text
-
-
-def read_set(text: str, manifest: Manifest) -> TaskSet:
-    """Parses a task set as `TaskSet.parse` does, or `as_trained=TASK`.
-
-    Raises:
-        SelectionError, UnknownTask: as `TaskSet.parse` and `Manifest.as_trained`.
-    """
-    if text.startswith(_AS_TRAINED):
-        return manifest.as_trained(text.removeprefix(_AS_TRAINED))
-    return TaskSet.parse(text, manifest.task_names)
 
 
 @dataclass(frozen=True)

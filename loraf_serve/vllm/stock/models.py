@@ -26,16 +26,17 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
+from loraf import set_text
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
 from loraf.tasksets import TaskSet
 from loraf_serve.vllm import relied_on
 from loraf_serve.vllm.naming import STOCK_EXTENSION, UNSUPPORTED_SPLITS, lora_path, option
+from loraf_serve.vllm.stock import facts
 from loraf_serve.vllm.stock.checkpoints import (
     EVERY_TASK,
     NamedCheckpoint,
     StockCheckpoints,
     for_vllm_serve,
-    read_set,
     split_path,
 )
 from loraf_serve.vllm.worker import probe, remote
@@ -134,7 +135,7 @@ class TaskSetModels(OpenAIServingModels):
         return response
 
     async def _resolve(self, name: str, checkpoint: NamedCheckpoint, text: str) -> LoRARequest:
-        task_set = read_set(text, checkpoint.manifest)
+        task_set = set_text.task_set(text, checkpoint.manifest)
         await asyncio.to_thread(checkpoint.require_unchanged)
         request = await self._serve(name, lora_path(checkpoint.digest, str(task_set)), None)
         self._resolved[name] = None
@@ -196,7 +197,7 @@ class TaskSetModels(OpenAIServingModels):
         if checkpoint is None:
             return None
         try:
-            return lora_path(checkpoint.digest, str(read_set(text, checkpoint.manifest)))
+            return lora_path(checkpoint.digest, str(set_text.task_set(text, checkpoint.manifest)))
         except LorafError:
             return None
 
@@ -225,7 +226,7 @@ class TaskSetModels(OpenAIServingModels):
         async with self._loading:
             await asyncio.to_thread(self._require_supported)
             checkpoint = await asyncio.to_thread(self._checkpoints.check, path)
-            task_set = read_set(text, checkpoint.manifest)
+            task_set = set_text.task_set(text, checkpoint.manifest)
             if checkpoint.digest not in self._loaded:
                 await self._load_in_workers(checkpoint)
                 self._loaded.add(checkpoint.digest)
@@ -274,7 +275,7 @@ class TaskSetModels(OpenAIServingModels):
             if getattr(parallel, name) != 1:
                 message = "LoRAF does not support a model that is split this way"
                 problems.append(Problem(message, option(name), remedy=_REMEDY))
-        for statement in relied_on.broken(relied_on.STOCK_FACTS):
+        for statement in relied_on.broken(facts.FACTS):
             problems.append(Problem(f"no longer true of the installed vLLM: {statement}", remedy="use loraf-serve"))
         if problems:
             raise ConfigError(problems)

@@ -11,6 +11,7 @@
     base_weights  reads rows of the model's files
     probe       the service's part of a proof
     waiting     makes vLLM's busy waiting yield to a load
+    seeds       keeps seeds of requests whose prompt is computed in several steps
     notice      tells the service that a load is over
     faults      tells the service why a process of the engine failed
 

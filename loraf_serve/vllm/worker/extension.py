@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import vllm.v1.worker.lora_model_runner_mixin as lora_model_runner_mixin
 from vllm.platforms import current_platform
 
-from loraf_serve.vllm.worker import waiting
+from loraf_serve.vllm.worker import seeds, waiting
 from loraf_serve.vllm.worker.remote import CORES
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def install(
         cpu_products: vLLM's LoRA products on the CPU; None to keep vLLM's own.
     """
     waiting.install()
+    seeds.install()
     # The mixin imports the name and looks it up among its own.
     vars(lora_model_runner_mixin)["LRUCacheWorkerLoRAManager"] = functools.partial(manager_class, cores=CORES)
     if cpu_products is not None and current_platform.is_cpu():

@@ -32,6 +32,8 @@ from tests.standins import make_model, random_checkpoint
 def test_the_base_of_a_listed_adapter(trained, shown):
     read = manifest.read(checkpoint_folder())
     changed = dataclasses.replace(read, base_model=dataclasses.replace(read.base_model, name=trained))
+    if trained != shown:  # the name of a folder says little
+        shown += f", fingerprint {read.base_model.fingerprint[:12]}"
     assert messages.adapter(ServedAdapter("a", checkpoint_folder(), changed), 0).base_model == shown
 
 

@@ -21,7 +21,7 @@ from loraf_serve.adapters.registry import Registry
 from loraf_serve.adapters.root import AdapterRoot
 from loraf_serve.backends.merged import MergedBackend
 from loraf_serve.client import ServiceError, request_of
-from loraf_serve.service import services
+from loraf_serve.service import refusal
 from loraf_serve.v1 import adapter_pb2
 from loraf_serve.v1 import generation_pb2 as pb
 from tests.loraf_serve.fake_backend import FakeBackend, text_of
@@ -186,7 +186,7 @@ def test_the_latest_call_keeps_no_adapter_when_it_is_refused(opened, refused):
 
 
 def test_the_latest_call_keeps_no_adapter_when_the_backend_fails(opened, monkeypatch):
-    monkeypatch.setattr(services.log, "disabled", True)  # pytest keeps the exceptions that are logged
+    monkeypatch.setattr(refusal.log, "disabled", True)  # pytest keeps the exceptions that are logged
     checkpoint_folder(0)
     backend = FakeBackend()
     backend.failure_after = RuntimeError("in the middle of an answer")

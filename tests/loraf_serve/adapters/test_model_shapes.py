@@ -58,3 +58,14 @@ def test_a_module_that_the_files_name_otherwise_has_a_bound(model, tmp_path):
     huge = renamed | {first: dataclasses.replace(renamed[first], d_in=1 << 24)}
     (problem,) = misfits(dataclasses.replace(manifest, modules=huge), model, "ckpt")
     assert problem.field == first and "larger than anything in the model" in problem.message
+
+
+def test_all_modules_together_are_no_larger_than_the_model(model, tmp_path):
+    """Each of them alone could be in the model; A of all would be computed for an hour."""
+    standins.random_checkpoint(tmp_path, model, ("math",))
+    manifest = manifests.read(tmp_path)
+    spec = dataclasses.replace(next(iter(manifest.modules.values())), d_out=1, d_in=1 << 13)
+    few, many = ({f"layer.{i}": spec for i in range(count)} for count in (8, 1000))
+    assert misfits(dataclasses.replace(manifest, modules=few), model, "ckpt") == []
+    (problem,) = misfits(dataclasses.replace(manifest, modules=many), model, "ckpt")
+    assert problem.field == "modules" and "together larger than the model" in problem.message

@@ -19,8 +19,9 @@ from loraf_serve.backends import model_runner
 from loraf_serve.backends.answer_state import AnswerState, DecodingConfig
 from loraf_serve.backends.backend import GenerationRequest, Sampling
 from loraf_serve.backends.detokenize import StopTexts, TextStream, token_text
+from loraf_serve.backends.logprobs import rank_of
 from loraf_serve.backends.model_runner import Batch, Forward, Prefill
-from loraf_serve.backends.sampler import Sampler, rank_of
+from loraf_serve.backends.sampler import Sampler
 from tests.standins import byte_tokenizer, make_model
 from tests.tools import needs
 

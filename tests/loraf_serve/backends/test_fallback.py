@@ -44,6 +44,22 @@ async def answer(backend: Fallback, adapter) -> str:
     return "".join([choice.text async for output in backend.generate(request) for choice in output.choices])
 
 
+@pytest.mark.parametrize("keeps_metrics", [False, True])
+def test_every_backend_is_told_before_its_start_whether_metrics_are_kept(made, keeps_metrics) -> None:
+    backend, first, second, _ = made
+    told = []
+
+    async def start(which) -> None:
+        told.append((which.name, which.keeps_metrics))
+        if which is first:
+            raise WRONG
+
+    first.start, second.start = (lambda: start(first)), (lambda: start(second))
+    backend.keeps_metrics = keeps_metrics
+    asyncio.run(backend.start())
+    assert told == [("first", keeps_metrics), ("second", keeps_metrics)]
+
+
 def test_the_first_serves_as_long_as_nothing_is_wrong(made, adapters) -> None:
     backend, first, second, said = made
 

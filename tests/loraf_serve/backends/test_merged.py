@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from loraf.tasksets import TaskSet
-from loraf_serve.backends.backend import GenerationRequest, Sampling
+from loraf_serve.backends import model_runner
+from loraf_serve.backends.backend import GenerationRequest, Sampling, StructuredOutput, UnsupportedField
+from loraf_serve.backends.bad_words import token_sequences
 from loraf_serve.backends.merged import MergedBackend
 from loraf_serve.backends.model_runner import Forward
 from loraf_serve.backends.output_queue import joined
@@ -242,6 +244,60 @@ def check_skip_special_tokens(stand):
     assert texts == ["</s></s>", ""]
 
 
+def check_structured_output(stand):
+    form = StructuredOutput("regex", "a+")
+    with pytest.raises(UnsupportedField, match="structured_output is not supported by the merged backend"):
+        stand.answers(("Hello", "math", dataclasses.replace(GREEDY, structured_output=form)))
+    assert stand.backend.unsupported_fields == ("sampling.structured_output",)
+
+
+def check_prompt_logprobs(stand):
+    """Against transformers' log-softmax, over several chunks of the prompt."""
+    prompt = PROMPTS[3] * 2
+    ids = torch.tensor([stand.ids(prompt)])
+    assert ids.shape[1] > 2 * model_runner.CHUNK_WITH_LOGITS
+    expected = stand.merged("math+code")(ids).logits[0].float().log_softmax(-1)
+    request = stand.request(prompt, "math+code", dataclasses.replace(GREEDY, prompt_logprobs=2, n=1))
+
+    async def outputs():
+        return [output async for output in stand.backend.generate(request)]
+
+    first, *others = stand.run(outputs())
+    assert not any(output.prompt_logprobs for output in others)
+    assert first.prompt_logprobs[0] is None and len(first.prompt_logprobs) == ids.shape[1]
+    for place, found in enumerate(first.prompt_logprobs[1:]):
+        token = int(ids[0, place + 1])
+        assert (found.chosen.token_id, len(found.top)) == (token, 2)
+        assert found.chosen.logprob == pytest.approx(float(expected[place, token]), abs=1e-4)
+        assert [top.logprob for top in found.top] == pytest.approx(expected[place].topk(2).values.tolist(), abs=1e-4)
+    answer = only(stand.answers((prompt, "math+code", GREEDY))[0])
+    assert joined([d for output in (first, *others) for d in output.choices])[0].token_ids == answer.token_ids
+
+
+def check_bad_words(stand):
+    """Against transformers, which has the same rule for sequences of tokens."""
+    prompt, task_set = "Hello", "math"
+    for _ in range(3):
+        usual = only(stand.answers((prompt, task_set, GREEDY))[0])
+        texts = [stand.tokenizer.decode([token]) for token in usual.token_ids]
+        i = next(i for i, text in enumerate(texts) if text.isascii() and text.strip() == text and text.isprintable())
+        pair = "".join(texts[i : i + 2])
+        words = (texts[i] if "\ufffd" in pair or not pair.isprintable() else pair, "no")
+        sequences = [ids for each in words for ids in token_sequences(stand.tokenizer, each)]
+        answer = only(stand.answers((prompt, task_set, dataclasses.replace(GREEDY, bad_words=words)))[0])
+        ids = torch.tensor([stand.ids(prompt)])
+        theirs = stand.merged(task_set).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=GREEDY.max_tokens,
+            do_sample=False,
+            bad_words_ids=sequences,
+        )
+        assert answer.token_ids == tuple(theirs[0, ids.shape[1] :].tolist())
+        assert answer.token_ids != usual.token_ids
+        task_set, prompt = "nlu", prompt + "!"
+
+
 FIELD_CHECKS = {
     "max_tokens": check_max_tokens,
     "min_tokens": check_min_tokens,
@@ -260,6 +316,9 @@ FIELD_CHECKS = {
     "n": check_n,
     "ignore_eos": check_ignore_eos,
     "skip_special_tokens": check_skip_special_tokens,
+    "structured_output": check_structured_output,
+    "prompt_logprobs": check_prompt_logprobs,
+    "bad_words": check_bad_words,
 }
 
 

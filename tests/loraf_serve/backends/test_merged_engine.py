@@ -51,6 +51,32 @@ async def until(condition) -> None:
 # Turns
 
 
+def test_a_lower_priority_number_goes_first(stand):
+    """Whether the requests are for one task set or for several."""
+    order = []
+
+    async def ask(name: str, task_set: str, priority: int, tokens: int) -> None:
+        sampling = dataclasses.replace(GREEDY, max_tokens=tokens, ignore_eos=True, n=1)
+        request = dataclasses.replace(stand.request("Hello", task_set, sampling), priority=priority)
+        async for _ in stand.backend.generate(request):
+            if name not in order:
+                order.append(name)
+
+    async def all_of_them(task_sets):
+        order.clear()
+        running = [asyncio.create_task(ask(f"running {i}", "math", 0, 60)) for i in range(merged_engine.MAX_ROWS)]
+        await until(lambda: len(order) == len(running))
+        waiting = []
+        for (name, priority), task_set in zip((("last", 5), ("normal", 0), ("first", -5)), task_sets, strict=True):
+            waiting.append(asyncio.create_task(ask(name, task_set, priority, 2)))
+            await asyncio.sleep(0)
+        await asyncio.gather(*running, *waiting)
+        return order[len(running) :]
+
+    assert stand.run(all_of_them(("math", "math", "math"))) == ["first", "normal", "last"]
+    assert stand.run(all_of_them(("nlu", "code", "math+code"))) == ["first", "normal", "last"]
+
+
 def test_a_long_answer_does_not_keep_other_sets_waiting(stand):
     long = dataclasses.replace(GREEDY, max_tokens=300, ignore_eos=True)
     short = dataclasses.replace(GREEDY, max_tokens=12, ignore_eos=True)

@@ -249,7 +249,8 @@ def test_unset_fields_have_vllms_defaults():
     ours = sampling.read(pb.SamplingParams(), VOCAB_SIZE)
     assert ours == Sampling()
     for field in dataclasses.fields(Sampling):
-        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        name = {"structured_output": "structured_outputs"}.get(field.name, field.name)
+        mine, other = getattr(ours, field.name), getattr(theirs, name)
         assert mine == other or (not mine and not other and mine is not False), field.name
 
 
@@ -293,6 +294,7 @@ def test_valid_parameters_are_accepted_by_vllm_unchanged(given_params):
         }
         return
     passed = dataclasses.asdict(ours)
+    passed["structured_outputs"] = passed.pop("structured_output")  # vLLM's name
     lists = {name: list(value) for name, value in passed.items() if isinstance(value, tuple)}
     theirs = vllm.SamplingParams.from_optional(**copy.deepcopy(passed | lists))
     for name, value in passed.items():

@@ -101,14 +101,14 @@ def test_a_long_tokenization_does_not_hold_up_other_clients(monkeypatch):
     with serving() as running:
         started, go_on = threading.Event(), threading.Event()
         validator = running.server._generation.validator
-        read_now = validator.read_now
+        read = validator._read
 
         def slow(*arguments):
             started.set()
             assert go_on.wait(10)
-            return read_now(*arguments)
+            return read(*arguments)
 
-        monkeypatch.setattr(validator, "read_now", slow)
+        monkeypatch.setattr(validator, "_read", slow)
         call = running.generation.Generate.future(ask("x"))
         assert started.wait(5)
         assert running.client.health(timeout=2) == "SERVING"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
-from pathlib import Path
 
 import grpc
 import pytest
@@ -27,7 +24,6 @@ from loraf_serve.service.server_options import ServerOptions
 from loraf_serve.v1 import generation_pb2 as pb
 from tests.loraf_serve.fake_backend import GONE, FakeBackend, expected_text
 from tests.loraf_serve.harness import eventually, one_adapter, serving
-from tests.tools import needs
 
 CODES = grpc.StatusCode
 NAMES = ("", "loraf.v1.GenerationService", "loraf.v1.AdapterService")
@@ -228,27 +224,6 @@ def test_every_mistake_in_the_options_is_named_at_once(tmp_path):
 
 
 # --- TLS
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory) -> Path:
-    """An authority `ca`, another one `other`, and certificates of `ca` for a `server` on 127.0.0.1 and a `client`."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip(needs("openssl"))
-    folder = tmp_path_factory.mktemp("pki")
-
-    def certificate(name: str, *more: str) -> None:
-        command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        command += ["-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", f"/CN={name}", "-days", "1", *more]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-
-    certificate("ca")
-    certificate("other")
-    signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "basicConstraints=critical,CA:FALSE")
-    certificate("server", *signed, "-addext", "subjectAltName=IP:127.0.0.1")
-    certificate("client", *signed)
-    return folder
 
 
 def test_tls(pki):

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from loraf.errors import CorruptCheckpoint, LorafError, Problem
+from loraf_serve.service import outbox
 from loraf_serve.v1 import adapter_pb2
 from loraf_serve.v1 import generation_pb2 as pb
 from tests.loraf_serve.asking import ask, ask_stream, failure, metadata_bytes, violations
@@ -190,7 +191,7 @@ def test_a_field_that_the_backend_does_not_support_is_named():
         (
             CorruptCheckpoint(Problem("changed", file="/srv/secret/ckpt/tasks/math.safetensors")),
             CODES.DATA_LOSS,
-            "math.safetensors: changed",
+            "tasks/math.safetensors: changed",
         ),
     ],
 )
@@ -289,21 +290,44 @@ def test_the_backend_stops_at_once_when_the_client_disconnects(method, way, capl
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_an_unread_stream_is_closed_when_its_client_disconnects():
-    """The handler waits in a write then, not in the backend."""
+class Wordy(FakeBackend):
+    """A megabyte a token."""
 
-    class Wordy(FakeBackend):
-        def _piece(self, request, index, place):
-            piece = super()._piece(request, index, place)
-            return type(piece)(piece.index, piece.text * (1 << 20), piece.token_ids, piece.finish_reason)
+    def _piece(self, request, index, place):
+        piece = super()._piece(request, index, place)
+        return type(piece)(piece.index, piece.text * (1 << 20), piece.token_ids, piece.finish_reason)
 
+
+def test_an_unread_stream_keeps_its_place_until_its_client_disconnects():
+    """The handler waits for the client to read then, not in the backend."""
+    with serving(Wordy(), max_queue=1) as running:
+        call = running.generation.StreamGenerate(ask_stream("x", max_tokens=8))
+        assert eventually(lambda: len(running.backend.requests) == 1 and not running.backend.running)
+        assert failure(lambda: running.generation.Generate(ask("x"))).code() is CODES.RESOURCE_EXHAUSTED
+        call.cancel()
+        assert eventually(lambda: running.server._admission.in_flight == 0, 2.0)
+        assert running.generation.Generate(ask("x", max_tokens=1)).choices
+
+
+def test_a_stream_that_nobody_reads_ends_when_too_much_waits():
     with serving(Wordy()) as running:
         call = running.generation.StreamGenerate(ask_stream("x", max_tokens=200))
-        assert eventually(lambda: len(running.backend.running) == 1)
-        time.sleep(0.5)
-        assert running.backend.running  # held back, although nothing slows the backend
-        call.cancel()
-        assert eventually(lambda: not running.backend.running, 2.0)
+        assert eventually(lambda: running.backend.closed_early)
+        assert eventually(lambda: running.server._admission.in_flight == 0, 2.0)
+        with pytest.raises(grpc.RpcError) as error:
+            list(call)
+        assert error.value.code() is CODES.RESOURCE_EXHAUSTED
+        assert "8,388,608 bytes of the answer wait for the client" in error.value.details()
+
+
+def test_a_client_that_stops_reading_does_not_keep_its_place_for_ever(monkeypatch):
+    monkeypatch.setattr(outbox, "STALL_SECONDS", 0.3)
+    with serving(Wordy(), max_queue=1) as running:
+        call = running.generation.StreamGenerate(ask_stream("x", max_tokens=8))
+        assert eventually(lambda: running.server._admission.in_flight == 1)
+        assert eventually(lambda: running.server._admission.in_flight == 0)
+        with pytest.raises(grpc.RpcError, match="the client has read nothing for 0.3 s"):
+            list(call)
 
 
 def test_the_default_deadline_applies_to_requests_without_one():

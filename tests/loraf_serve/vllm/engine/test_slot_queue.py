@@ -29,13 +29,13 @@ async def settle() -> None:
 class Request:
     """Holds its set's slot from `start` to `finish`."""
 
-    def __init__(self, slots: SlotAdmission, key: str):
+    def __init__(self, slots: SlotAdmission, key: str, priority: int = 0):
         self.admitted = False
         self._end = asyncio.Event()
-        self.task = asyncio.ensure_future(self._run(slots, key))
+        self.task = asyncio.ensure_future(self._run(slots, key, priority))
 
-    async def _run(self, slots: SlotAdmission, key: str) -> None:
-        async with slots.slot(key):
+    async def _run(self, slots: SlotAdmission, key: str, priority: int) -> None:
+        async with slots.slot(key, priority):
             self.admitted = True
             await self._end.wait()
 
@@ -177,3 +177,33 @@ async def test_random_traffic(seed: int) -> None:
     assert [o for o in outcomes if o is not None and not isinstance(o, asyncio.CancelledError)] == []
     assert served + cancelled == len(tasks) and served > 0
     assert not slots.admitted and not slots._waiting and not slots._closed
+
+
+@on_a_loop
+async def test_a_set_with_a_lower_priority_number_gets_the_next_slot() -> None:
+    slots = SlotAdmission(1)
+    running = Request(slots, "a")
+    await settle()
+    waiting = {key: Request(slots, key, priority) for key, priority in (("b", 0), ("c", 5), ("d", -1), ("e", 0))}
+    await settle()
+    order = []
+    while len(order) < len(waiting):
+        await (waiting[order[-1]] if order else running).finish()
+        (admitted,) = [key for key, request in waiting.items() if request.admitted and key not in order]
+        order.append(admitted)
+    assert order == ["d", "b", "e", "c"]
+    await waiting["c"].finish()
+
+
+@on_a_loop
+async def test_one_request_of_a_set_brings_the_others_forward() -> None:
+    slots = SlotAdmission(1)
+    running = Request(slots, "a")
+    first, late, urgent = (Request(slots, key, priority) for key, priority in (("b", 0), ("c", 0), ("c", -1)))
+    await settle()
+    await running.finish()
+    assert (first.admitted, late.admitted, urgent.admitted) == (False, True, True)
+    await urgent.cancel()
+    await late.finish()
+    assert first.admitted
+    await first.finish()

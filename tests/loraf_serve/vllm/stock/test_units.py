@@ -18,15 +18,16 @@ from vllm.usage.usage_lib import UsageContext
 from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, SelectionError, UnknownTask
-from loraf_serve.vllm import naming, plugin, relied_on
-from loraf_serve.vllm.stock import install
-from loraf_serve.vllm.stock.checkpoints import ALLOW_OTHER_BASE, StockCheckpoints, read_set, split_path
+from loraf.set_text import task_set
+from loraf_serve.vllm import naming, plugin
+from loraf_serve.vllm.stock import facts, install
+from loraf_serve.vllm.stock.checkpoints import ALLOW_OTHER_BASE, StockCheckpoints, split_path
 from loraf_serve.vllm.stock.models import TaskSetModels
 from tests.loraf_serve.vllm.slots.test_punica_cpu import BATCHES, by_rows, random_layers
 from tests.loraf_serve.vllm.slots.test_punica_cpu import wrapper_for as grouped_wrapper_for
 from tests.standins import linear_shapes, make_model, random_checkpoint, random_values
 
-FACTS = relied_on.STOCK_FACTS
+FACTS = facts.FACTS
 SERVER = UsageContext.OPENAI_API_SERVER
 
 
@@ -64,15 +65,15 @@ def test_paths_are_split_into_checkpoint_and_set(root: Path) -> None:
 def test_a_task_set_is_parsed_in_every_form(originals: Path) -> None:
     manifest = Checkpoint.open(originals / "ckpt").manifest
     same = ("math+nlu", "nlu+math", " nlu + math", "math:1+nlu:1.0", "code:0+math+nlu", "as_trained=nlu")
-    assert {str(read_set(text, manifest)) for text in same} == {"math+nlu"}
-    assert str(read_set("all", manifest)) == str(read_set("as_trained=code", manifest)) == "math+nlu+code"
-    assert read_set("base", manifest).is_base
+    assert {str(task_set(text, manifest)) for text in same} == {"math+nlu"}
+    assert str(task_set("all", manifest)) == str(task_set("as_trained=code", manifest)) == "math+nlu+code"
+    assert task_set("base", manifest).is_base
     for text in ("as_trained=", "as_trained=nope", "as_trained=math+nlu", "as_trained", ""):
         with pytest.raises(UnknownTask):
-            read_set(text, manifest)
+            task_set(text, manifest)
     for text in ("math:inf", "math+math", "math:a", "math:"):
         with pytest.raises(SelectionError):
-            read_set(text, manifest)
+            task_set(text, manifest)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""Applies the permissions of a client's token to its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from loraf.errors import UnknownTask
+from loraf_serve.adapters.registry import Registry
+from loraf_serve.backends.backend import GenerationRequest
+from loraf_serve.errors import PermissionDenied
+from loraf_serve.security.permissions import Permissions
+from loraf_serve.security.tokens import Tokens
+from loraf_serve.v1 import adapter_pb2
+from loraf_serve.v1 import generation_pb2 as pb
+
+
+def visible(registry: Registry, permissions: Permissions) -> Registry:
+    """The adapters that the client may use; the others do not exist for it."""
+    for adapter in registry:
+        if not permissions.may_use(adapter.name):
+            registry = registry.without(adapter.name)
+    return registry
+
+
+def require_asked(request: pb.GenerateRequest | pb.StreamGenerateRequest, permissions: Permissions) -> None:
+    """Checks what the request names, before it is validated: errors must not tell what else there is.
+
+    Raises:
+        PermissionDenied: an adapter or task that the client may not use, or a priority that it may not set.
+    """
+    if request.priority:
+        permissions.require_priority()
+    if request.adapter:
+        permissions.require_adapter(request.adapter)
+    selection = request.task_selection
+    if selection.HasField("as_trained"):
+        permissions.require_tasks([selection.as_trained.name], "task_selection.as_trained.name")
+    permissions.require_tasks((task.name for task in selection.tasks.tasks), "task_selection.tasks.tasks")
+
+
+def require_selected(request: GenerationRequest, permissions: Permissions) -> None:
+    """Checks the task set that a valid request selects: all tasks, those of a named set, those of `as_trained`.
+
+    Raises:
+        PermissionDenied: a task that the client may not use.
+    """
+    permissions.require_set(name for name, _ in request.task_set.weights)
+
+
+def metrics_reader(tokens: Tokens) -> Callable[[str | None], None]:
+    """The check of a client that reads metrics. They name every adapter and task, so its token must be for all."""
+
+    def check(authorization: str | None) -> None:
+        permissions = tokens.permissions_of(authorization)
+        if permissions.adapters is not None or permissions.tasks is not None:
+            raise PermissionDenied("metrics need a token for every adapter and task")
+
+    return check
+
+
+def shown(adapter: adapter_pb2.Adapter, permissions: Permissions) -> adapter_pb2.Adapter:
+    """The description of an adapter without tasks, and sets with tasks, that the client may not use."""
+    allowed = permissions.tasks
+    if allowed is None:
+        return adapter
+    description = adapter_pb2.Adapter()
+    description.CopyFrom(adapter)
+    del description.tasks[:], description.sets[:]
+    for task in adapter.tasks:
+        if task.name in allowed:
+            description.tasks.append(task)
+            description.tasks[-1].trained_with[:] = [name for name in task.trained_with if name in allowed]
+    description.sets.extend(named for named in adapter.sets if allowed.issuperset(task.name for task in named.tasks))
+    return description
+
+
+def without_other_tasks(error: UnknownTask, permissions: Permissions) -> UnknownTask:
+    """The error, without the names of tasks that the client may not use."""
+    if permissions.tasks is None:
+        return error
+    remedy = f"this token may use: {', '.join(sorted(permissions.tasks))}"
+    return UnknownTask(replace(problem, remedy=remedy) for problem in error.problems)

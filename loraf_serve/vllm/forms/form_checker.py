@@ -1,0 +1,172 @@
+"""Checks forms of answers in the service's process, by a process that may die of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from loraf.errors import LorafError, Problem, one_line
+from loraf_serve.backends.backend import StructuredOutput
+from loraf_serve.vllm.forms import keywords, trial
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FIELD = "sampling.structured_output"
+_REMEMBERED = 1 << 24  # characters of forms whose outcome is kept
+_PATIENCE = 30.0  # seconds until an answer must be there, on a machine however busy
+_START_PATIENCE = 120.0  # seconds
+_LINE = 1 << 26  # bytes of one line
+
+_Key = tuple[str, str, tuple[int, ...]]  # kind, text, stop tokens
+_Outcome = tuple[str, str]  # what is wrong with the form, or ""; the form for vLLM
+
+
+class FormChecker:
+    """Tries each form once, one at a time. The process starts with the first form.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: number of token ids as vLLM counts them.
+        spaces: JSON may have spaces between its parts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, spaces: bool = True):
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._spaces = spaces
+        self._info = ""
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+        self._outcomes: OrderedDict[_Key, _Outcome] = OrderedDict()
+        self._characters = 0  # of all that is remembered
+
+    async def check(self, form: StructuredOutput, stop_token_ids: Iterable[int]) -> tuple[str, str]:
+        """Returns the form for vLLM: "regex", "ebnf" or "lark", and its text.
+
+        Args:
+            stop_token_ids: every token that ends the answer.
+
+        Raises:
+            LorafError: XGrammar cannot keep to the form, or it takes too much time or memory.
+        """
+        kind, value = _of_xgrammar(form)
+        field = f"{_FIELD}.{form.kind}"
+        if kind == "json_schema":
+            problem = keywords.problem_with(json.loads(value))
+            if problem:
+                raise LorafError(Problem(problem, field, remedy="leave it out, or use a grammar"))
+        key = (kind, value, tuple(sorted(set(stop_token_ids))))
+        if key not in self._outcomes:  # a known form never waits for others
+            async with self._turn:
+                if key not in self._outcomes:
+                    self._remember(key, await self._outcome(*key))
+        self._outcomes.move_to_end(key)
+        problem, text = self._outcomes[key]
+        if problem:
+            raise LorafError(Problem(problem, field, remedy="send a form that XGrammar can keep to"))
+        return "ebnf" if kind == "json_schema" else kind, text
+
+    def _remember(self, key: _Key, outcome: _Outcome) -> None:
+        self._outcomes[key] = outcome
+        self._characters += len(key[1]) + len(outcome[1])
+        while self._characters > _REMEMBERED and len(self._outcomes) > 1:
+            (_, value, _), (_, text) = self._outcomes.popitem(last=False)
+            self._characters -= len(value) + len(text)
+
+    async def stop(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def _outcome(self, kind: str, value: str, stop_token_ids: tuple[int, ...]) -> _Outcome:
+        try:
+            process = self._process or await self._start()
+            form = {"kind": kind, "value": value, "stop_token_ids": stop_token_ids, "spaces": self._spaces}
+            return await _answer(process, json.dumps(form), _PATIENCE)
+        except _DiedError as death:
+            await self.stop()
+            return str(death), ""
+        except BaseException:  # cancelled: its answer must not be taken for that to another form
+            await self.stop()
+            raise
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        """Raises LorafError: XGrammar does not support the tokenizer."""
+        try:
+            self._info = self._info or await asyncio.to_thread(self._tokenizer_info)
+        except Exception as error:
+            message = f"XGrammar does not support the model's tokenizer ({one_line(error)})"
+            raise LorafError(Problem(message, _FIELD, remedy="leave it out")) from None
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", trial.__name__),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            limit=_LINE,
+            process_group=0,  # signals to the service's group do not reach it
+        )
+        await _answer(self._process, self._info, _START_PATIENCE)
+        return self._process
+
+    def _tokenizer_info(self) -> str:
+        import xgrammar
+
+        info: str = xgrammar.TokenizerInfo.from_huggingface(
+            self._tokenizer, vocab_size=self._vocab_size
+        ).serialize_json()
+        return info
+
+
+class _DiedError(Exception):
+    """The process was ended by a signal, or takes too long; the text says how."""
+
+
+async def _answer(process: asyncio.subprocess.Process, line: str, patience: float) -> _Outcome:
+    """Sends a line of JSON and returns the answer.
+
+    Raises:
+        _DiedError: because of the line.
+        RuntimeError: an internal fault.
+    """
+    assert process.stdin is not None and process.stdout is not None
+    too_long = f"takes more than {trial.SECONDS:g} s to compile"
+    try:
+        async with asyncio.timeout(patience):
+            process.stdin.write(line.encode() + b"\n")
+            await process.stdin.drain()
+            answer = await process.stdout.readline()
+            if answer:
+                problem, text = json.loads(answer)
+                return problem, text
+            status = await process.wait()
+    except TimeoutError:
+        raise _DiedError(too_long) from None
+    except (BrokenPipeError, ConnectionResetError):
+        status = await process.wait()
+    if status >= 0:
+        raise RuntimeError(f"the process that tries forms of answers ended with status {status}")
+    raise _DiedError(too_long if status == -signal.SIGPROF else "takes too much memory, or XGrammar fails on it")
+
+
+def _of_xgrammar(form: StructuredOutput) -> tuple[str, str]:
+    """As vLLM passes a form to XGrammar."""
+    from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
+
+    if form.kind == "choice":
+        return "ebnf", choice_as_grammar(list(form.value))
+    value: Any = form.value
+    if form.kind == "grammar":
+        return "lark" if grammar_is_likely_lark(value) else "ebnf", value
+    return form.kind, value
