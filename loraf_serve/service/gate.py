@@ -28,6 +28,7 @@ from loraf_serve.observe.call import CURRENT, Call, Observer, inform
 from loraf_serve.request.validation import request_id_problem
 from loraf_serve.security.permissions import Permissions
 from loraf_serve.security.tokens import Tokens
+from loraf_serve.service.accepting import ExecuteBatchError
 from loraf_serve.service.refusal import Context, Refusal, abort, refusal_of, request_id_metadata
 
 PERMISSIONS: ContextVar[Permissions] = ContextVar("permissions")
@@ -89,6 +90,9 @@ class Gate(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-
         except asyncio.CancelledError:
             left = context.time_remaining()
             call.code = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+            raise
+        except ExecuteBatchError:
+            call.code = "CANCELLED"
             raise
         finally:
             code = context.code()
@@ -168,7 +172,10 @@ async def _outcome(answer: Callable[..., Awaitable[Any]], request: Any, context:
     exception is a fault of the program, and gRPC would send its text."""
     try:
         return await answer(request, context)
-    except aio.AbortError:
+    except (
+        aio.AbortError,
+        ExecuteBatchError,
+    ):  # the latter: the client is gone
         raise
     except Exception as error:
         return refusal_of(error, call.request_id)

@@ -12,7 +12,6 @@ import logging
 import signal
 from collections.abc import Callable, Sequence
 
-from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from loraf.errors import ConfigError, Problem
@@ -27,6 +26,7 @@ from loraf_serve.request.validation import Validator
 from loraf_serve.security.certificates import server_credentials
 from loraf_serve.security.tokens import Tokens, readable_by_others
 from loraf_serve.service import access
+from loraf_serve.service.accepting import make_server
 from loraf_serve.service.admission import Admission
 from loraf_serve.service.gate import Gate
 from loraf_serve.service.info import InfoService
@@ -95,7 +95,7 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in grpc-stubs
         self._watch: asyncio.Task[None] | None = None
         age = round(options.max_connection_age * 1000)
-        self._grpc = aio.server(
+        self._grpc = make_server(
             interceptors=[Gate(tokens, observers)],
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),

@@ -210,6 +210,8 @@ class World:
         there = self._on_disk[folder]
         wanted = {MANIFEST: made.text or b"", **made.entries}
         for path, entry in wanted.items():
+            if not isinstance(path, str) or "\0" in path:  # a changed manifest may name what no file can be called
+                continue
             if there.get(path) == entry:
                 continue
             place = folder / path
