@@ -288,7 +288,8 @@ def replay(data: bytes) -> bool:
 
     with tempfile.TemporaryDirectory() as name:
         made, verdict = World(Path(name) / "world").judge(data)
-    print(f"{made.base.folder.name}: {', '.join(made.kinds)}; changed: {', '.join(sorted(map(str, made.changed))) or 'no file'}")
+    changed = ", ".join(sorted(map(str, made.changed))) or "no file"
+    print(f"{made.base.folder.name}: {', '.join(made.kinds)}; changed: {changed}")
     print(verdict)
     return verdict.fault is None
 

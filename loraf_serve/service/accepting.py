@@ -1,7 +1,7 @@
 """A gRPC server that survives calls of methods whose names are not text.
 
 grpc.aio (seen in 1.85) decodes the name of an unregistered method where an exception ends the loop that accepts calls:
-one request without a token would stop the server. Here such calls are answered UNIMPLEMENTED, and nobody reads the name.
+one request without a token would stop the server. Here such calls are answered UNIMPLEMENTED without reading the name.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def kept(statistics: Statistics) -> Figure | None:
     axes = figure.subplots()
     shares = [statistics.retained(method, first) for method in methods]
     groups = [
-        f"{method}\nkeeps {100 * share.mean:.1f} %" if share else method
+        f"{method}\n{100 * share.mean:.1f} %" if share else method
         for method, share in zip(methods, shares, strict=True)
     ]
     base = statistics.of_task(None, first)
@@ -119,7 +119,7 @@ def _kept_by_place(statistics: Statistics) -> Figure | None:
     axes = figure.subplots()
     shares = [by_place.retained(method, 1) for method in methods]
     groups = [
-        f"{method}\nkeeps {100 * share.mean:.1f} %" if share else method
+        f"{method}\n{100 * share.mean:.1f} %" if share else method
         for method, share in zip(methods, shares, strict=True)
     ]
     _bars(axes, groups, series, task)
