@@ -134,7 +134,7 @@ def test_sequence_has_two_bars_per_method_for_the_first_task(drawn):
     labels = texts(drawn["kept"])
     assert {"just trained (maths on)", "after the last task (maths+nlu+code on)", "base model: 0.100"} <= set(labels)
     for method in compared.METHODS:
-        assert f"keeps {100 * statistics.retained(method, task).mean:.1f} %" in labels
+        assert f"{100 * statistics.retained(method, task).mean:.1f} %" in labels
     assert "200 examples" in labels
 
 
