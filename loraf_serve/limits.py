@@ -33,6 +33,8 @@ def _limit(name: str, value: int, unit: str, description: str) -> int:
 # The request
 MAX_REQUEST_ID = _limit("max_request_id", 128, "characters", "request_id")
 MAX_PRIORITY = _limit("max_priority", 1000, "", "priority, and its negative value")
+MAX_SELECTED_TASKS = _limit("max_selected_tasks", 1024, "tasks", "task_selection.tasks, or tasks of LoadAdapter")
+MAX_PATH = _limit("max_path", 4096, "characters", "path of LoadAdapter")
 
 # The prompt
 MAX_MESSAGES = _limit("max_messages", 2048, "messages", "messages of a chat")

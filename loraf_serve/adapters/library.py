@@ -128,9 +128,16 @@ class AdapterLibrary:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
-    def lease(self, name: str) -> Iterator[Registry]:
-        """Yields the current registry. Until the context ends, the backend keeps the adapter `find(name)` returns."""
-        registry = self.registry
+    def lease(
+        self, name: str, visible: Callable[[Registry], Registry] = lambda registry: registry
+    ) -> Iterator[Registry]:
+        """Yields the adapters that a request may name now. Until the context ends, the backend keeps the one that
+        `find(name)` returns.
+
+        Args:
+            visible: leaves out the adapters that the request's client may not use.
+        """
+        registry = visible(self.registry)
         try:
             adapter = registry.find(name)
         except LorafError:  # validation reports it

@@ -15,9 +15,16 @@ class Registry:
 
     Args:
         operator_sets: the named sets of the server's command line, which hold for adapters that come later too.
+        tasks: the only tasks of which named sets may consist; None for all.
     """
 
-    def __init__(self, adapters: Iterable[ServedAdapter] = (), operator_sets: OperatorSets | None = None):
+    def __init__(
+        self,
+        adapters: Iterable[ServedAdapter] = (),
+        operator_sets: OperatorSets | None = None,
+        tasks: frozenset[str] | None = None,
+    ):
+        self._tasks = tasks
         self._adapters = {adapter.name: adapter for adapter in adapters}
         self.operator_sets = OperatorSets() if operator_sets is None else operator_sets
         self._sets: dict[str, dict[str, NamedSet]] = {}  # by adapter, filled in as they are asked for
@@ -33,23 +40,35 @@ class Registry:
 
     def with_adapter(self, adapter: ServedAdapter) -> Registry:
         """A copy in which the adapter's name means `adapter`. A name that is already there keeps its place."""
-        return Registry((self._adapters | {adapter.name: adapter}).values(), self.operator_sets)
+        return Registry((self._adapters | {adapter.name: adapter}).values(), self.operator_sets, self._tasks)
 
     def without(self, name: str) -> Registry:
         """A copy without one name."""
-        return Registry((adapter for adapter in self if adapter.name != name), self.operator_sets)
+        return Registry((adapter for adapter in self if adapter.name != name), self.operator_sets, self._tasks)
 
     def with_sets(self, operator_sets: OperatorSets) -> Registry:
         """A copy with other named sets of the operator."""
-        return Registry(self, operator_sets)
+        return Registry(self, operator_sets, self._tasks)
+
+    def limited_to(self, tasks: frozenset[str] | None) -> Registry:
+        """A copy for a client that may use these tasks only; None for all."""
+        return self if tasks is None else Registry(self, self.operator_sets, tasks)
+
+    def is_hidden(self, task: str) -> bool:
+        """Whether the client may not know of a task of this name."""
+        return self._tasks is not None and task not in self._tasks
 
     def sets_of(self, adapter: ServedAdapter) -> Mapping[str, NamedSet]:
         """The named sets of an adapter, by name, in alphabetical order."""
         if self._adapters.get(adapter.name) is not adapter:  # replaced in the meantime
-            return self.operator_sets.of(adapter)
+            return self._sets_now(adapter)
         if adapter.name not in self._sets:
-            self._sets[adapter.name] = self.operator_sets.of(adapter)
+            self._sets[adapter.name] = self._sets_now(adapter)
         return self._sets[adapter.name]
+
+    def _sets_now(self, adapter: ServedAdapter) -> dict[str, NamedSet]:
+        sets = self.operator_sets.of(adapter)
+        return {name: named for name, named in sets.items() if not any(map(self.is_hidden, named.task_set.names))}
 
     def named(self, digest: str) -> tuple[str, ...]:
         """All names of the content with this adapter digest."""

@@ -19,6 +19,7 @@ from loraf.manifest import FILE_NAME, BaseModel
 from loraf_serve.adapters.checkpoint_folder import CheckpointFolder, read_values
 from loraf_serve.backends.backend import ServedAdapter
 from loraf_serve.errors import InvalidRequest
+from loraf_serve.limits import MAX_PATH
 
 _REMEDY = "name a checkpoint's folder by its path below --adapter-root"
 
@@ -128,6 +129,8 @@ class AdapterRoot:
 
 def path_problem(path: str) -> Problem | None:
     """The problem with a path that can be seen without looking at the disk, or None."""
+    if len(path) > MAX_PATH:
+        return Problem(f"has {len(path)} characters", "path", remedy=f"use at most {MAX_PATH}")
     parts = Path(path).parts
     if not parts:
         return Problem("names no folder", "path", remedy=_REMEDY)

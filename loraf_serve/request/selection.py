@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loraf.errors import LorafError, Problem, SelectionError, UnknownTask
@@ -72,8 +72,9 @@ def _task_set(
     try:
         task_set = _read_tasks(request, adapter.tasks)
     except (InvalidRequest, UnknownTask) as error:
-        sets = registry.sets_of(adapter)
-        raise type(error)(_or_named(problem, request.task_selection, sets) for problem in error.problems) from None
+        sets, tasks = registry.sets_of(adapter), request.task_selection.tasks.tasks
+        fields = {f"task_selection.tasks.tasks[{i}].name": t.name for i, t in enumerate(tasks) if t.name in sets}
+        raise type(error)(_or_named(problem, fields) for problem in error.problems) from None
     if task_set is not None:
         names = [task.name for task in request.task_selection.tasks.tasks]
         return task_set, names[0] if len(names) == 1 else None
@@ -89,18 +90,21 @@ def _named(name: str, adapter: ServedAdapter, registry: Registry) -> TaskSet:
         return sets[name].task_set
     message = f"adapter {adapter.name!r} has no named set {name!r}"
     remedy = f"choose from: {', '.join(sets) or 'none'}"
-    if name in adapter.tasks:
+    if name in adapter.tasks and not registry.is_hidden(name):
         message, remedy = f"{name!r} is a task, not a named set", "select it with tasks"
     raise UnknownTask(Problem(message, "task_selection.named.name", remedy=remedy))
 
 
-def _or_named(problem: Problem, selection: pb.TaskSelection, sets: Collection[str]) -> Problem:
-    """The problem with a name in `tasks`, which may be that it is the name of a named set."""
-    for i, task in enumerate(selection.tasks.tasks):
-        if problem.field == f"task_selection.tasks.tasks[{i}].name" and task.name in sets:
-            message = f"{task.name!r} is a named set, not a task"
-            return replace(problem, message=message, remedy="select it with named")
-    return problem
+def _or_named(problem: Problem, named: Mapping[str, str]) -> Problem:
+    """The problem with a name in `tasks`, which may be that it is the name of a named set.
+
+    Args:
+        named: path of the field → name, of those names in `tasks` that are named sets.
+    """
+    if problem.field not in named:
+        return problem
+    message = f"{named[problem.field]!r} is a named set, not a task"
+    return replace(problem, message=message, remedy="select it with named")
 
 
 def _read_tasks(request: pb.GenerateRequest | pb.StreamGenerateRequest, order: Sequence[str]) -> TaskSet | None:

@@ -20,8 +20,8 @@ from loraf.errors import LorafError, Problem, UnknownTask
 from loraf_serve.adapters.registry import Registry
 from loraf_serve.backends.backend import Backend, GenerationRequest, Sampling, ServedAdapter
 from loraf_serve.errors import DigestMismatch, InvalidRequest
-from loraf_serve.limits import MAX_PRIORITY, MAX_PROMPT_LOGPROBS_ENTRIES, MAX_REQUEST_ID
-from loraf_serve.request import chat, sampling, selection
+from loraf_serve.limits import MAX_PRIORITY, MAX_PROMPT_LOGPROBS_ENTRIES, MAX_REQUEST_ID, MAX_SELECTED_TASKS
+from loraf_serve.request import chat, sampling, selection, structured_output
 from loraf_serve.request.lanes import Lanes
 from loraf_serve.request.prompts import PromptReader
 from loraf_serve.v1 import generation_pb2 as pb
@@ -49,10 +49,10 @@ class Validator:
     async def read(self, request: AnyRequest, registry: Registry) -> GenerationRequest:
         """Validates a request in a thread. Raises as `read_now`."""
         # What is too long is refused here: it would keep a thread busy.
-        problems = chat.size_problems(request)
+        problems = _size_problems(request)
         if problems:
             raise InvalidRequest(problems)
-        return await self._lanes.run(_characters(request), lambda prompts: self._read(request, registry, prompts))
+        return await self._lanes.run(request.ByteSize(), lambda prompts: self._read(request, registry, prompts))
 
     def close(self) -> None:
         """Ends the threads."""
@@ -69,7 +69,7 @@ class Validator:
             UnknownTask: only an adapter or task that is not loaded.
             DigestMismatch: only another version of the adapter than the request requires.
         """
-        problems = chat.size_problems(request)
+        problems = _size_problems(request)
         if problems:
             raise InvalidRequest(problems)
         return self._read(request, registry, self._lanes.any_reader)
@@ -118,8 +118,13 @@ class Validator:
         return [*problems, problem] if problem else problems
 
     def _sampling(self, request: AnyRequest, prompts: PromptReader, errors: list[LorafError]) -> Sampling:
+        params = request.sampling
+        if structured_output.FIELD in self._backend.unsupported_fields:  # refused below: nothing of it is read
+            params = pb.SamplingParams()
+            params.CopyFrom(request.sampling)
+            params.ClearField("structured_output")
         try:
-            return sampling.read(request.sampling, prompts.vocab_size, self._end_tokens, prompts.bad_word_tokens)
+            return sampling.read(params, prompts.vocab_size, self._end_tokens, prompts.bad_word_tokens)
         except InvalidRequest as error:
             errors.append(error)
             return Sampling()
@@ -157,11 +162,14 @@ def request_id_problem(request_id: str) -> Problem | None:
     return None
 
 
-def _characters(request: AnyRequest) -> int:
-    """About how much text there is to read in the request, whatever its form."""
-    if request.WhichOneof("input") != "messages":
-        return len(request.prompt) + len(request.prompt_token_ids.ids)
-    return request.messages.ByteSize() + sum(tool.ByteSize() for tool in request.tools)
+def _size_problems(request: AnyRequest) -> list[Problem]:
+    """What is too long to be read. Takes little time however much a client sends."""
+    problems = chat.size_problems(request)
+    count = len(request.task_selection.tasks.tasks)
+    if count > MAX_SELECTED_TASKS:
+        remedy = f"use at most {MAX_SELECTED_TASKS}"
+        problems.append(Problem(f"has {count} tasks", "task_selection.tasks.tasks", remedy=remedy))
+    return problems
 
 
 def _set_fields(message: Message, prefix: str = "") -> list[str]:

@@ -105,11 +105,14 @@ def _digest(token: str) -> bytes:
 def _read(file: Path) -> tuple[_Entry, ...]:
     """Raises ConfigError."""
     try:
-        if os.stat(file).st_size > MAX_FILE_BYTES:
+        info = os.stat(file)
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe might never end
+            raise ConfigError(Problem("is not a regular file", OPTION, str(file), "give a text file"))
+        if info.st_size > MAX_FILE_BYTES:
             raise ConfigError(
                 Problem(f"is larger than {MAX_FILE_BYTES:,} bytes", OPTION, str(file), "use fewer tokens")
             )
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(Problem(f"cannot be read ({reason})", OPTION, str(file), "give a text file")) from None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from loraf.errors import UnknownTask
+from loraf.errors import LorafError, Problem
 from loraf_serve.adapters.registry import Registry
 from loraf_serve.backends.backend import GenerationRequest
-from loraf_serve.errors import PermissionDenied
+from loraf_serve.errors import InvalidRequest, PermissionDenied
+from loraf_serve.limits import MAX_SELECTED_TASKS
 from loraf_serve.security.permissions import Permissions
 from loraf_serve.security.tokens import Tokens
 from loraf_serve.v1 import adapter_pb2
@@ -20,7 +21,7 @@ def visible(registry: Registry, permissions: Permissions) -> Registry:
     for adapter in registry:
         if not permissions.may_use(adapter.name):
             registry = registry.without(adapter.name)
-    return registry
+    return registry.limited_to(permissions.tasks)
 
 
 def require_asked(request: pb.GenerateRequest | pb.StreamGenerateRequest, permissions: Permissions) -> None:
@@ -36,7 +37,23 @@ def require_asked(request: pb.GenerateRequest | pb.StreamGenerateRequest, permis
     selection = request.task_selection
     if selection.HasField("as_trained"):
         permissions.require_tasks([selection.as_trained.name], "task_selection.as_trained.name")
-    permissions.require_tasks((task.name for task in selection.tasks.tasks), "task_selection.tasks.tasks")
+    tasks = selection.tasks.tasks
+    if len(tasks) <= MAX_SELECTED_TASKS:  # more are refused whatever their names
+        permissions.require_tasks((task.name for task in tasks), "task_selection.tasks.tasks")
+
+
+def require_change(name: str, tasks: Sequence[str], permissions: Permissions) -> None:
+    """Raises PermissionDenied unless the client may load, replace and unload the adapter of that name.
+
+    Args:
+        tasks: those that are to be loaded; empty for all.
+    """
+    permissions.require_load()
+    permissions.require_adapter(name, "name")
+    if len(tasks) > MAX_SELECTED_TASKS:
+        message, remedy = f"has {len(tasks)} tasks", f"use at most {MAX_SELECTED_TASKS}"
+        raise InvalidRequest(Problem(message, "tasks", remedy=remedy))
+    permissions.require_tasks(tasks, "tasks")
 
 
 def require_selected(request: GenerationRequest, permissions: Permissions) -> None:
@@ -75,9 +92,12 @@ def shown(adapter: adapter_pb2.Adapter, permissions: Permissions) -> adapter_pb2
     return description
 
 
-def without_other_tasks(error: UnknownTask, permissions: Permissions) -> UnknownTask:
-    """The error, without the names of tasks that the client may not use."""
+def without_other_tasks(error: LorafError, permissions: Permissions) -> LorafError:
+    """The error, without the names of tasks and sets that the client may not use."""
     if permissions.tasks is None:
         return error
     remedy = f"this token may use: {', '.join(sorted(permissions.tasks))}"
-    return UnknownTask(replace(problem, remedy=remedy) for problem in error.problems)
+    return type(error)(
+        replace(problem, remedy=remedy) if problem.remedy.startswith("choose from") else problem
+        for problem in error.problems
+    )

@@ -40,7 +40,7 @@ def refusal_of(error: BaseException, request_id: str) -> Refusal:
     if code is grpc.StatusCode.INTERNAL:
         log.error("request %s failed", request_id, exc_info=error)
     else:
-        log.info("request %s: %s: %s", request_id, code.name, details.message)
+        log.info("refused %r: %s: %s", request_id, code.name, details.message)
     metadata: list[tuple[str, bytes | str]] = [
         (GRPC_DETAILS_METADATA_KEY, details.SerializeToString()),
         request_id_metadata(request_id),

@@ -56,6 +56,7 @@ _NEVER = 2**31 - 1  # milliseconds, as gRPC writes it
 _FLUSH_SECONDS = 1.0  # for answers that are ready to be sent, and handlers whose backend has just stopped
 _KEEPALIVE_MS = 60_000  # a client that vanished silently is noticed after this time and the timeout
 _KEEPALIVE_TIMEOUT_MS = 20_000
+_STREAMS = 1024  # at a time on one connection; a client's further calls wait in the client
 _CLIENT_PING_MS = 5_000  # the least time between a client's own keepalive pings
 
 
@@ -105,6 +106,7 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
                 ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),  # without it, the timeout above has no effect
                 ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.max_concurrent_streams", _STREAMS),
                 ("grpc.http2.min_ping_interval_without_data_ms", _CLIENT_PING_MS),
                 # Streams that run when a connection has reached its age go on to their end.
                 *([("grpc.max_connection_age_ms", age), ("grpc.max_connection_age_grace_ms", _NEVER)] if age else []),

@@ -10,12 +10,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, closing, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 from loraf.errors import UnknownTask
 from loraf_serve.adapters.library import AdapterLibrary
 from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
-from loraf_serve.errors import DeadlineExceeded
+from loraf_serve.errors import DeadlineExceeded, InvalidRequest
 from loraf_serve.observe.call import CURRENT, Call, Observer, inform
 from loraf_serve.request.validation import Validator
 from loraf_serve.security.allowance import Allowances
@@ -96,15 +97,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 # The lease keeps the adapter in the backend until the request has ended.
                 with (
                     self._admission.enter(),
-                    self._allowances.enter(permissions) as take,
-                    self._library.lease(request.adapter) as registry,
+                    self._allowances.enter(permissions) as allowance,
+                    self._library.lease(request.adapter, partial(access.visible, permissions=permissions)) as registry,
                 ):
                     access.require_asked(request, permissions)
-                    valid = await self.validator.read(request, access.visible(registry, permissions))
+                    valid = await self.validator.read(request, registry)
                     access.require_selected(valid, permissions)
-                    take(len(valid.prompt_token_ids))
+                    sampling = valid.sampling
+                    allowance.reserve(len(valid.prompt_token_ids) + sampling.n * sampling.max_tokens)
+                    allowance.take(len(valid.prompt_token_ids))
                     self._note_request(call, request, valid)
-                    async with sending, aclosing(self._pieces(valid, call, take)) as pieces:
+                    async with sending, aclosing(self._pieces(valid, call, allowance.take)) as pieces:
                         async for piece in pieces:
                             await emit(piece)
         except BackendUnavailable as error:
@@ -118,7 +121,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             if _is_cancelled():
                 raise  # the client's deadline has passed, or it cancelled the call, or it is gone
             return refusal_of(error, call.request_id)  # this call was not cancelled: an internal fault
-        except UnknownTask as error:
+        except (UnknownTask, InvalidRequest) as error:
             return refusal_of(access.without_other_tasks(error, permissions), call.request_id)
         except Exception as error:
             return refusal_of(error, call.request_id)
@@ -205,27 +208,27 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.LoadAdapterRequest, context: Context
     ) -> adapter_pb2.LoadAdapterResponse:
         change = self._library.load(request.name, request.path, tuple(request.tasks), request.replace)
-        return adapter_pb2.LoadAdapterResponse(
-            adapter=self._message(await self._changed(context, change, request.name))
-        )
+        adapter = await self._changed(context, change, request.name, request.tasks)
+        return adapter_pb2.LoadAdapterResponse(adapter=self._message(adapter))
 
     async def UnloadAdapter(
         self, request: adapter_pb2.UnloadAdapterRequest, context: Context
     ) -> adapter_pb2.UnloadAdapterResponse:
-        unloaded = await self._changed(context, self._library.unload(request.name), request.name)
-        return adapter_pb2.UnloadAdapterResponse(running_requests=unloaded.running, other_names=unloaded.other_names)
+        unloaded = await self._changed(context, self._library.unload(request.name), request.name, ())
+        names = filter(PERMISSIONS.get().may_use, unloaded.other_names)
+        return adapter_pb2.UnloadAdapterResponse(running_requests=unloaded.running, other_names=names)
 
-    async def _changed(self, context: Context, change: Coroutine[Any, Any, T], name: str) -> T:
-        """Returns the result of a change to the adapter of that name; ends the call with a status if the client may not
-        change it, the server is not serving, or it fails."""
-        outcome = await self._outcome(change, name, _current().request_id)
+    async def _changed(self, context: Context, change: Coroutine[Any, Any, T], name: str, tasks: Sequence[str]) -> T:
+        """Returns the result of a change to the adapter of that name, with these tasks; ends the call with a status if
+        the client may not change it, the server is not serving, or it fails."""
+        outcome = await self._outcome(change, name, tasks)
         return await abort(context, outcome) if isinstance(outcome, Refusal) else outcome
 
-    async def _outcome(self, change: Coroutine[Any, Any, T], name: str, request_id: str) -> T | Refusal:
+    async def _outcome(self, change: Coroutine[Any, Any, T], name: str, tasks: Sequence[str]) -> T | Refusal:
+        request_id, permissions = _current().request_id, PERMISSIONS.get()
         try:
             with closing(change):
-                PERMISSIONS.get().require_load()
-                PERMISSIONS.get().require_adapter(name, "name")
+                access.require_change(name, tasks, permissions)
                 if self._admission.refusal:
                     raise self._admission.refusal
                 return await change
@@ -236,6 +239,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             if _is_cancelled():
                 raise  # the client's deadline has passed, or it cancelled the call, or it is gone
             return refusal_of(self._admission.refusal or error, request_id)  # the server has cancelled the change
+        except UnknownTask as error:
+            return refusal_of(access.without_other_tasks(error, permissions), request_id)
         except Exception as error:
             return refusal_of(error, request_id)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING
 
 from vllm.logprobs import Logprob
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-_POSITIONS_AT_ONCE = 64  # of the prompt; then the loop gets a turn
+_POSITIONS_AT_ONCE = 64  # with log-probabilities; then the loop gets a turn
 _PROMPT_LOGITS = 1 << 27  # log-probabilities of a prompt that a worker computes at once, at about 10 bytes each
 
 
@@ -129,12 +129,21 @@ class Converter:
         self._prompt_count = prompt_logprobs
         self._answers: defaultdict[int, list[int]] = defaultdict(list)  # index → tokens so far
 
-    def output(self, request_output: RequestOutput) -> Output:
-        """Converts the increment since vLLM's last output."""
-        choices = tuple(self._choice(completion) for completion in request_output.outputs)
-        return Output(choices, request_output.num_cached_tokens or 0)
+    async def outputs(self, request_output: RequestOutput) -> AsyncGenerator[Output]:
+        """Converts the increment since vLLM's last output. With log-probabilities each answer comes alone, and the loop
+        gets turns: a reader that was late finds many tokens in one increment."""
+        cached = request_output.num_cached_tokens or 0
+        prompt_logprobs = await self._prompt_logprobs(request_output)
+        if self._count is None:
+            choices = tuple(self._choice(completion, ()) for completion in request_output.outputs)
+            yield Output(choices, cached, prompt_logprobs)
+            return
+        for completion in request_output.outputs:
+            logprobs = await self._logprobs(completion, self._count)
+            yield Output((self._choice(completion, logprobs),), cached, prompt_logprobs)
+            prompt_logprobs = ()
 
-    async def prompt_logprobs(self, request_output: RequestOutput) -> tuple[PositionLogprobs | None, ...]:
+    async def _prompt_logprobs(self, request_output: RequestOutput) -> tuple[PositionLogprobs | None, ...]:
         """The log-probabilities of the prompt, the first time that vLLM has them; () otherwise."""
         rows = request_output.prompt_logprobs
         if self._prompt_count is None or not rows:
@@ -149,23 +158,25 @@ class Converter:
                 await asyncio.sleep(0)  # a long prompt has many
         return tuple(positions)
 
-    def _choice(self, completion: CompletionOutput) -> ChoiceDelta:
-        token_ids = tuple(completion.token_ids)
-        logprobs: tuple[PositionLogprobs, ...] = ()
-        if self._count is not None and completion.logprobs:
-            before = self._answers[completion.index]
-            positions = zip(token_ids, completion.logprobs, strict=True)
-            logprobs = tuple(
-                self._position([*before, *token_ids[:n]], token_id, entries, self._count)
-                for n, (token_id, entries) in enumerate(positions)
-                if entries is not None
-            )
-            before += token_ids
-            del before[:-CONTEXT]
+    async def _logprobs(self, completion: CompletionOutput, count: int) -> tuple[PositionLogprobs, ...]:
+        """The log-probabilities of an answer's new tokens."""
+        before, new = self._answers[completion.index], list(completion.token_ids)
+        answer = [*before, *new]
+        positions = []
+        for i, (token_id, entries) in enumerate(zip(new, completion.logprobs or (), strict=bool(completion.logprobs))):
+            place = len(before) + i
+            if entries is not None:
+                positions.append(self._position(answer[max(0, place - CONTEXT) : place], token_id, entries, count))
+            if i % _POSITIONS_AT_ONCE == _POSITIONS_AT_ONCE - 1:
+                await asyncio.sleep(0)
+        self._answers[completion.index] = answer[-CONTEXT:]
+        return tuple(positions)
+
+    def _choice(self, completion: CompletionOutput, logprobs: tuple[PositionLogprobs, ...]) -> ChoiceDelta:
         return ChoiceDelta(
             index=completion.index,
             text=completion.text,
-            token_ids=token_ids,
+            token_ids=tuple(completion.token_ids),
             finish_reason=completion.finish_reason,
             stop_reason="" if completion.stop_reason is None else str(completion.stop_reason),
             logprobs=logprobs,

@@ -10,7 +10,6 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Collection, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -284,8 +283,8 @@ class VllmBackend(Backend):
                         raise _stopped()
                     if "error" in reasons:
                         raise convert.failed_within_engine(sampling)
-                    prompt_logprobs = await converter.prompt_logprobs(output)
-                    yield replace(converter.output(output), prompt_logprobs=prompt_logprobs)
+                    async for converted in converter.outputs(output):
+                        yield converted
         except EngineDeadError as error:
             raise _dead() from error
         except EngineGenerateError as error:

@@ -38,18 +38,18 @@ def test_requests_in_flight_are_counted_for_each_client():
 def test_tokens_come_back_evenly_and_the_answer_says_when():
     clock = Clock()
     allowances, client = Allowances(clock), Permissions("alice", tokens_per_minute=60)
-    with allowances.enter(client) as take:
-        take(50)
-        take(30)
+    with allowances.enter(client) as allowance:
+        allowance.take(50)
+        allowance.take(30)
     with pytest.raises(RateLimited, match="60 tokens a minute") as error, allowances.enter(client):
         pass
     assert error.value.retry_after == pytest.approx(21)  # 20 tokens below zero, one token a second
     clock.time += 20.5
-    with allowances.enter(client) as take:
-        take(1)
+    with allowances.enter(client) as allowance:
+        allowance.take(1)
     clock.time += 10_000
-    with allowances.enter(client) as take:
-        take(60)  # no more than a minute's tokens are kept
+    with allowances.enter(client) as allowance:
+        allowance.take(60)  # no more than a minute's tokens are kept
     with pytest.raises(RateLimited), allowances.enter(client):
         pass
 
@@ -66,8 +66,8 @@ def test_no_client_gets_more_than_its_rate_and_one_request(steps, per_minute):
     for pause, tokens in steps:
         clock.time += pause
         try:
-            with allowances.enter(client) as take:
-                take(tokens)
+            with allowances.enter(client) as allowance:
+                allowance.take(tokens)
         except RateLimited:
             continue
         admitted += tokens
@@ -79,4 +79,34 @@ def test_a_client_without_limits_is_never_refused():
     allowances = Allowances()
     with ExitStack() as stack:
         for _ in range(1000):
-            stack.enter_context(allowances.enter(Permissions()))(10_000)
+            allowance = stack.enter_context(allowances.enter(Permissions()))
+            allowance.reserve(10_000)
+            allowance.take(10_000)
+
+
+def test_requests_at_once_get_no_more_than_one_of_them_could():
+    """Against requests that all ask before any has taken a token."""
+    allowances, client = Allowances(Clock()), Permissions("alice", tokens_per_minute=200)
+    admitted = 0
+    with ExitStack() as stack:
+        waiting = [stack.enter_context(allowances.enter(client)) for _ in range(8)]
+        for allowance in waiting:
+            try:
+                allowance.reserve(1200)
+            except RateLimited:
+                continue
+            allowance.take(700)
+            admitted += 1
+    assert admitted == 1
+    assert not allowances._reserved and not allowances._in_flight
+
+
+def test_what_a_request_reserved_and_did_not_take_is_free_again():
+    allowances, client = Allowances(Clock()), Permissions("alice", tokens_per_minute=200)
+    with allowances.enter(client) as first:
+        first.reserve(200)
+        first.take(20)
+        with pytest.raises(RateLimited, match="in flight"), allowances.enter(client):
+            pass
+    with allowances.enter(client) as second:
+        second.reserve(100)

@@ -116,6 +116,16 @@ def test_a_file_without_tokens_or_that_cannot_be_read_is_refused(tmp_path):
         Tokens(tmp_path / "nowhere")
 
 
+def test_a_pipe_in_the_files_place_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokens")
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        Tokens(tmp_path / "tokens")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_token(tmp_path):
+    assert tokens_of(tmp_path, "\ufeff" + ALICE).permissions_of(f"Bearer {ALICE}")
+
+
 def test_a_changed_file_is_read_again_and_a_broken_one_is_not_taken(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tokens, "Changes", functools.partial(Changes, seconds=0.0))
     known = tokens_of(tmp_path, ALICE)

@@ -135,7 +135,14 @@ def test_a_named_set_needs_permission_for_its_tasks(token_file):
     with serving(FakeBackend(), registry, token_file=token_file) as running:
         assert running.generation.Generate(ask("x", named="lone"), metadata=bearer("math")).choices
         call = running.generation.Generate
-        assert code(lambda: call(ask("x", named="both"), metadata=bearer("math"))) is CODES.PERMISSION_DENIED
+        for name in ("both", "nowhere", "nlu"):  # what it may not use, and what there is not, look the same
+            error = failure(lambda name=name: call(ask("x", named=name, top_p=-1.0), metadata=bearer("math")))
+            assert "both" not in error.details().replace(repr(name), "")
+            error = failure(lambda name=name: call(ask("x", named=name), metadata=bearer("math")))
+            assert error.code() is CODES.NOT_FOUND
+            assert error.details() == (
+                f"task_selection.named.name: adapter 'trio' has no named set {name!r} → this token may use: math"
+            )
 
 
 def test_loading_needs_a_token_that_says_load(running):
@@ -148,6 +155,43 @@ def test_loading_needs_a_token_that_says_load(running):
     unload = adapter_pb2.UnloadAdapterRequest(name="new")
     assert code(lambda: running.adapters.UnloadAdapter(unload, metadata=bearer("plain"))) is CODES.PERMISSION_DENIED
     running.adapters.UnloadAdapter(unload, metadata=bearer("loader"))
+
+
+def test_a_load_reveals_nothing_that_a_token_may_not_use(running, token_file):
+    token_file.write_text(f"{TOKENS['loader']} tasks=math load\n{TOKENS['everything']} load\n")
+    load = running.adapters.LoadAdapter
+    time.sleep(1.1)  # the file is looked at once a second
+    with pytest.raises(grpc.RpcError):
+        load(adapter_pb2.LoadAdapterRequest(name="new", path="ckpt0"), metadata=bearer("plain"))
+    for task, expected in (("secret", CODES.PERMISSION_DENIED), ("nlu", CODES.PERMISSION_DENIED)):
+        request = adapter_pb2.LoadAdapterRequest(name="new", path="ckpt0", tasks=[task])
+        error = failure(lambda request=request: load(request, metadata=bearer("loader")))
+        assert error.code() is expected and "code" not in error.details()
+    request = adapter_pb2.LoadAdapterRequest(name="new", path="x/" * 1_000_000)
+    error = failure(lambda: load(request, metadata=bearer("everything")))
+    assert error.code() is CODES.INVALID_ARGUMENT and "2000000 characters" in error.details()
+
+
+def test_a_request_without_an_adapters_name_keeps_the_adapter_that_it_may_use(token_file):
+    checkpoint_folder(0)
+    backend = FakeBackend(seconds_per_token=0.02)
+    with serving(backend, two_adapters(), token_file=token_file, root=checkpoints_root()) as running:
+        call = running.generation.StreamGenerate(ask_stream("x", adapter="", max_tokens=60), metadata=bearer("trio"))
+        next(call)
+        unload = adapter_pb2.UnloadAdapterRequest(name="trio")
+        answer = running.adapters.UnloadAdapter(unload, metadata=bearer("everything"))
+        assert answer.running_requests == 1
+        assert len(list(call)) == 59  # the fake backend refuses to go on with an adapter that is removed
+
+
+def test_more_tasks_than_any_request_needs_are_refused_at_once(running):
+    request = ask("x", adapter="trio", tasks=["math"])
+    for _ in range(300_000):
+        request.task_selection.tasks.tasks.add(name="math")
+    for name in ("plain", "math"):
+        error = failure(lambda name=name: running.generation.Generate(request, metadata=bearer(name)))
+        assert error.code() is CODES.INVALID_ARGUMENT
+        assert error.details() == "task_selection.tasks.tasks: has 300001 tasks → use at most 1024"
 
 
 def test_a_priority_needs_a_token_that_allows_it(running):

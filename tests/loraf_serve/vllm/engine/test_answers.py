@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
@@ -17,11 +20,19 @@ from vllm.v1.outputs import LogprobsLists
 
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.answer_state import AnswerState, DecodingConfig
-from loraf_serve.backends.backend import GenerationRequest, Sampling
+from loraf_serve.backends.backend import ChoiceDelta, GenerationRequest, Sampling
 from loraf_serve.vllm.engine import answers, convert
 from tests.loraf_serve.byte_tokenizers import TOKENIZERS, ids_of
+from tests.standins import byte_tokenizer
 
 N = 2  # answers to a request, all of the same tokens: nothing else is probable
+
+
+def converted(converter: convert.Converter, output: RequestOutput) -> list[ChoiceDelta]:
+    async def collect() -> list[ChoiceDelta]:
+        return [choice async for part in converter.outputs(output) for choice in part.choices]
+
+    return asyncio.run(collect())
 
 
 def of_vllm(tokenizer, prompt: list[int], answer: list[int], sampling: Sampling) -> list[tuple[str, str, int]]:
@@ -43,7 +54,7 @@ def of_vllm(tokenizer, prompt: list[int], answer: list[int], sampling: Sampling)
         last = FinishReason.LENGTH if position == len(answer) else None
         step = [EngineCoreOutput(name, [token], finish_reason=last) for name in names]
         for output in processor.process_outputs(step).request_outputs:
-            for choice in converter.output(output).choices:
+            for choice in converted(converter, output):
                 texts[choice.index] += choice.text
                 reasons[choice.index] += choice.stop_reason
                 counts[choice.index] += len(choice.token_ids)
@@ -113,7 +124,7 @@ def test_log_probabilities_of_tokens_that_only_the_model_has(kind):
     queue = add(processor, "r", Sampling(max_tokens=9, logprobs=2))
     lists = LogprobsLists(np.array([[beyond, known, beyond]]), np.array([[-1.0, -0.5, -1.0]]), np.array([2]))
     processor.process_outputs([EngineCoreOutput("r", [beyond], new_logprobs=lists)])
-    (choice,) = convert.Converter(tokenizer, 2).output(queue.get_nowait()).choices
+    (choice,) = converted(convert.Converter(tokenizer, 2), queue.get_nowait())
     (position,) = choice.logprobs
     assert (position.chosen.token_id, position.chosen.text, position.chosen.rank) == (beyond, "", 2)
     assert [(token.token_id, token.text) for token in position.top] == [(known, "a"), (beyond, "")]
@@ -128,7 +139,7 @@ def test_texts_of_tokens_are_those_of_merged_across_steps():
     for token in [*ids_of("bytes", "a"), *emoji]:
         lists = LogprobsLists(np.array([[token]]), np.array([[-1.0]]), np.array([1]))
         processor.process_outputs([EngineCoreOutput("r", [token], new_logprobs=lists)])
-        (choice,) = converter.output(queue.get_nowait()).choices
+        (choice,) = converted(converter, queue.get_nowait())
         texts += [position.chosen.text for position in choice.logprobs]
     assert texts == ["a", "", "", "", "🙂"]
 
@@ -148,5 +159,32 @@ def test_a_fault_ends_its_own_answer_alone(monkeypatch, place):
         processor.process_outputs([EngineCoreOutput(name, [letter], new_logprobs=lists) for name in queues])
     with pytest.raises((ZeroDivisionError, AssertionError)):
         queues["bad"].get_nowait()
-    (choice,) = convert.Converter(tokenizer, 0).output(queues["good"].get_nowait()).choices
+    (choice,) = converted(convert.Converter(tokenizer, 0), queues["good"].get_nowait())
     assert choice.text == "aa" and len(choice.logprobs) == 2
+
+
+def test_many_log_probabilities_leave_the_loop_to_others():
+    """A late reader finds many tokens at once: their conversion must not hold up everybody."""
+    tokenizer = byte_tokenizer()
+    letter = tokenizer.convert_tokens_to_ids("a")
+    entries = {letter: Logprob(-0.5, 1, "a")}
+    completions = [CompletionOutput(i, "a" * 900, [letter] * 900, None, [entries] * 900) for i in range(3)]
+    output = RequestOutput("r", None, [letter], None, completions, finished=False)
+
+    async def scenario() -> None:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        parts = [part async for part in convert.Converter(tokenizer, 1).outputs(output)]
+        task.cancel()
+        assert [[choice.index for choice in part.choices] for part in parts] == [[0], [1], [2]]
+        assert all(len(choice.logprobs) == 900 for part in parts for choice in part.choices)
+        assert turns >= 3 * 900 // 64
+
+    asyncio.run(scenario())
