@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _COMMANDS[arguments.command](client, arguments)
     except ServiceError as error:
         print(f"loraf-client: {error}", file=sys.stderr)
+        if error.request_id:
+            print(f"loraf-client: in the server's log: request {error.request_id}", file=sys.stderr)
         # A full queue is not a user error; a checkpoint too large for the server is.
         too_large = error.code == "RESOURCE_EXHAUSTED" and arguments.command == "load"
         return 2 if error.code in _USER_ERRORS or too_large else 1
@@ -374,7 +376,7 @@ def _print_served_by(
     tasks = set_text(served_by.tasks)
     adapter = f"{served_by.adapter}@{served_by.digest[:12]}, " if served_by.adapter else ""
     tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"
-    print(f"[{tasks}; {adapter}{served_by.backend}; {tokens}; {finish_reason}]", file=sys.stderr)
+    print(f"[{tasks}; {adapter}{served_by.backend}; {tokens}; {finish_reason}; {response.request_id}]", file=sys.stderr)
 
 
 def _print_json(message: Message) -> None:

@@ -51,6 +51,11 @@ class Answer:
     response: generation_pb2.GenerateResponse
 
     @property
+    def request_id(self) -> str:
+        """The id by which the server's log knows the request."""
+        return self.response.request_id
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """The texts of all `n` answers."""
         return tuple(choice.text for choice in self.response.choices)

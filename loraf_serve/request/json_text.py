@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 from loraf_serve import limits
@@ -16,10 +17,10 @@ def read_object(text: str) -> dict[str, Any]:
     """Parses a JSON object.
 
     Raises:
-        NotJsonError: not JSON (NaN and infinity are not), not an object, a name twice, or too deep.
+        NotJsonError: not JSON (NaN and infinity are not), a number too large, not an object, a name twice, or too deep.
     """
     try:
-        value = json.loads(text, parse_constant=_constant, object_pairs_hook=_distinct)
+        value = json.loads(text, parse_constant=_constant, parse_float=_finite, object_pairs_hook=_distinct)
     except RecursionError:
         raise NotJsonError(f"has more than {limits.MAX_JSON_DEPTH} levels") from None
     except ValueError as error:
@@ -37,6 +38,13 @@ def read_object(text: str) -> dict[str, Any]:
 
 def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a value of JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return number
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,6 @@
-"""Reads and checks the form that an answer must have, as far as that needs no engine."""
+"""Reads the form that an answer must have. The backend tries it: that may take long, and would hold other requests."""
 
 from __future__ import annotations
-
-import re
 
 from loraf.errors import Problem
 from loraf_serve import limits
@@ -36,11 +34,6 @@ def read(form: pb.StructuredOutput, problems: list[Problem]) -> StructuredOutput
             read_object(text)
         except NotJsonError as error:
             message, remedy = str(error), "send a JSON schema, an object"
-    elif kind == "regex":
-        try:
-            re.compile(text)
-        except (re.error, RecursionError, OverflowError) as error:
-            message, remedy = f"is not a regular expression ({error})", "correct it"
     if message:
         problems.append(Problem(message, f"{FIELD}.{kind}", remedy=remedy))
         return None

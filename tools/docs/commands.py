@@ -118,7 +118,7 @@ def _sentence(text: str) -> str:
 
 def _text(text: str) -> str:
     """Plain text as Markdown: options become code, characters of Markdown stay what they are."""
-    text = text.replace("<", "&lt;").replace("*", r"\*")
+    text = text.replace("<", "&lt;").replace("*", r"\*").replace("[", r"\[")
     return re.sub(r"(?<![\w`-])(--[a-z][\w-]*)", r"`\1`", text)
 
 

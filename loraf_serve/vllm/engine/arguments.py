@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_args
 
 import psutil
 import pydantic
-from vllm.config import VllmConfig
+from vllm.config import StructuredOutputsConfig, VllmConfig
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -48,7 +48,8 @@ _NEEDED = {
 UserOptions = Mapping[str, Any]  # the options of `_CHECKED_OPTIONS` that the user set, by their names in EngineArgs
 _CHECKED_OPTIONS = (
     *(*_FIXED, *_NEEDED, *UNSUPPORTED_SPLITS, *_SLOTS),
-    *("fully_sharded_loras", "gpu_memory_utilization", "scheduling_policy", "tokenizer", "tokenizer_revision"),
+    *("fully_sharded_loras", "gpu_memory_utilization", "scheduling_policy", "structured_outputs_config"),
+    *("tokenizer", "tokenizer_revision"),
 )
 
 
@@ -144,6 +145,8 @@ def _engine_args(
             "disable_log_stats": True,  # neither log lines nor metrics, unless a backend asks for the latter
             # Requests have a priority. While all have the same, the first comes first, as with vLLM's default.
             "scheduling_policy": "priority",
+            # A model that was not trained on JSON may fill an answer with white space.
+            "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
             # A label of vLLM's metrics, in place of the model's path on this machine.
             "served_model_name": parsed.get("served_model_name") or [_public_name(model_folder)],
         }

@@ -1,4 +1,4 @@
-"""Checks forms of answers in the service's process, by a process that may die of them."""
+"""Checks forms of answers for the service's process, in a process whose children may die of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraf.errors import LorafError, Problem, one_line
 from loraf_serve.backends.backend import StructuredOutput
+from loraf_serve.errors import TryLater
 from loraf_serve.vllm.forms import keywords, trial
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _FIELD = "sampling.structured_output"
 _REMEMBERED = 1 << 24  # characters of forms whose outcome is kept
+_MOST_WAITING = 16  # new forms, so that none waits long
 _PATIENCE = 30.0  # seconds until an answer must be there, on a machine however busy
 _START_PATIENCE = 120.0  # seconds
 _LINE = 1 << 26  # bytes of one line
@@ -45,6 +47,7 @@ class FormChecker:
         self._info = ""
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
+        self._waiting = 0  # checks of forms that are not known yet
         self._outcomes: OrderedDict[_Key, _Outcome] = OrderedDict()
         self._characters = 0  # of all that is remembered
 
@@ -56,6 +59,7 @@ class FormChecker:
 
         Raises:
             LorafError: XGrammar cannot keep to the form, or it takes too much time or memory.
+            TryLater: too many new forms wait to be tried.
         """
         kind, value = _of_xgrammar(form)
         field = f"{_FIELD}.{form.kind}"
@@ -65,9 +69,15 @@ class FormChecker:
                 raise LorafError(Problem(problem, field, remedy="leave it out, or use a grammar"))
         key = (kind, value, tuple(sorted(set(stop_token_ids))))
         if key not in self._outcomes:  # a known form never waits for others
-            async with self._turn:
-                if key not in self._outcomes:
-                    self._remember(key, await self._outcome(*key))
+            if self._waiting >= _MOST_WAITING:
+                raise TryLater(f"{self._waiting} new forms of answers wait to be tried, the limit", trial.SECONDS)
+            self._waiting += 1
+            try:
+                async with self._turn:
+                    if key not in self._outcomes:
+                        self._remember(key, await self._outcome(*key))
+            finally:
+                self._waiting -= 1
         self._outcomes.move_to_end(key)
         problem, text = self._outcomes[key]
         if problem:
@@ -86,38 +96,62 @@ class FormChecker:
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with the child that tries a form
             await process.wait()
 
     async def _outcome(self, kind: str, value: str, stop_token_ids: tuple[int, ...]) -> _Outcome:
+        process = self._process or await self._start()
+        form = {"kind": kind, "value": value, "stop_token_ids": stop_token_ids, "spaces": self._spaces}
+        answer = asyncio.create_task(_answer(process, json.dumps(form), _PATIENCE))
         try:
-            process = self._process or await self._start()
-            form = {"kind": kind, "value": value, "stop_token_ids": stop_token_ids, "spaces": self._spaces}
-            return await _answer(process, json.dumps(form), _PATIENCE)
+            return await asyncio.shield(answer)
         except _DiedError as death:
             await self.stop()
             return str(death), ""
-        except BaseException:  # cancelled: its answer must not be taken for that to another form
+        except asyncio.CancelledError:
+            await self._give_up(process, answer)
+            raise
+        except BaseException:
             await self.stop()
             raise
 
+    async def _give_up(self, process: asyncio.subprocess.Process, answer: asyncio.Task[_Outcome]) -> None:
+        """Ends the trial of a form, so that its answer is not taken for that to another form."""
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGUSR1)
+            await asyncio.wait([answer])
+        except asyncio.CancelledError:
+            answer.cancel()
+            await self.stop()
+            raise
+        if answer.cancelled() or answer.exception():
+            await self.stop()
+
     async def _start(self) -> asyncio.subprocess.Process:
-        """Raises LorafError: XGrammar does not support the tokenizer."""
+        """Raises LorafError: XGrammar does not support the tokenizer. RuntimeError: an internal fault."""
         try:
             self._info = self._info or await asyncio.to_thread(self._tokenizer_info)
         except Exception as error:
             message = f"XGrammar does not support the model's tokenizer ({one_line(error)})"
             raise LorafError(Problem(message, _FIELD, remedy="leave it out")) from None
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", trial.__name__),
+            *(sys.executable, "-P", os.path.abspath(trial.__file__)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            cwd="/",
+            env=os.environ | {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1"},
             limit=_LINE,
             process_group=0,  # signals to the service's group do not reach it
         )
-        await _answer(self._process, self._info, _START_PATIENCE)
+        try:
+            await _answer(self._process, self._info, _START_PATIENCE)
+        except BaseException as error:
+            await self.stop()
+            if isinstance(error, _DiedError):  # not because of a form
+                raise RuntimeError("the process that tries forms of answers does not start") from error
+            raise
         return self._process
 
     def _tokenizer_info(self) -> str:
@@ -127,6 +161,12 @@ class FormChecker:
             self._tokenizer, vocab_size=self._vocab_size
         ).serialize_json()
         return info
+
+
+def _python_path() -> str:
+    """Where this process finds packages, without its working directory: a file there may have any package's name."""
+    folders = (os.path.abspath(folder) for folder in sys.path if folder)
+    return os.pathsep.join(folder for folder in folders if folder != os.getcwd())
 
 
 class _DiedError(Exception):
@@ -141,7 +181,6 @@ async def _answer(process: asyncio.subprocess.Process, line: str, patience: floa
         RuntimeError: an internal fault.
     """
     assert process.stdin is not None and process.stdout is not None
-    too_long = f"takes more than {trial.SECONDS:g} s to compile"
     try:
         async with asyncio.timeout(patience):
             process.stdin.write(line.encode() + b"\n")
@@ -152,12 +191,12 @@ async def _answer(process: asyncio.subprocess.Process, line: str, patience: floa
                 return problem, text
             status = await process.wait()
     except TimeoutError:
-        raise _DiedError(too_long) from None
+        raise _DiedError(trial.TOO_LONG) from None
     except (BrokenPipeError, ConnectionResetError):
         status = await process.wait()
     if status >= 0:
         raise RuntimeError(f"the process that tries forms of answers ended with status {status}")
-    raise _DiedError(too_long if status == -signal.SIGPROF else "takes too much memory, or XGrammar fails on it")
+    raise _DiedError("takes too much memory, or XGrammar fails on it")
 
 
 def _of_xgrammar(form: StructuredOutput) -> tuple[str, str]:

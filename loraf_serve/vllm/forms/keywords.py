@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from loraf.errors import one_line
 
 # What XGrammar obeys. It takes `oneOf` as `anyOf`. It counts a name that is there twice as two for `minProperties`.
 _OBEYED = frozenset(
@@ -21,8 +24,9 @@ _NOTES = frozenset(
         *("readOnly", "writeOnly", "discriminator"),
     )
 )
-# What is obeyed only where nothing else is said.
-_ALONE = ("$ref", "anyOf", "oneOf", "allOf")
+# What is obeyed only where nothing else is said, but a type beside values of this type.
+_ALONE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
+_VALUES = ("enum", "const")
 # What is obeyed only beside one of these types.
 _NEED_TYPE: dict[tuple[str, ...], tuple[str, ...]] = {
     ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"): ("number", "integer"),
@@ -33,19 +37,77 @@ _NEED_TYPE: dict[tuple[str, ...], tuple[str, ...]] = {
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("additionalProperties", "items", "propertyNames", "unevaluatedProperties", "unevaluatedItems")
+_TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
 
 
-def problem_with(schema: dict[str, Any]) -> str:
-    """Returns what XGrammar would not keep to; "" if it keeps to everything."""
+def problem_with(schema: object) -> str:
+    """Returns what is wrong with a schema, or what XGrammar would not keep to; "" if it keeps to everything."""
+    if not isinstance(schema, dict):
+        return "is not a JSON object"
+    try:
+        return _problem_with(schema)
+    except Exception as error:  # vLLM's code may stumble over what no schema has
+        return f"is not a JSON schema that can be checked ({one_line(error)})"
+
+
+def _problem_with(schema: dict[str, Any]) -> str:
     from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
 
     for part in _schemas(schema):
-        problem = _problem_here(part)
+        problem = _misshaped(part) or _problem_here(part)
         if problem:
             return problem
     if has_xgrammar_unsupported_json_features(schema):
         return "has a combination of keywords that XGrammar does not obey"
     return ""
+
+
+def _misshaped(part: dict[str, Any]) -> str:
+    """Which keyword of one schema has a value that it cannot have."""
+    for names, holds, wanted in _SHAPES:
+        for name in names:
+            if name in part and not holds(part[name]):
+                return f"is not a JSON schema: {name} must be {wanted}"
+    return ""
+
+
+def _is_type(value: object) -> bool:
+    types = value if isinstance(value, list) else [value]
+    return bool(types) and _are_names(types) and set(types) <= set(_TYPES)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value)
+
+
+def _is_schema(value: object) -> bool:
+    return isinstance(value, dict | bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+# Keywords, whether a value is one that they can have, and in words.
+_SHAPES: tuple[tuple[Iterable[str], Callable[[Any], bool], str], ...] = (
+    (("type",), _is_type, f"one or a list of {', '.join(_TYPES)}"),
+    (_SCHEMAS, _is_schema, "a schema"),
+    (_SCHEMAS_BY_NAME, lambda v: isinstance(v, dict) and all(map(_is_schema, v.values())), "schemas by name"),
+    (_LISTS_OF_SCHEMAS, lambda v: isinstance(v, list) and bool(v) and all(map(_is_schema, v)), "a list of schemas"),
+    (("enum",), lambda v: isinstance(v, list) and bool(v), "a list of values"),
+    (("required",), _are_names, "a list of distinct names"),
+    (("$ref", "format", "pattern"), _is_text, "a text"),
+    (("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _is_number, "a number that a float can hold"),
+    (
+        ("minLength", "maxLength", "minItems", "maxItems", "maxProperties"),
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
+        "an integer from 0",
+    ),
+)
 
 
 def _problem_here(part: dict[str, Any]) -> str:
@@ -55,7 +117,7 @@ def _problem_here(part: dict[str, Any]) -> str:
     if ignored:
         return f"XGrammar does not obey {_names(ignored)}"
     for name in _ALONE:
-        beside = said - {name, "$defs", "definitions"}
+        beside = said - {name, "$defs", "definitions"} - ({"type"} if name in _VALUES else set())
         if name in part and beside:
             return f"XGrammar does not obey what stands beside {name}: {_names(beside)}"
     types = part.get("type")
@@ -65,13 +127,13 @@ def _problem_here(part: dict[str, Any]) -> str:
         if untyped and not types & set(of_type):
             return f"XGrammar obeys {_names(untyped)} only beside the type {of_type[0]!r}"
     required, properties = part.get("required"), part.get("properties")
-    if isinstance(required, list):
-        unknown = [name for name in required if not (isinstance(properties, dict) and name in properties)]
+    if required:
+        unknown = set(required) - set(properties or ())
         if unknown:
             return f"XGrammar does not obey required for what properties does not name: {_names(unknown)}"
     if "type" in part and ("enum" in part or "const" in part):
         values = part.get("enum", [part.get("const")])
-        if isinstance(values, list) and not all(_is_of(value, types) for value in values):
+        if not all(_is_of(value, types) for value in values):
             return "XGrammar does not obey type beside enum and const: a value is of another type"
     return ""
 

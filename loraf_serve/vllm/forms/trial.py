@@ -1,7 +1,10 @@
-"""A process that tries forms of answers. It may die: `form_checker` starts another.
+"""A process that tries forms of answers, each in a child, which may die of it.
+
+`form_checker` runs this file without the package, so that nothing of the service's working directory is imported.
 
 stdin    a line of JSON: the tokenizer, as XGrammar writes it; then a line for each form
 stdout   a line of JSON: ready; then for each form: [what is wrong with it or "", the form for vLLM]
+SIGUSR1  ends the trial of a form at once; there is a line for it nevertheless
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 SECONDS = 2.0  # of processor time for a form
 MEMORY = 1 << 30  # bytes, beyond what the process has when it begins
 STEPS = 32  # tokens of an answer that is tried
 STEP_SECONDS = 0.05  # of processor time for a token
+TOO_LONG = f"takes more than {SECONDS:g} s to compile"
 
 # XGrammar's rule for the characters of a text of limited length.
 _CHARACTERS = re.compile(r'^(\S+_characters ::= \(\(\[\^)(\\"\\\\\\r\\n\]\)\))$', re.MULTILINE)
@@ -53,6 +57,11 @@ def try_form(compiler: Any, vocab_size: int, kind: str, value: str, stop_token_i
         "ebnf": compiler.compile_grammar,
         "lark": compiler.compile_lark,
     }
+    if kind == "regex":
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InvalidFormError(f"is not a regular expression ({error})") from None
     with _warnings() as warnings:
         try:
             if kind == "json_schema":
@@ -131,18 +140,47 @@ def main() -> None:
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    child = 0
+
+    def give_up(*_: object) -> None:
+        if child:
+            os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGUSR1, give_up)
     print(json.dumps(["", "ready"]), flush=True)
     for line in lines:
+        child = os.fork()  # ready at once, where a new process would import everything again
+        if child == 0:
+            _answer(compiler, info.vocab_size, line)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it is still there if `give_up` ends it now
+        ended, child = child, 0
+        status = os.waitstatus_to_exitcode(os.waitpid(ended, 0)[1])
+        if status > 0:
+            sys.exit(status)
+        if status < 0:
+            too_long = status == -signal.SIGPROF
+            print(
+                json.dumps([TOO_LONG if too_long else "takes too much memory, or XGrammar fails on it", ""]), flush=True
+            )
+
+
+def _answer(compiler: Any, vocab_size: int, line: str) -> NoReturn:
+    """Tries one form, writes the outcome and ends the process."""
+    status = 1
+    try:
         # Native code runs no handler of Python's: the signal ends the process.
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
-            outcome = ["", try_form(compiler, info.vocab_size, **json.loads(line))]
+            outcome = ["", try_form(compiler, vocab_size, **json.loads(line))]
         except InvalidFormError as error:
             outcome = [str(error), ""]
         except MemoryError:
             outcome = ["takes too much memory", ""]
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(outcome), flush=True)
+        status = 0
+    finally:
+        os._exit(status)  # never back into the loop of the parent
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -51,9 +52,8 @@ def test_a_form_reaches_the_backend(validator, form, kind, value):
         ({"json_schema": '{"a": 1' + "0" * 5000 + "}"}, "json_schema", "not valid JSON"),
         ({"json_schema": '{"a":' * 65 + "1" + "}" * 65}, "json_schema", "64 levels"),
         ({"json_schema": json.dumps({"title": "x" * limits.MAX_SCHEMA})}, "json_schema", "characters"),
-        ({"regex": "("}, "regex", "not a regular expression"),
-        ({"regex": "a{2,1}"}, "regex", "not a regular expression"),
-        ({"regex": "(" * 2000 + ")" * 2000}, "regex", "not a regular expression"),
+        ({"json_schema": '{"type": "number", "minimum": 1e400}'}, "json_schema", "1e400 is too large"),
+        ({"json_schema": '{"const": -1e400}'}, "json_schema", "-1e400 is too large"),
         ({"regex": "a\0b"}, "regex", "null character"),
         ({"regex": "a" * (limits.MAX_REGEX + 1)}, "regex", "characters"),
         ({"grammar": "  \n"}, "grammar", "is empty"),
@@ -99,6 +99,21 @@ def test_fields_that_the_backend_does_not_support_are_named_with_it():
     with pytest.raises(InvalidRequest, match=r"fake backend → .*--scheduling-policy priority"):
         read(validator, priority=-1)
     assert read(validator, priority=0).priority == 0
+
+
+def test_a_form_that_the_backend_does_not_support_is_not_read():
+    backend = FakeBackend()
+    backend.unsupported_fields = ("sampling.structured_output",)
+    assert fields_of_refusal(Validator(backend), json_schema="{") == ["sampling.structured_output"]
+    found = fields_of_refusal(Validator(backend), json_schema="{", top_p=2.0)
+    assert found == ["sampling.structured_output", "sampling.top_p"]
+
+
+def test_an_expression_is_left_to_the_backend(validator):
+    slow = "(?i)" + "[\u012c-\uffff]" * 800  # Python takes many seconds to compile it
+    began = time.monotonic()
+    assert read(validator, regex=slow).sampling.structured_output.value == slow
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("priority", [-1000, -1, 0, 1000])

@@ -158,3 +158,10 @@ def test_resident_needs_the_models_dtype_and_allows_a_set_for_every_sequence() -
     assert (lora.max_loras, lora.max_cpu_loras, lora.max_lora_rank) == (7, 7, 100)
     with pytest.raises(ConfigError, match="--lora-dtype: torch.float16 differs from the model's torch.bfloat16"):
         configured(torch.float16)
+
+
+def test_json_comes_without_free_white_space_unless_the_user_says_otherwise() -> None:
+    """A model that was not trained on JSON fills a whole answer with it."""
+    assert resident_args(MODEL, []).structured_outputs_config.disable_any_whitespace
+    option = ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": false}']
+    assert not resident_args(MODEL, option).structured_outputs_config.disable_any_whitespace

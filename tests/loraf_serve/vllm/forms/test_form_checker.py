@@ -6,16 +6,21 @@ import asyncio
 import json
 import random
 import re
-import signal
 import string
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loraf.errors import LorafError
 from loraf_serve.backends.backend import StructuredOutput
+from loraf_serve.errors import TryLater
 from tests.standins import byte_tokenizer
 from tests.tools import needs
 
@@ -42,7 +47,7 @@ async def refusal(checker: FormChecker, form: StructuredOutput) -> str:
 
 
 @pytest.mark.slow
-def test_a_form_that_kills_its_process_harms_no_other() -> None:
+def test_a_form_that_kills_the_process_that_tries_it_harms_no_other() -> None:
     async def life() -> None:
         checker = FormChecker(TOKENIZER, VOCAB_SIZE)
         try:
@@ -53,18 +58,21 @@ def test_a_form_that_kills_its_process_harms_no_other() -> None:
             await asyncio.sleep(0.1)
             assert await checker.check(PLAIN, STOP) and not slow.done()
             assert "takes more than 2 s" in await slow
-            assert first.returncode == -signal.SIGPROF and checker._process is None
-            # No other process dies of it.
-            assert "takes more than 2 s" in await refusal(checker, ENDLESS)
-            assert checker._process is None
+            # It is remembered, and the next form waits for no new process.
+            assert "takes more than 2 s" in await asyncio.wait_for(refusal(checker, ENDLESS), 0.5)
+            assert checker._process is first and first.returncode is None
             choice = StructuredOutput("choice", ("left", "right"))
             assert await checker.check(choice, STOP) == ("ebnf", 'root ::= "left" | "right"')
+            assert checker._process is first
             # A cancelled check leaves no answer that the next form would get.
             slow = asyncio.create_task(checker.check(StructuredOutput("json_schema", ENDLESS.value + " "), STOP))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.6)  # the trial has begun
             slow.cancel()
+            began = time.monotonic()
             await asyncio.gather(slow, return_exceptions=True)
+            assert slow.cancelled()
             assert "not defined" in await refusal(checker, StructuredOutput("grammar", "root ::= foo"))
+            assert time.monotonic() - began < 1 and checker._process is first
             # What is remembered is bounded.
             characters = [len(value) + len(text) for (_, value, _), (_, text) in checker._outcomes.items()]
             assert checker._characters == sum(characters)
@@ -77,6 +85,51 @@ def test_a_form_that_kills_its_process_harms_no_other() -> None:
         assert checker._process is None
 
     asyncio.run(asyncio.wait_for(life(), 300))
+
+
+def test_new_forms_beyond_a_limit_are_refused_until_others_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> None:
+        checker, tried = FormChecker(TOKENIZER, VOCAB_SIZE), asyncio.Event()
+
+        async def outcome(_: FormChecker, kind: str, value: str, stop_token_ids: tuple[int, ...]) -> tuple[str, str]:
+            await tried.wait()
+            return "", value
+
+        monkeypatch.setattr(FormChecker, "_outcome", outcome)
+        new = [StructuredOutput("regex", f"a{i}") for i in range(form_checker._MOST_WAITING + 1)]
+        waiting = [asyncio.create_task(checker.check(form, STOP)) for form in new[:-1]]
+        await asyncio.sleep(0)
+        with pytest.raises(TryLater, match="16 new forms .* wait") as error:
+            await checker.check(new[-1], STOP)
+        assert error.value.retry_after > 0
+        waiting.pop().cancel()  # a client that leaves makes room
+        await asyncio.sleep(0)
+        waiting.append(asyncio.create_task(checker.check(new[-1], STOP)))
+        await asyncio.sleep(0)
+        tried.set()
+        assert await asyncio.gather(*waiting)
+        assert await checker.check(PLAIN, STOP) and checker._waiting == 0
+
+    asyncio.run(asyncio.wait_for(life(), 30))
+
+
+def test_nothing_of_the_working_directory_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("re", "regex", "torch", "xgrammar", "loraf_serve"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), ".", *sys.path])
+
+    async def life() -> None:
+        checker = FormChecker(TOKENIZER, VOCAB_SIZE)
+        try:
+            assert await checker.check(PLAIN, STOP) == ("regex", PLAIN.value)
+            assert checker._process is not None
+            assert Path(f"/proc/{checker._process.pid}/cwd").readlink() == Path("/")
+        finally:
+            await checker.stop()
+
+    asyncio.run(asyncio.wait_for(life(), 150))
+    assert not (tmp_path / "ran").exists()
 
 
 # What is admitted is kept to
@@ -97,6 +150,8 @@ SCHEMAS: list[Any] = [
     {"type": "array", "prefixItems": [{"type": "integer"}], "items": {"type": "null"}},
     {"anyOf": [{"type": "integer"}, {"type": "string", "maxLength": 2}]},
     {"const": {"a": [1, '[^"\\\r\n]']}},
+    {"type": ["string", "integer"], "enum": ["a", 1], "title": "t"},
+    {"type": "string", "const": "abc"},
     {
         "$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}, "additionalProperties": False}},
         "$ref": "#/$defs/n",
@@ -114,6 +169,31 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "object", "minProperties": 2}, "minProperties"),
     ({"if": {"type": "string"}, "then": {}}, "'if', 'then'"),
     ({"items": {"anyOf": [{"allOf": [{"uniqueItems": True}]}]}}, "uniqueItems"),
+    # What XGrammar takes as no limit at all.
+    *(({name: []}, f"{name} must be a list") for name in ("anyOf", "oneOf", "allOf", "enum")),
+    ({"type": []}, "type must be one or a list of"),
+    ({"type": "object", "properties": {"a": {"anyOf": []}}, "required": ["a"]}, "anyOf must be a list"),
+    ({"type": "array", "items": {"type": []}}, "type must be"),
+    ({"type": "string", "enum": ["abc"], "maxLength": 1}, "beside enum: 'maxLength'"),
+    ({"type": "integer", "enum": [5], "minimum": 6}, "beside enum: 'minimum'"),
+    ({"type": "string", "enum": ["abc"], "pattern": "^x$"}, "beside enum: 'pattern'"),
+    ({"type": "string", "enum": ["abc"], "format": "date"}, "beside enum: 'format'"),
+    ({"type": "integer", "const": 5, "maximum": 3}, "beside const: 'maximum'"),
+    ({"type": "array", "const": [1], "maxItems": 0}, "beside const: 'maxItems'"),
+    ({"type": "object", "const": {"a": 1}, "maxProperties": 0}, "beside const: 'maxProperties'"),
+    ({"enum": [1], "const": 2}, "beside enum: 'const'"),
+    # What is no schema.
+    ({"type": {"x": 1}}, "type must be"),
+    ({"type": [{"x": 1}]}, "type must be"),
+    ({"type": [["object"]]}, "type must be"),
+    ({"type": "text"}, "type must be"),
+    ({"type": "object", "properties": {"a": {}}, "required": [{"a": 1}]}, "required must be"),
+    ({"type": "object", "properties": {"a": 1}}, "properties must be"),
+    ({"type": "string", "format": ["date"]}, "format must be"),
+    ({"type": "string", "maxLength": -1}, "maxLength must be"),
+    ({"type": "array", "items": [{}]}, "items must be"),
+    ({"type": "number", "minimum": "1"}, "minimum must be"),
+    ({"type": "number", "minimum": 10**400}, "minimum must be"),
 ]
 
 
@@ -158,6 +238,26 @@ def test_every_answer_follows_its_schema(compiler: Any, schema: Any) -> None:
 @pytest.mark.parametrize(("schema", "says"), REFUSED)
 def test_a_schema_that_xgrammar_would_obey_in_part_is_refused(schema: Any, says: str) -> None:
     assert re.search(says, keywords.problem_with(schema))
+
+
+NAMES = st.sampled_from(sorted(keywords._OBEYED))
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | NAMES | st.just("object")
+ANYTHING = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.text(max_size=2), inner, max_size=4)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(NAMES, ANYTHING, max_size=4) | ANYTHING)
+def test_any_json_is_admitted_only_if_it_is_a_schema(schema: Any) -> None:
+    if keywords.problem_with(schema) == "":
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize("pattern", ["(", "a{2,1}", "(" * 2000 + ")" * 2000])
+def test_what_python_does_not_read_as_an_expression_is_refused(compiler: Any, pattern: str) -> None:
+    with pytest.raises(trial.InvalidFormError, match="is not a regular expression"):
+        trial.try_form(compiler, VOCAB_SIZE, "regex", pattern, list(STOP), True)
 
 
 @pytest.mark.parametrize(
