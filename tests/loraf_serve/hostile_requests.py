@@ -100,7 +100,7 @@ TOOLS = (({"name": "f", "parameters": {"type": "object"}},), ({"name": "f g"}, {
 
 # Arguments of `Client.generate` that are refused: the fields that the refusal names.
 INVALID: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"regex": "("}, "sampling.structured_output.regex"),
+    ({"regex": "a\0"}, "sampling.structured_output.regex"),
     ({"grammar": " "}, "sampling.structured_output.grammar"),
     ({"json_schema": "[]"}, "sampling.structured_output.json_schema"),
     ({"json_schema": '{"a":' * 100 + "1" + "}" * 100}, "sampling.structured_output.json_schema"),
