@@ -106,7 +106,7 @@ def test_a_form_in_a_batch_leaves_other_answers_alone(engine: Engine, merged: Me
     ("kind", "value", "says"),
     [
         ("json_schema", {"$ref": "#"}, "no answer has this form"),
-        ("json_schema", {"type": "wibble"}, "Unsupported type"),
+        ("json_schema", {"type": "wibble"}, "type must be one or a list of string"),
         ("json_schema", {"not": {"type": "string"}}, "does not obey 'not'"),
         ("regex", "(?=a)b", "Lookahead is not supported"),
         ("regex", r"[\d\D]^a", "should be at the start"),
