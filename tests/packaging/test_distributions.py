@@ -14,7 +14,11 @@ from tests.tools import needs
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 LIBRARIES = {"loraf/_native.so", "loraf_serve/kernels/_cpu.so"}
-STUBS = {f"loraf_serve/v1/{name}_pb2{end}" for name in ("adapter", "generation") for end in (".py", ".pyi", "_grpc.py")}
+STUBS = {
+    f"loraf_serve/v1/{name}_pb2{end}"
+    for name in ("adapter", "generation", "info")
+    for end in (".py", ".pyi", "_grpc.py")
+}
 
 
 def names(wheel: Path) -> set[str]:

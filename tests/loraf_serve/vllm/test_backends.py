@@ -134,17 +134,21 @@ def test_several_answers_and_seeds(engine: Engine) -> None:
 
 
 def test_every_sampling_field_reaches_vllm() -> None:
-    from loraf_serve.backends.backend import Sampling
+    from loraf_serve.backends.backend import Sampling, StructuredOutput
     from loraf_serve.vllm.engine.convert import sampling_params
 
     sampling = Sampling(
         max_tokens=7, min_tokens=3, temperature=0.7, top_p=0.8, top_k=5, min_p=0.1, seed=9, stop=("x", "y"),
         stop_token_ids=(4, 5), repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3,
         logit_bias={3: -1.0}, logprobs=2, n=2, ignore_eos=True, skip_special_tokens=False,
+        structured_output=StructuredOutput("regex", "a+"), prompt_logprobs=3, bad_words=("z",),
     )  # fmt: skip
     assert all(getattr(sampling, f.name) != getattr(Sampling(), f.name) for f in dataclasses.fields(Sampling))
-    params = sampling_params(sampling)
+    params = sampling_params(sampling, ("regex", "a+"))
+    assert params.structured_outputs is not None and params.structured_outputs.regex == "a+"
     for field in dataclasses.fields(Sampling):
+        if field.name == "structured_output":  # has another name and type there
+            continue
         value = getattr(sampling, field.name)
         assert getattr(params, field.name) == (list(value) if isinstance(value, tuple) else value), field.name
 
