@@ -59,6 +59,11 @@ def loaded_from_hub(folder: Path) -> str:
     return f"{repository.removeprefix('models--').replace('--', '/')} at {folder.name}"
 
 
+def public_name(folder: Path) -> str:
+    """Returns what others may see of a model's folder: the hub id of a snapshot in the hub's cache, or its own name."""
+    return loaded_from_hub(folder).partition(" ")[0] or folder.name
+
+
 def checkpoint_folder(
     source: str | Path,
     revision: str | None = None,

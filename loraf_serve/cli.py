@@ -355,7 +355,7 @@ def _prepare(
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    from loraf_serve.service.info import public_name
+    from loraf.hub import public_name
 
     options = dataclasses.replace(options, model=public_name(model_folder))  # not a path of this machine
     return options, model_folder, vocab_size, registry, root

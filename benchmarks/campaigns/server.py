@@ -38,6 +38,7 @@ class CampaignFake(FakeBackend):
     def __init__(self, seconds_per_token: float, chat_template: str):
         super().__init__(seconds_per_token, max_model_len=1024)
         self.tokenizer.chat_template = chat_template
+        # Lists that keep nothing, hence the ignores.
         self.requests = collections.deque(maxlen=0)  # type: ignore[assignment]
         self.closed_early = collections.deque(maxlen=0)  # type: ignore[assignment]
         self.history = collections.deque(maxlen=0)  # type: ignore[assignment]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -137,8 +138,8 @@ def service_error(error: grpc.RpcError, address: str) -> ServiceError:
     message = error.details() or ""
     violations: list[tuple[str, str]] = []
     retry_after = None
-    metadata: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
-    request_id = next((str(value) for name, value in metadata if name == REQUEST_ID_METADATA), "")
+    metadata: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]  # grpc-stubs: no pairs
+    request_id = next((unquote(str(value)) for name, value in metadata if name == REQUEST_ID_METADATA), "")
     for detail in _details(error):
         bad_request, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
         info = error_details_pb2.RequestInfo()
@@ -155,7 +156,7 @@ def service_error(error: grpc.RpcError, address: str) -> ServiceError:
 
 def _details(error: grpc.Call | grpc.aio.AioRpcError) -> Sequence[Any]:
     try:
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # also takes AioRpcError
     except (ValueError, DecodeError):  # a proxy changed the status but not its details, or sent others
         return ()
     return status.details if status else ()

@@ -83,6 +83,13 @@ CURRENT: ContextVar[Call | None] = ContextVar("call", default=None)
 """The call that the running task answers."""
 
 
+def current() -> Call:
+    """The call that the running task answers. Only within a call: the gate sets it."""
+    call = CURRENT.get()
+    assert call is not None
+    return call
+
+
 def inform(observers: Iterable[Observer], event: str, *arguments: object) -> None:
     """Calls a method of every observer. A failing observer is logged and does not harm the call."""
     for observer in observers:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from grpc import aio
 
+log = logging.getLogger(__name__)
 cygrpc: Any = importlib.import_module("grpc._cython.cygrpc")  # has no types
 
 ExecuteBatchError: type[Exception] = cygrpc.ExecuteBatchError
@@ -27,9 +29,10 @@ def survives_hostile_names() -> bool:
     return all(hasattr(cygrpc, name) for name in _RELIED_ON) and hasattr(server, "_make_request_call_future")
 
 
-def make_server(interceptors: Sequence[aio.ServerInterceptor], options: Sequence[tuple[str, int]]) -> aio.Server:  # type: ignore[type-arg]
+def make_server(interceptors: Sequence[Any], options: Sequence[tuple[str, int]]) -> aio.Server:
     """`grpc.aio.server`. Its methods must be registered, as generated code does."""
     if not survives_hostile_names():
+        log.warning("this release of grpcio is not protected against calls of methods whose names are not text")
         return aio.server(interceptors=interceptors, options=options)
     stock = cygrpc.AioServer
     try:

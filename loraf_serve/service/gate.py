@@ -155,9 +155,12 @@ class Gate(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-
                     await abort(context, refusal)
                 async for response in answer(requests(raws, context, call), context):
                     yield response
+            except (asyncio.CancelledError, GeneratorExit):
+                call.code = "CANCELLED"
+                raise
             finally:
                 code = context.code()
-                call.code = code.name if isinstance(code, grpc.StatusCode) else "OK"
+                call.code = call.code or (code.name if isinstance(code, grpc.StatusCode) else "OK")
                 call.ended = time.perf_counter()
                 inform(self._observers, "ended", call)
 
@@ -172,10 +175,7 @@ async def _outcome(answer: Callable[..., Awaitable[Any]], request: Any, context:
     exception is a fault of the program, and gRPC would send its text."""
     try:
         return await answer(request, context)
-    except (
-        aio.AbortError,
-        ExecuteBatchError,
-    ):  # the latter: the client is gone
+    except (aio.AbortError, ExecuteBatchError):  # an intended status, or a client that is gone
         raise
     except Exception as error:
         return refusal_of(error, call.request_id)

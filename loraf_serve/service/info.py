@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
-from pathlib import Path
 
-from loraf.hub import loaded_from_hub
 from loraf_serve.backends.backend import Backend
 from loraf_serve.limits import LIMITS, Limit
-from loraf_serve.observe.call import CURRENT, Call
+from loraf_serve.observe.call import current
 from loraf_serve.service.admission import Admission
 from loraf_serve.service.outbox import MAX_WAITING_BYTES, STALL_SECONDS
 from loraf_serve.service.refusal import Context, abort, refusal_of
@@ -32,8 +31,7 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
         self, request: info_pb2.GetServerInfoRequest, context: Context
     ) -> info_pb2.GetServerInfoResponse:
         if self._admission.refusal:
-            call = CURRENT.get() or Call("")
-            await abort(context, refusal_of(self._admission.refusal, call.request_id))
+            await abort(context, refusal_of(self._admission.refusal, current().request_id))
         limits = (*LIMITS, *server_limits(self._backend, self._options))
         return info_pb2.GetServerInfoResponse(
             model=self._options.model,
@@ -45,11 +43,6 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
                 for limit in limits
             ],
         )
-
-
-def public_name(model_folder: Path) -> str:
-    """The hub id of a folder in the hub's cache, or another folder's name."""
-    return loaded_from_hub(model_folder).partition(" ")[0] or model_folder.name
 
 
 def description_of(limit: Limit) -> str:
@@ -76,6 +69,7 @@ def server_limits(backend: Backend, options: ServerOptions) -> Iterator[Limit]:
     yield Limit("max_stall", STALL_SECONDS, "seconds", "time in which a client may read nothing of its answer")
 
 
+@cache  # reads files
 def _versions(with_vllm: bool) -> dict[str, str]:
     versions = {}
     for name, distributions in {

@@ -17,7 +17,7 @@ from loraf.errors import UnknownTask
 from loraf_serve.adapters.library import AdapterLibrary
 from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, Output, ServedAdapter
 from loraf_serve.errors import DeadlineExceeded, InvalidRequest
-from loraf_serve.observe.call import CURRENT, Call, Observer, inform
+from loraf_serve.observe.call import Call, Observer, current, inform
 from loraf_serve.request.validation import Validator
 from loraf_serve.security.allowance import Allowances
 from loraf_serve.service import access, messages
@@ -89,7 +89,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         sending: AbstractAsyncContextManager[object],
     ) -> Refusal | None:
         """Passes the pieces of the answer to `emit`, within `sending`. Returns the status if anything is wrong."""
-        call, permissions = _current(), PERMISSIONS.get()
+        call, permissions = current(), PERMISSIONS.get()
         # The client's own deadline reaches this handler as a cancellation.
         deadline = self._default_deadline if context.time_remaining() is None else None
         try:
@@ -201,7 +201,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             PERMISSIONS.get().require_adapter(request.name, "name")
             return adapter_pb2.GetAdapterResponse(adapter=self._message(self._library.registry.get(request.name)))
         except Exception as error:
-            refusal = refusal_of(error, _current().request_id)
+            refusal = refusal_of(error, current().request_id)
         return await abort(context, refusal)
 
     async def LoadAdapter(
@@ -225,7 +225,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return await abort(context, outcome) if isinstance(outcome, Refusal) else outcome
 
     async def _outcome(self, change: Coroutine[Any, Any, T], name: str, tasks: Sequence[str]) -> T | Refusal:
-        request_id, permissions = _current().request_id, PERMISSIONS.get()
+        request_id, permissions = current().request_id, PERMISSIONS.get()
         try:
             with closing(change):
                 access.require_change(name, tasks, permissions)
@@ -248,12 +248,6 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         sets = self._library.registry.sets_of(adapter).values()
         description = messages.adapter(adapter, self._library.resident_bytes(adapter), sets)
         return access.shown(description, PERMISSIONS.get())
-
-
-def _current() -> Call:
-    call = CURRENT.get()
-    assert call is not None  # the gate sets it
-    return call
 
 
 def _is_cancelled() -> bool:

@@ -19,7 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from loraf.base_model import require_no_adapter
 from loraf.errors import ConfigError, Problem
-from loraf.hub import loaded_from_hub
+from loraf.hub import public_name
 from loraf_serve.vllm.naming import RESIDENT_EXTENSION, SLOTS_EXTENSION, UNSUPPORTED_SPLITS, option
 
 DEFAULT_SLOTS = 4
@@ -148,7 +148,7 @@ def _engine_args(
             # A model that was not trained on JSON may fill an answer with white space.
             "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
             # A label of vLLM's metrics, in place of the model's path on this machine.
-            "served_model_name": parsed.get("served_model_name") or [_public_name(model_folder)],
+            "served_model_name": parsed.get("served_model_name") or [public_name(model_folder)],
         }
         namespace = argparse.Namespace(**parsed | common | backend_settings | user)
         args: AsyncEngineArgs = AsyncEngineArgs.from_cli_args(namespace)
@@ -163,11 +163,6 @@ def _engine_args(
         share = args.gpu_memory_utilization
         args.gpu_memory_utilization = _share_without(reserve, share, current_platform.get_device_total_memory())
     return args
-
-
-def _public_name(model_folder: Path) -> str:
-    """Returns the hub id of a folder in the hub's cache, or another folder's name."""
-    return loaded_from_hub(model_folder).partition(" ")[0] or model_folder.name
 
 
 def engine_config(args: AsyncEngineArgs) -> VllmConfig:

@@ -19,6 +19,7 @@ def install() -> None:
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+        # vLLM has no setting for it, hence the ignore.
         CPUModelRunner.sample_tokens = without_draws_to_discard(CPUModelRunner.sample_tokens)  # type: ignore[method-assign]
 
 

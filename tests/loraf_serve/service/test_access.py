@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 from loraf.errors import LorafError, Problem
 from loraf_serve.adapters.named_sets import OperatorSets
 from loraf_serve.adapters.registry import Registry
-from loraf_serve.client import request_of
+from loraf_serve.client import ServiceError, request_of
 from loraf_serve.errors import PermissionDenied, Unauthenticated
 from loraf_serve.security.tokens import Tokens
 from loraf_serve.service import access, messages
@@ -270,6 +270,13 @@ def test_no_absolute_path_gets_out(text, shown):
     backend.failure = LorafError(Problem(text, remedy=text))
     with serving(backend) as running:
         assert failure(lambda: running.generation.Generate(ask("x"))).details() == f"{shown} → {shown}"
+
+
+@pytest.mark.parametrize("request_id", ["a%25b", "größe 1", "50 %", "日本"])
+def test_the_client_reads_the_request_id_that_was_sent(request_id):
+    with serving() as running, pytest.raises(ServiceError) as error:
+        running.client.generate("", request_id=request_id)
+    assert error.value.request_id == request_id
 
 
 def test_bytes_that_are_no_message_and_unknown_fields_are_invalid():
