@@ -8,8 +8,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from loraf.hub import public_name
 from loraf_serve import limits
-from loraf_serve.service.info import public_name
 from loraf_serve.v1 import info_pb2, info_pb2_grpc
 from tests.loraf_serve.asking import ask, failure, violations
 from tests.loraf_serve.fake_backend import FakeBackend
