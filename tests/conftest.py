@@ -7,7 +7,9 @@ share an engine of vLLM. Files that take long start first, so that no process is
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -108,6 +110,18 @@ def _place(item: pytest.Item) -> int:
     """The item's index in FIRST, or its length."""
     group = item.get_closest_marker("xdist_group").args[0]
     return next((i for i, beginning in enumerate(FIRST) if group.startswith(beginning)), len(FIRST))
+
+
+@pytest.fixture(autouse=True)
+def _log_handlers_end_with_the_test() -> Iterator[None]:
+    """`loraf-serve`, called in a test, sends the process's log to the standard error of that test."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    yield
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in before:
+            root.removeHandler(handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
