@@ -15,7 +15,7 @@ import re
 import struct
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,11 @@ def read(folder: Path, names: tuple[str, ...] = ()) -> SlowCheckpoint:
     return SlowCheckpoint(manifest | {"tasks": tasks}, b)
 
 
-@cache
+# A seed of 1 and one of `true` or 1.0 are equal, but do not make the same A.
+_cache_by_type = lru_cache(maxsize=None, typed=True)
+
+
+@_cache_by_type
 def matrix_a(seed: int, module: str, rank: int, d_in: int, std: float | None) -> list[list[float]]:
     """A of one module, by its definition."""
     return slow_projection.matrix(_quantiles(), seed, module, rank, d_in, std)
@@ -95,7 +99,7 @@ def _quantiles() -> list[float]:
     return slow_projection.table()
 
 
-@cache
+@_cache_by_type
 def _digest_of_a(seed: int, module: str, rank: int, d_in: int, std: float | None) -> str:
     data = b"".join(struct.pack("<f", value) for row in matrix_a(seed, module, rank, d_in, std) for value in row)
     return hashlib.sha256(data).hexdigest()

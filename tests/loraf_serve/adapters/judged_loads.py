@@ -168,8 +168,13 @@ class World:
             for module in manifest.modules:
                 expected, bound = slow.delta(module, dict(task_set.weights))
                 actual = delta_weight(checkpoint, module, task_set, dtype=torch.float64).numpy()
-                if actual.shape != expected.shape or not (np.abs(actual - expected) <= TOLERANCE * bound).all():
-                    return f"ΔW of {module} is another one"
+                if actual.shape != expected.shape:
+                    return f"ΔW of {module} has another shape"
+                wrong = np.argwhere(~(np.abs(actual - expected) <= TOLERANCE * bound))
+                if len(wrong):
+                    row, column = wrong[0]
+                    numbers = f"{actual[row, column]!r}, not {expected[row, column]!r}"
+                    return f"ΔW of {module} is another one in {len(wrong)} places: at [{row}, {column}] {numbers}"
         return self._wrong_set(checkpoint, slow)
 
     def _wrong_set(self, checkpoint: Checkpoint, slow: slow_checkpoint.SlowCheckpoint) -> str | None:
