@@ -215,7 +215,7 @@ class World:
         there = self._on_disk[folder]
         wanted = {MANIFEST: made.text or b"", **made.entries}
         for path, entry in wanted.items():
-            if not isinstance(path, str) or "\0" in path:  # a changed manifest may name what no file can be called
+            if not _is_own(path):
                 continue
             if there.get(path) == entry:
                 continue
@@ -232,6 +232,12 @@ class World:
                 case ("link", target):
                     place.symlink_to(target)
             there[path] = entry
+
+
+def _is_own(path: object) -> bool:
+    """Whether a path is one that a checkpoint's own file may have. A changed manifest may name any: one that no file can
+    be called, or one of another file of this machine, which must not be overwritten."""
+    return isinstance(path, str) and re.fullmatch(r"loraf\.json|(tasks|statistics)/[a-z][a-z0-9.]{0,99}", path) is not None
 
 
 def _remove(place: Path) -> None:
