@@ -149,12 +149,15 @@ def without_values(folder: Path) -> dict[str, torch.Tensor]:
 # --- after loading ----------------------------------------------------------------------------------------------
 
 
-def loading_problems(folder: Path, model: nn.Module, report: Mapping[str, Any]) -> list[Problem]:
+def loading_problems(
+    folder: Path, model: nn.Module, report: Mapping[str, Any], quantised: bool = False
+) -> list[Problem]:
     """Returns where weights and model differ, after transformers has loaded the one into the other.
 
     Args:
         model: as it was loaded, with `config` of transformers.
         report: transformers' loading info: the sets `missing_keys`, `unexpected_keys`, `mismatched_keys`.
+        quantised: it was quantised while it was loaded, so its weights are not plain.
     """
     found = []
     missing = sorted(report["missing_keys"])
@@ -174,10 +177,10 @@ def loading_problems(folder: Path, model: nn.Module, report: Mapping[str, Any]) 
         message = f"config.json describes a smaller model than the weights are: it leaves out {listed(left)}"
         remedy = "use the config.json that belongs to the weights"
         found.append(Problem(message, file=str(folder), remedy=remedy))
-    quantised = _quantised(folder, model)
-    if quantised:
-        name, dtype = quantised[0]
-        more = f" (and {len(quantised) - 1} more)" if len(quantised) > 1 else ""
+    packed = [] if quantised else _quantised(folder, model)
+    if packed:
+        name, dtype = packed[0]
+        more = f" (and {len(packed) - 1} more)" if len(packed) > 1 else ""
         message = f"the weight {name} is stored as {dtype}{more}, and ΔW is added to plain weights"
         found.append(Problem(message, file=str(folder), remedy="use the model's unquantised weights"))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -151,6 +152,35 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
+def sampled_rows(folder: Path, names: Collection[str]) -> dict[str, tuple[list[int], torch.Tensor]]:
+    """Reads the part of some weights that `fingerprint` is computed from.
+
+    Args:
+        names: of matrices; those that the files do not have by these names are left out.
+
+    Returns:
+        Name → the rows' numbers, and (rows, up to 64 columns) bfloat16.
+
+    Raises:
+        ConfigError: see `weight_files`; or a file cannot be read.
+    """
+    samples = {}
+    for file in weight_files(Path(folder)):
+        try:
+            with safe_open(os.fspath(file), framework="pt") as tensors:
+                for name in [name for name in tensors.keys() if name in names]:  # noqa: SIM118 - not a mapping
+                    view = tensors.get_slice(name)
+                    shape = view.get_shape()
+                    if len(shape) == 2 and 0 not in shape:
+                        rows = _rows(shape)
+                        sample = torch.cat([view[row : row + 1, :_COLUMNS] for row in rows])
+                        samples[name] = (rows, sample.to(torch.bfloat16))
+        except (OSError, SafetensorError) as error:
+            remedy = "download or copy the model again"
+            raise ConfigError(Problem(f"cannot be read ({error})", file=str(file), remedy=remedy)) from None
+    return samples
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Returns the files that transformers reads weights from: `model.safetensors`, the index's shards, or all files.
 
@@ -192,12 +222,16 @@ def _sample(tensors: _TensorReader, name: str, shape: list[int]) -> str:
         sample = tensors.get_slice(name)[: _ROWS * _COLUMNS]
     else:
         view = tensors.get_slice(name)
-        count = min(_ROWS, shape[0])
-        rows = sorted({(2 * i + 1) * shape[0] // (2 * count) for i in range(count)})
-        sample = torch.cat([view[row : row + 1].reshape(-1)[:_COLUMNS] for row in rows])
+        sample = torch.cat([view[row : row + 1].reshape(-1)[:_COLUMNS] for row in _rows(shape)])
     if sample.is_floating_point():
         sample = sample.to(torch.bfloat16)
     return hashlib.sha256(sample.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _rows(shape: list[int]) -> list[int]:
+    """The numbers of the rows that are sampled of a tensor."""
+    count = min(_ROWS, shape[0])
+    return sorted({(2 * i + 1) * shape[0] // (2 * count) for i in range(count)})
 
 
 def describe(name: str, folder: Path, revision: str | None = None) -> BaseModel:

@@ -44,6 +44,12 @@ class SetText:
         """
         return _select(self, [], manifest, sets)
 
+    def __str__(self) -> str:
+        """A text from which `parse` returns the same set."""
+        if self.kind == AS_TRAINED:
+            return f"{AS_TRAINED}={self.name}"
+        return str(TaskSet(self.pairs)) if self.pairs else self.kind
+
 
 def parse(text: str) -> SetText:
     """Reads a set without knowing the checkpoint.

@@ -26,8 +26,10 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 # Marked `engine`: files whose tests start vLLM engines.
 ENGINE = (
     "tests/integration/",
+    "tests/loraf_serve/http/test_engine_",
     "tests/loraf_serve/vllm/resident/test_life.py",
     "tests/loraf_serve/vllm/resident/test_ways.py",
+    "tests/loraf_serve/vllm/stock/test_resident.py",
     "tests/loraf_serve/vllm/stock/test_server.py",
     "tests/loraf_serve/vllm/test_architectures.py",
     "tests/loraf_serve/vllm/test_backends.py",
@@ -43,8 +45,12 @@ ENGINE = (
 SLOW = (
     "tests/benchmarks/",
     "tests/loraf_serve/adapters/test_loading_traffic.py",
+    "tests/loraf_serve/http/test_lm_eval.py",
     "tests/loraf_serve/kernels/test_triton.py",
     "tests/loraf_train/compare/test_protocols.py",
+    "tests/docs/test_peft_page.py",
+    "tests/loraf_train/peft/test_processes.py",
+    "tests/loraf_train/peft/test_trainers.py",
     "tests/loraf_train/processes/test_processes.py",
     "tests/loraf_train/sequence/test_resume_runs.py",
 )

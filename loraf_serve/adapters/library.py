@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, TypeVarTuple
 
 from loraf.errors import CheckpointError, LorafError, Problem
+from loraf.four_bits import four_bit_note
 from loraf.system import trim_heap
 from loraf.tasksets import NAME_PATTERN, name_problem
 from loraf.units import size_text
@@ -98,6 +100,7 @@ class AdapterLibrary:
                 errors.append(error)
             else:
                 self.registry = self.registry.with_adapter(adapter)
+                _note_quantised(adapter)
         if len(errors) > 1:
             raise CheckpointError(problem for error in errors for problem in error.problems)
         if errors:
@@ -158,6 +161,15 @@ class AdapterLibrary:
     def resident_bytes(self, adapter: ServedAdapter) -> int:
         """Bytes that the adapter's content takes now, in this process and in the backend."""
         return adapter.resident_bytes + (self._backend.adapter_bytes(adapter) if adapter.digest in self._held else 0)
+
+    def path_below_root(self, path: str) -> str:
+        """An absolute path below the root, relative to it; any other path as it is, also without a root."""
+        return path if self._root is None else self._root.relative(path)
+
+    def shown_path(self, adapter: ServedAdapter) -> str:
+        """Where the adapter's checkpoint lies, as clients may see it: below the root, or the name of its folder."""
+        below = self.path_below_root(str(adapter.path))
+        return adapter.path.name if os.path.isabs(below) else below
 
     async def load(self, name: str, path: str, tasks: Sequence[str] = (), replace: bool = False) -> ServedAdapter:
         """Makes a name mean a checkpoint. If it raises or is cancelled, nothing has changed.
@@ -237,6 +249,7 @@ class AdapterLibrary:
         finally:
             self._free_soon()  # the content that was replaced, or that of a load that was given up
         log.info("adapter %s (%.12s) loaded, tasks %s", name, adapter.digest, ", ".join(adapter.tasks))
+        _note_quantised(adapter)
         return adapter
 
     async def _hold(self, adapter: ServedAdapter) -> None:
@@ -331,3 +344,10 @@ def _task_problems(tasks: Sequence[str]) -> list[Problem]:
             problems.append(Problem(f"task {task!r} is named twice", field, remedy="name each task once"))
         seen.add(task)
     return problems
+
+
+def _note_quantised(adapter: ServedAdapter) -> None:
+    """Says in the log if the adapter was trained on a quantised base: the server's may have other weights."""
+    note = four_bit_note(adapter.manifest.tasks)
+    if note:
+        log.warning("adapter %s: %s", adapter.name, note)

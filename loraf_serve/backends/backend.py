@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraf.errors import BaseMismatch, LorafError
+from loraf.four_bits import quantization_of
 from loraf.hub import HUB_ID
 from loraf.tasksets import TaskSet
 
@@ -61,8 +62,8 @@ class StructuredOutput:
     """The form that an answer must have.
 
     Attributes:
-        kind: "json_schema", "regex", "choice" or "grammar".
-        value: the schema, expression or grammar; a tuple of texts for "choice".
+        kind: "json_schema", "regex", "choice" or "grammar"; "structural_tag" for calls of tools in vLLM's own app.
+        value: the schema, expression, grammar or tag; a tuple of texts for "choice".
     """
 
     kind: str
@@ -127,11 +128,15 @@ class ServedAdapter:
 
     @property
     def shown_base(self) -> str:
-        """`base_name`, for a folder with the start of the fingerprint: many folders have the same name."""
+        """`base_name`, and what else tells bases apart.
+
+        Of a folder, the start of the fingerprint: many folders have the same name. Of tasks that were trained on the
+        base in four bits, that they were.
+        """
         base = self.manifest.base_model
-        return (
-            self.base_name if base.name == self.base_name else f"{self.base_name}, fingerprint {base.fingerprint[:12]}"
-        )
+        fingerprint = [] if base.name == self.base_name else [f"fingerprint {base.fingerprint[:12]}"]
+        methods = dict.fromkeys(method for task in self.manifest.tasks if (method := quantization_of(task)))
+        return ", ".join([self.base_name, *fingerprint, *(f"in four bits ({method})" for method in methods)])
 
     @property
     def file_bytes(self) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from loraf.errors import ConfigError, Problem
 from loraf.sparse import SparseB
 from loraf_train.adapter.dropout import ModuleDraws, keep_rate, random_mask
 from loraf_train.adapter.probe import WatchedWeight
+from loraf_train.adapter.weights import weight_of
 
 GRADIENT_AT_ONCE = 1 << 18  # entries of ∂B computed at a time: 1 MiB in float32
 
@@ -50,33 +51,27 @@ class EarlierTasks:
         )
 
 
-class LorafLinear(nn.Module):
-    """A frozen linear layer with a sparse B on a frozen A.
+class TaskValues(nn.Module):
+    """A task's trainable values in one layer, and the part of B that they are trained on top of.
 
     Args:
-        base: the layer it replaces, (d_out, d_in); never changed.
-        a: (rank, d_in), in the dtype of the base's weight.
+        weight: of the layer, for its dtype and device.
+        shape: of B, (d_out, rank).
         positions: (K,) trainable positions of B, ascending; stored as int32.
         scale: α/r of the task being trained.
         earlier: the earlier tasks' part of B; None: there is none.
         dropout: probability that an entry of the adapter's input is zeroed during training.
         values: (K,) initial values, float32 or the weight's dtype if that is wider; None: zeros.
-
-    Attributes:
-        draws: draws the masks of dropout; None: torch's generator draws them, and the backward pass keeps them.
-
-    Shapes: (..., d_in) → (..., d_out).
     """
 
-    a: torch.Tensor
     positions: torch.Tensor
     earlier_positions: torch.Tensor
     earlier_values: torch.Tensor
 
     def __init__(
         self,
-        base: nn.Linear,
-        a: torch.Tensor,
+        weight: torch.Tensor,
+        shape: tuple[int, int],
         positions: torch.Tensor,
         scale: float,
         earlier: EarlierTasks | None = None,
@@ -84,42 +79,26 @@ class LorafLinear(nn.Module):
         values: torch.Tensor | None = None,
     ):
         super().__init__()
-        earlier = earlier or EarlierTasks.of(())
-        weight = base.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         initial = torch.zeros(len(positions)) if values is None else values
-        self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.rank = a.shape[0]
+        self.out_features, self.rank = shape
         self.scale = scale
         self.dropout = dropout
-        self.draws: ModuleDraws | None = None
         self.values = nn.Parameter(initial.detach().to(weight.device, dtype, copy=True))
-        for name, tensor in {
-            "a": a.to(weight.device),
-            "positions": positions.to(weight.device, torch.int32),
-            "earlier_positions": earlier.positions.to(weight.device, torch.int32),
-            "earlier_values": earlier.values.to(weight.device, dtype),
-        }.items():
-            self.register_buffer(name, tensor, persistent=False)
-        self._row_blocks = _row_blocks(positions, base.out_features, self.rank)
+        self.register_buffer("positions", positions.to(weight.device, torch.int32), persistent=False)
+        for name in ("earlier_positions", "earlier_values"):
+            self.register_buffer(name, None, persistent=False)
+        self.stand_on(earlier or EarlierTasks.of(()))
+        self._row_blocks = block_rows(positions, self.out_features, self.rank)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base's weight, for code that asks for its dtype or device; computing with it would leave out B·A."""
-        return WatchedWeight.of(self.base.weight, _refuse_use)
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.base.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _LorafLinear.apply(x, self.values, self)  # type: ignore[no-untyped-call]  # of torch
-        return y
+    def stand_on(self, earlier: EarlierTasks) -> None:
+        """Replaces the earlier tasks' part of B."""
+        self.earlier_positions = earlier.positions.to(self.positions.device, torch.int32)
+        self.earlier_values = earlier.values.to(self.positions.device, self.values.dtype)
 
     def b(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Builds B of all active tasks, scaled: (d_out, rank)."""
-        out = torch.zeros(self.base.out_features * self.rank, dtype=dtype, device=values.device)
+        out = torch.zeros(self.out_features * self.rank, dtype=dtype, device=values.device)
         if len(self.earlier_positions):
             out.scatter_(0, self.earlier_positions.long(), self.earlier_values.to(dtype))
         out.scatter_(0, self.positions.long(), (values * self.scale).to(dtype))
@@ -137,12 +116,94 @@ class LorafLinear(nn.Module):
         return f"rank={self.rank}, positions={len(self.positions)}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-def _refuse_use() -> None:
+class Adapted(Protocol):
+    """What `adapt` computes with: a frozen linear layer, A, and B as a function of a task's values.
+
+    Attributes:
+        base: the layer itself, (d_out, d_in).
+        a: (rank, d_in).
+        draws: draws the masks of dropout; None: torch's generator draws them, and the backward pass keeps them.
+    """
+
+    @property
+    def base(self) -> nn.Linear: ...
+
+    @property
+    def a(self) -> torch.Tensor: ...
+
+    @property
+    def dropout(self) -> float: ...
+
+    @property
+    def training(self) -> bool: ...
+
+    @property
+    def draws(self) -> ModuleDraws | None: ...
+
+    def b(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+
+    def gradient(self, g: torch.Tensor, z: torch.Tensor) -> torch.Tensor: ...
+
+
+def adapt(x: torch.Tensor, values: torch.Tensor, layer: Adapted) -> torch.Tensor:
+    """Returns the layer's output with the adapter's part: (..., d_in) → (..., d_out)."""
+    y: torch.Tensor = _LorafLinear.apply(x, values, layer)  # type: ignore[no-untyped-call]  # of torch
+    return y
+
+
+class LorafLinear(TaskValues):
+    """A frozen linear layer with a sparse B on a frozen A.
+
+    Args:
+        base: the layer it replaces, (d_out, d_in); never changed.
+        a: (rank, d_in), in the dtype of the base's weight.
+        positions, scale, earlier, dropout, values: see TaskValues.
+
+    Attributes:
+        draws: see Adapted.
+
+    Shapes: (..., d_in) → (..., d_out).
+    """
+
+    a: torch.Tensor
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        a: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
+        earlier: EarlierTasks | None = None,
+        dropout: float = 0.0,
+        values: torch.Tensor | None = None,
+    ):
+        shape = (base.out_features, a.shape[0])
+        super().__init__(base.weight, shape, positions, scale, earlier, dropout, values)
+        self.base = base
+        self.in_features = base.in_features
+        self.draws: ModuleDraws | None = None
+        self.register_buffer("a", a.to(base.weight.device), persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight, for code that asks for its dtype or device; computing with it would leave out B·A."""
+        return WatchedWeight.of(self.base.weight, refuse_use)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return adapt(x, self.values, self)
+
+
+def refuse_use() -> None:
+    """What a WatchedWeight of a layer with an adapter calls."""
     message = "the model computes with the weight of a target module itself, and so leaves out the adapter"
     raise ConfigError(Problem(message, "adapter.target_modules", remedy="choose other modules"))
 
 
-def _row_blocks(positions: torch.Tensor, d_out: int, rank: int) -> list[tuple[slice, slice]]:
+def block_rows(positions: torch.Tensor, d_out: int, rank: int) -> list[tuple[slice, slice]]:
     """Splits B into blocks of rows, each with the slice of the (ascending) positions in it; skips empty blocks."""
     height = max(1, GRADIENT_AT_ONCE // rank)
     rows = [slice(start, min(start + height, d_out)) for start in range(0, d_out, height)]
@@ -161,7 +222,7 @@ class _LorafLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, layer: LorafLinear) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, layer: Adapted) -> torch.Tensor:
         y: torch.Tensor = layer.base(x)
         dtype = y.dtype  # autocast may have changed it
         shape = x.shape
@@ -191,7 +252,7 @@ class _LorafLinear(torch.autograd.Function):
         g = g.reshape(-1, g.shape[-1])
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_x = g @ layer.base.weight.to(g.dtype)
+            grad_x = g @ weight_of(layer.base).to(g.dtype)
             through_b = (g @ layer.b(values, g.dtype)) / keep_rate(ctx.dropout)
             if token_keys is not None:
                 mask = layer.draws.mask(token_keys, shape, ctx.dropout)

@@ -19,6 +19,9 @@ from loraf.delta import shared_weights, task_scale
 from loraf.errors import ConfigError, Problem
 from loraf_train.adapter import probe
 from loraf_train.adapter.layer import EarlierTasks, LorafLinear
+from loraf_train.adapter.weights import computes_in, is_quantised
+
+FIELD = "adapter.target_modules"  # of tasks.yaml
 
 
 @dataclass(frozen=True)
@@ -59,69 +62,96 @@ class TrainableBase:
 def find_targets(model: nn.Module, target_modules: Sequence[str], file: str = "") -> dict[str, nn.Linear]:
     """Returns the layers whose names end in one of `target_modules`, by their full names in the model.
 
-    A target may share its weight with an embedding, as a tied lm_head does: the embedding stays as it is. Layers that
-    share a weight among themselves would get a ΔW each, and no model of this architecture could hold them all.
-    Layers that the model does not call when it reads text (a vision tower) are left out.
+    See `adaptable`.
 
     Args:
         file: the configuration's path, for messages.
 
     Raises:
-        ConfigError: no module that reads text has such an ending; or one that has it is not a plain `torch.nn.Linear`,
-            shares its weight with a module that is not an embedding, or the model computes with its weight itself.
+        ConfigError: no module has such an ending; or see `adaptable`.
     """
-    endings = {name: name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    names = [name for name, _ in model.named_modules()]
+    endings = dict.fromkeys(map(_ending, names))
+    missing = [ending for ending in target_modules if ending not in endings]
+    problems: list[Problem] = []
     targets: dict[str, nn.Linear] = {}
-    unsupported: dict[str, str] = {}
-    used = probe.uses(model)
-    weight_read: dict[str, str] = {}
-    uncalled: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if endings[name] not in target_modules:
-            continue
-        if type(module) is not nn.Linear:
-            unsupported.setdefault(endings[name], type(module).__name__)
-        elif used is not None and used.reads_weight(name):
-            weight_read.setdefault(endings[name], name)
-        elif used is not None and not used.calls(name):
-            uncalled.setdefault(endings[name], name)
-        else:
-            targets[name] = module
-    problems = [
-        Problem(f"{ending!r} is a {kind}, not a torch.nn.Linear", "adapter.target_modules", file, "leave it out")
-        for ending, kind in unsupported.items()
-    ]
-    for ending, name in weight_read.items():
-        message = f"the model computes with the weight of {name} itself, so an adapter there would be left out"
-        problems.append(Problem(message, "adapter.target_modules", file, f"leave out {ending!r}"))
-    reached = {endings[name] for name in targets} | unsupported.keys() | weight_read.keys()
-    for ending, name in uncalled.items():
-        if ending not in reached:
-            message = f"the model does not call {name} when it reads text"
-            problems.append(Problem(message, "adapter.target_modules", file, f"leave out {ending!r}"))
-    missing = [ending for ending in target_modules if ending not in endings.values()]
+    try:
+        targets = adaptable(model, [name for name in names if _ending(name) in target_modules], FIELD, file)
+    except ConfigError as error:
+        problems += error.problems
     if missing:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        known = dict.fromkeys(endings[n] for n, m in model.named_modules() if type(m) is nn.Linear and m is not head)
+        known = dict.fromkeys(_ending(n) for n, m in model.named_modules() if type(m) is nn.Linear and m is not head)
         message = f"the model has no {', '.join(map(repr, missing))}"
-        problems.append(Problem(message, "adapter.target_modules", file, f"choose from: {', '.join(known)}"))
-    problems += _sharing(model, targets, file)
+        problems.append(Problem(message, FIELD, file, f"choose from: {', '.join(known)}"))
     if problems:
         raise ConfigError(problems)
     return targets
 
 
-def _sharing(model: nn.Module, targets: Mapping[str, nn.Linear], file: str) -> list[Problem]:
+def adaptable(model: nn.Module, names: Sequence[str], field: str = FIELD, file: str = "") -> dict[str, nn.Linear]:
+    """Returns the layers of these names that an adapter can be put in place of.
+
+    A target may share its weight with an embedding, as a tied lm_head does: the embedding stays as it is. Layers that
+    share a weight among themselves would get a ΔW each, and no model of this architecture could hold them all.
+    Layers that the model does not call when it reads text (a vision tower) are left out.
+
+    Args:
+        field, file: where they were chosen, for messages.
+
+    Raises:
+        ConfigError: none of the layers of some ending reads text; or one is not a plain `torch.nn.Linear`, shares its
+            weight with a module that is not an embedding, or the model computes with its weight itself.
+    """
+    targets: dict[str, nn.Linear] = {}
+    unsupported: dict[str, str] = {}
+    used = probe.uses(model)
+    weight_read: dict[str, str] = {}
+    uncalled: dict[str, str] = {}
+    for name in names:
+        module, ending = model.get_submodule(name), _ending(name)
+        if type(module) is not nn.Linear and not is_quantised(module):
+            unsupported.setdefault(ending, type(module).__name__)
+        elif used is not None and used.reads_weight(name):
+            weight_read.setdefault(ending, name)
+        elif used is not None and not used.calls(name):
+            uncalled.setdefault(ending, name)
+        else:
+            assert isinstance(module, nn.Linear)  # bitsandbytes' layers are such, too
+            targets[name] = module
+    problems = [
+        Problem(f"{ending!r} is a {kind}, not a torch.nn.Linear", field, file, "leave it out")
+        for ending, kind in unsupported.items()
+    ]
+    for ending, name in weight_read.items():
+        message = f"the model computes with the weight of {name} itself, so an adapter there would be left out"
+        problems.append(Problem(message, field, file, f"leave out {ending!r}"))
+    reached = {_ending(name) for name in targets} | unsupported.keys() | weight_read.keys()
+    for ending, name in uncalled.items():
+        if ending not in reached:
+            message = f"the model does not call {name} when it reads text"
+            problems.append(Problem(message, field, file, f"leave out {ending!r}"))
+    problems += _sharing(model, targets, field, file)
+    if problems:
+        raise ConfigError(problems)
+    return targets
+
+
+def _ending(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _sharing(model: nn.Module, targets: Mapping[str, nn.Linear], field: str, file: str) -> list[Problem]:
     """A problem for each ending of targets that share their weight with anything but an embedding."""
     shared = shared_weights(model)
     problems: dict[str, Problem] = {}
     for name in targets:
         others = [other for other in shared.get(name, ()) if not isinstance(model.get_submodule(other), nn.Embedding)]
         if others:
-            ending = name.rsplit(".", 1)[-1]
+            ending = _ending(name)
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             message = f"{ending!r} names layers that share one weight: {name} and {others[0]}{more}"
-            problems.setdefault(ending, Problem(message, "adapter.target_modules", file, "leave it out"))
+            problems.setdefault(ending, Problem(message, field, file, "leave it out"))
     return list(problems.values())
 
 
@@ -142,12 +172,12 @@ def shapes_of(targets: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int]]:
 
 
 def projections(checkpoint: Checkpoint, targets: Mapping[str, nn.Linear]) -> dict[str, torch.Tensor]:
-    """Returns A of every target, (rank, d_in): verified against its digest, in the weight's dtype, on its device.
+    """Returns A of every target, (rank, d_in): verified against its digest, in the layer's dtype, on its device.
 
     Raises:
         CorruptCheckpoint: see `Checkpoint.projection_of`.
     """
-    return {name: checkpoint.projection_of(name).to(m.weight.device, m.weight.dtype) for name, m in targets.items()}
+    return {name: checkpoint.projection_of(name).to(m.weight.device, computes_in(m)) for name, m in targets.items()}
 
 
 def earlier_tasks(checkpoint: Checkpoint, tasks: Sequence[str], module: str) -> EarlierTasks:
@@ -161,13 +191,14 @@ def earlier_tasks(checkpoint: Checkpoint, tasks: Sequence[str], module: str) -> 
 @contextmanager
 def attached(model: nn.Module, layers: Mapping[str, LorafLinear]) -> Iterator[None]:
     """Replaces the model's layers of the same names by `layers` for a `with` block."""
+    before = {name: model.get_submodule(name) for name in layers}
     try:
         for name, layer in layers.items():
             _put(model, name, layer)
         yield
     finally:
-        for name, layer in layers.items():
-            _put(model, name, layer.base)
+        for name, module in before.items():
+            _put(model, name, module)
 
 
 @contextmanager

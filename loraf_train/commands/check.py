@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+_FOUR_BITS = 0.516  # bytes of a weight with its share of the scales, quantised again
 LOSS_BEGINS, LOSS_ENDS = "⟦", "⟧"
 
 
@@ -65,6 +66,8 @@ def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskDat
     done = task.name not in prepared.waiting
     out.print(f"{task.name}{' (finished)' if done else ''}")
     t, c = task.training, task.calibration
+    if task.data.streaming:
+        out.print(f"  streaming: only the first {data.records} records were read; all that follows is about them")
     out.print(f"  {data.records} records, {len(data.train)} examples of {_lengths(data.train)} tokens")
     for name, evaluation in data.evaluation.items():
         choices = f", choices {', '.join(evaluation.choices)}" if evaluation.choices else ""
@@ -76,6 +79,14 @@ def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskDat
         f"training: {steps(task, len(data.train))} steps, batch {t.batch_size}, rate {t.learning_rate:g}, "
         f"alpha {task.alpha:g}, start {task.start}"
     )
+    if task.objective == "dpo":
+        out.print("  objective: dpo; an example is the preferred answer, and a step sees both answers of each")
+    if t.early_stopping is not None:
+        often = f"every {t.early_stopping.every} steps" if t.early_stopping.every else "once an epoch"
+        out.print(
+            f"  early stopping: the loss on the evaluation sets is measured {often}; training ends after "
+            f"{t.early_stopping.patience} without a smaller one, and keeps the best values"
+        )
     if t.packing:
         from loraf_train.trainer.packing import first_fit  # imports torch; reports of mistakes do not wait for it
 
@@ -83,6 +94,9 @@ def _print_task(out: Console, config: RunConfig, task: TaskConfig, data: TaskDat
         out.print(f"  packing: {len(data.train)} examples would fill {rows} rows of {t.max_length} tokens")
     out.print("  one example; the loss is taken on the " + ("bright text" if out.is_terminal else "text in ⟦ ⟧"))
     _print_example(out, data.train[0], prepared.tokenizer)
+    if data.rejected:
+        out.print("  and the answer that it is preferred to")
+        _print_example(out, data.rejected[0], prepared.tokenizer)
 
 
 def _print_example(out: Console, example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -191,8 +205,9 @@ def memory(prepared: PreparedRun, bytes_per_weight: int) -> Memory:
         calibration = max(calibration, (total - taken) * (4 + 4 + moments + 4) + taken * 8)
         training = max(training, k * (entry + 4) + taken * 8)
         taken += k
+    packed = sum(d_out * d_in for d_out, d_in in shapes) if config.quantization else 0  # at least the targets
     return Memory(
-        base=model.parameters * bytes_per_weight,
+        base=int((model.parameters - packed) * bytes_per_weight + packed * _FOUR_BITS),
         projections=sum(d_in for _, d_in in shapes) * rank * bytes_per_weight,
         calibration=calibration,
         training=training,
@@ -207,8 +222,13 @@ def _print_memory(out: Console, prepared: PreparedRun) -> None:
     if precision == "auto":
         precision = "bfloat16" if torch.cuda.is_available() else "float32"
     estimate = memory(prepared, 2 if precision == "bfloat16" else 4)
+    held = (
+        f"{precision}, most in four bits ({prepared.config.quantization})"
+        if prepared.config.quantization
+        else precision
+    )
     rows = [
-        [f"base model, {prepared.model.parameters:,} weights in {precision}", size_text(estimate.base)],
+        [f"base model, {prepared.model.parameters:,} weights in {held}", size_text(estimate.base)],
         ["projections A", size_text(estimate.projections)],
         ["calibration: B on its free positions, gradient and optimizer", size_text(estimate.calibration)],
         ["training: K values, gradient and AdamW, earlier tasks", size_text(estimate.training)],

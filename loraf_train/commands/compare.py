@@ -66,6 +66,7 @@ def compare(
     general = None
     if prepared is not None:
         problems += _unscored(prepared.config)
+        problems += _unsupported(prepared.config)
         problems += _shortage(prepared, method_names, protocol)
         problems += _dropout_in_parameters(prepared, method_names)
         problems += _several_alphas(prepared.config, method_names, protocol)
@@ -98,6 +99,24 @@ def compare(
         _show(results, folder, out)
     group.wait()
     return 0
+
+
+def _unsupported(config: RunConfig) -> list[Problem]:
+    """Settings that only `run` keeps to: the other methods train all steps of completions that are in memory."""
+    file, problems = str(config.file), []
+    if config.quantization is not None:
+        message = "compare trains full weights, and a base in four bits has none"
+        problems.append(Problem(message, "quantization", file, "leave it out"))
+    for i, task in enumerate(config.tasks):
+        for setting, given, remedy in (
+            ("training.early_stopping", task.training.early_stopping is not None, "set it to off, and give max_steps"),
+            ("data.streaming", task.data.streaming, "set it to false"),
+            ("objective", task.objective != "sft", "compare tasks with objective: sft"),
+        ):
+            if given:
+                message = f"compare does not keep to it (task {task.name!r})"
+                problems.append(Problem(message, f"tasks[{i}].{setting}", file, remedy))
+    return problems
 
 
 def _parse_methods(text: str, problems: list[Problem]) -> tuple[str, ...]:

@@ -61,10 +61,10 @@ def evaluate(
     model, tokenizer, _ = runner.load_model(config)
     if prepared.existing is not None:
         from loraf.checkpoint import Checkpoint
-        from loraf.delta import Merger
+        from loraf_train.adapter.merging import merger_of
 
         checkpoint = Checkpoint.open(config.output)
-        merger = Merger(model, checkpoint)
+        merger = merger_of(model, checkpoint)
     scores = []
     with Progress(out) as progress:
         for task_set in sets:
@@ -80,6 +80,7 @@ def evaluate(
             "checkpoint": str(config.output) if checkpoint else None,
             "adapter_digest": checkpoint.manifest.adapter_digest if checkpoint else None,
             "model": config.model,
+            **({"quantization": config.quantization} if config.quantization else {}),
             "scores": [{"task": s.task} | s.entry() for s in scores],
         }
         json_file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from loraf import manifest as manifests
 from loraf import set_text
 from loraf.errors import ConfigError, Problem
+from loraf.four_bits import four_bit_note
 from loraf.units import size_text
 from loraf_train.terminal import tables
 
@@ -40,6 +41,10 @@ def export(
     problems = _output_problems(out)
     manifest = manifests.read(folder)
     task_set = manifest.as_trained(as_trained) if as_trained else set_text.task_set(tasks or "all", manifest)
+    note = four_bit_note(manifest.task(name) for name in task_set.names)
+    if note and file_format == "merged":
+        message = f"{note}. A merged model has plain weights, so it would not be what was trained"
+        problems.append(Problem(message, "--format", remedy="use --format peft, and load the base in four bits"))
     if problems:
         raise ConfigError(problems)
 
@@ -79,6 +84,8 @@ def export(
     size = size_text(sum(file.stat().st_size for file in out.iterdir()))
     console = tables.console()
     console.print(f"{out}: task set {task_set} as {file_format}, {size}")
+    if note:
+        console.print(note)
     if unchecked:
         console.print(f"not checked whether PEFT applies it to every module: {unchecked}")
     return 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraf import manifest as manifests
 from loraf.errors import CorruptCheckpoint, Problem
+from loraf.four_bits import four_bit_note
 from loraf.manifest import Manifest
 from loraf.units import size_text
 from loraf_train.set_options import as_trained_or_none
@@ -44,6 +45,8 @@ def inspect(folder: Path, verify: bool, as_json: bool, layers: bool) -> int:
         f"rank {manifest.rank}, {len(manifest.modules)} modules; A from seed {manifest.projection.seed} "
         f"({manifest.projection.generator}), standard deviation {std if std is not None else '1/√(3·d_in)'}"
     )
+    if four_bit_note(manifest.tasks):
+        out.print(four_bit_note(manifest.tasks))
     _print_tasks(out, manifest)
     _print_sparsity(out, manifest, layers)
     _print_scores(out, manifest)

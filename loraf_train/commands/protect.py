@@ -15,7 +15,6 @@ from loraf import manifest as manifests
 from loraf.errors import ConfigError, CorruptCheckpoint, Problem, one_line
 from loraf.folder_lock import locked
 from loraf.units import size_text
-from loraf_train.data.examples import digest_of
 from loraf_train.processes import launcher
 from loraf_train.sequence.preflight import PreparedRun, prepare
 from loraf_train.sequence.provenance import EXAMPLES_DIGEST
@@ -71,7 +70,7 @@ def _problems(prepared: PreparedRun) -> list[Problem]:
             remedy = "leave the task out of the file; what it answered when it was trained is lost"
             problems.append(Problem(message, f"tasks[{i}]", str(config.file), remedy))
         trained_on = existing.task(task.name).training.get(EXAMPLES_DIGEST)
-        if trained_on is not None and trained_on != digest_of(prepared.data[task.name].train):
+        if trained_on is not None and trained_on != prepared.data[task.name].digest:
             message = f"task {task.name!r} was trained on other examples than these"
             remedy = "name the records that it was trained on, or leave the task out of the file"
             problems.append(Problem(message, f"tasks[{i}].data.train", str(config.file), remedy))

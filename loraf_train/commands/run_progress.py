@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loraf.units import size_text
 from loraf_train.retention import of_base
+from loraf_train.retention.protection import OVER
 from loraf_train.scoring import table
 from loraf_train.sequence.preflight import PreparedRun
 from loraf_train.sequence.runner import Observer
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
     from loraf.checkpoint import Checkpoint
     from loraf_train.settings.config import TaskConfig
-
-
-_OVER = 1.1  # of the budget; a little more is how steering ends
 
 
 class RunProgress(Observer):
@@ -39,8 +37,9 @@ class RunProgress(Observer):
 
     def task_started(self, task: TaskConfig) -> None:
         order = self._prepared.config.tasks.index(task) + 1
-        examples = len(self._prepared.data[task.name].train)
-        self._out.print(f"task {task.name} ({order} of {len(self._prepared.config.tasks)}): {examples} examples")
+        count = f"{len(self._prepared.data[task.name].train)} examples"
+        examples = "streamed examples" if task.data.streaming else count
+        self._out.print(f"task {task.name} ({order} of {len(self._prepared.config.tasks)}): {examples}")
         self._calibration = self._progress.part(f"{task.name}: calibration step")
         self._training = self._progress.part(f"{task.name}: training step")
 
@@ -56,6 +55,9 @@ class RunProgress(Observer):
     def step(self, loss: float, lr: float, step: int, total: int) -> None:
         self._training(step, total, f"loss {loss:.4f}, rate {lr:.2e}")
 
+    def evaluated(self, task: TaskConfig, loss: float, step: int, best: bool) -> None:
+        self._out.print(f"{task.name}: loss {loss:.4f} on the evaluation sets after step {step}{', the best' * best}")
+
     def unprotected(self, tasks: Sequence[str]) -> None:
         self._out.print(
             f"without statistics, so that later tasks may change what they answer: {', '.join(tasks)} "
@@ -64,7 +66,7 @@ class RunProgress(Observer):
 
     def retained(self, task: TaskConfig, spent: Mapping[str, float], budget: float) -> None:
         names = {name: "the base model" if name == of_base.NAME else name for name in spent}
-        over = {name: " (over)" if change > _OVER * budget else "" for name, change in spent.items()}
+        over = {name: " (over)" if change > OVER * budget else "" for name, change in spent.items()}
         parts = ", ".join(f"{names[name]} {change:.3f}{over[name]}" for name, change in spent.items())
         whose = "logits" if of_base.NAME in spent else "the earlier tasks' logits"
         self._out.print(

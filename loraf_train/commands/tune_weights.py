@@ -127,7 +127,7 @@ def _data_problems(prepared: PreparedRun, names: Sequence[str], label: str) -> l
 
 def _tune(prepared: PreparedRun, names: list[str], label: str) -> int:
     from loraf.checkpoint import Checkpoint
-    from loraf.delta import Merger
+    from loraf_train.adapter.merging import merger_of
     from loraf_train.scoring.evaluate import higher_is_better, score
     from loraf_train.sequence import runner
 
@@ -139,7 +139,7 @@ def _tune(prepared: PreparedRun, names: list[str], label: str) -> int:
     held_out = {name: pair[1] for name, pair in halves.items()}
     sign = 1.0 if higher_is_better(prepared.data[names[0]].metric) else -1.0
     model, tokenizer, _ = runner.load_model(config)
-    merger = Merger(model, checkpoint)
+    merger = merger_of(model, checkpoint)
 
     def scores(weights: Weights, data: Mapping[str, TaskData]) -> list[float]:
         task_set = TaskSet.of(zip(names, weights, strict=True), checkpoint.manifest.task_names)

@@ -13,7 +13,7 @@ Values are those of `pyarrow.Table.to_pylist`, but for
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraf.errors import one_line
@@ -22,6 +22,7 @@ from loraf_train.data.values import Label, Unreadable
 if TYPE_CHECKING:
     import pyarrow
 
+STREAMED_AT_ONCE = 1000  # rows
 Features = Mapping[str, Any]  # column → its Hugging Face feature, as `datasets.Features.to_dict` writes it
 _METADATA = b"huggingface"  # the key under which the datasets library stores features in Parquet files
 _DIFFERENT = "store the field in another way, or leave it out of the templates"
@@ -45,6 +46,22 @@ def read_parquet(stream: BinaryIO) -> list[dict[str, Any]]:
         if all(isinstance(column, Unreadable) for column in columns):
             raise error
     return _records(schema, columns, file.metadata.num_rows, _stored_features(schema))
+
+
+def stream_parquet(stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    """Yields the records of a Parquet file, STREAMED_AT_ONCE rows in memory at a time.
+
+    Raises:
+        pyarrow.ArrowException, OSError: the file is not Parquet, or a column cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(stream)
+    features = _stored_features(file.schema_arrow)
+    for batch in file.iter_batches(batch_size=STREAMED_AT_ONCE):
+        table = pyarrow.Table.from_batches([batch])
+        yield from _records(table.schema, list(table.columns), table.num_rows, features)
 
 
 def records_of(table: pyarrow.Table, features: Features) -> list[dict[str, Any]]:

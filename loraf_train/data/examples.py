@@ -57,6 +57,7 @@ class EvaluationExample:
 
     Attributes:
         record: what it was read from, number `number` (from 1) of `source`; only set for a metric of the user's own.
+        rejected: the other answer, of a preference; None: it is none.
         thinks: whether the prompt opens the thoughts of an answer; None: it is no prompt of a conversation, so an
             answer is graded whole.
     """
@@ -67,6 +68,7 @@ class EvaluationExample:
     source: str = ""
     number: int = 0
     thinks: bool | None = field(default=None, repr=False)  # digests of evaluation sets are of their repr
+    rejected: Example | None = field(default=None, repr=False)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -94,6 +96,7 @@ class RecordText:
         turns: (prompt, completion) of each answer.
         expected: the right answer in the metric's form; empty for training records.
         number: place in `source`, from 1.
+        rejected: of a preference, (prompt, the answer that is not preferred).
     """
 
     turns: list[tuple[str, str]]
@@ -101,6 +104,7 @@ class RecordText:
     source: RecordSource
     number: int
     record: Record
+    rejected: list[tuple[str, str]] = field(default_factory=list)
 
 
 def tokenize(
@@ -193,8 +197,13 @@ def _completion_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
 
 
 def digest_of(examples: Sequence[object]) -> str:
-    """Returns the SHA-256 (hex) of the examples in order: of their `repr`, so of class and field names too."""
+    """Returns the SHA-256 (hex) of the examples in order: of their `repr`, so of class and field names too.
+
+    Of a stream, it is of the examples that were read before the training, and of what else identifies the records.
+    """
     digest = hashlib.sha256()
+    for text in getattr(examples, "identity", ()):
+        digest.update(text.encode())
     for example in examples:
         digest.update(repr(example).encode())
     return digest.hexdigest()

@@ -40,7 +40,7 @@ def general_examples(
         return _texts(source, records, tokenizer, longest)
     data = DataConfig(train=(source,))
     task = TaskConfig(name="general", alpha=1.0, sparsity=0.5, data=data, training=TrainingConfig(max_length=longest))
-    return load_task(task, tokenizer, seed=0, read_source=lambda *_: records).train
+    return list(load_task(task, tokenizer, seed=0, read_source=lambda *_: records).train)
 
 
 def _texts(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from loraf.errors import ConfigError, Problem, one_line
-from loraf_train.data.columns import read_parquet, records_of
+from loraf_train.data.columns import STREAMED_AT_ONCE, read_parquet, records_of, stream_parquet
 from loraf_train.data.values import Unreadable
 from loraf_train.settings.data import COMPRESSED, RecordSource, file_format
 
@@ -60,6 +60,13 @@ class Faults:
         return problems
 
 
+class _FirstFault(Faults):
+    """Raises the first mistake instead of collecting them."""
+
+    def add(self, where: str, message: str, remedy: str) -> None:
+        raise ConfigError(Problem(message, where, self._source, remedy))
+
+
 def read(source: RecordSource, split: str = "train") -> list[Record]:
     """Reads all records of a source, in its order.
 
@@ -73,21 +80,9 @@ def read(source: RecordSource, split: str = "train") -> list[Record]:
         return _dataset(source, source.dataset, source.split or split)
     assert source.file is not None  # a source is a file or a dataset
     faults = Faults(str(source.file))
-    try:
+    records: list[Record] = []
+    with _told(faults):
         records = list(_READERS[file_format(source.file)](source.file, faults))
-    except _Unusable as error:
-        faults.add("", *error.args)
-        records = []
-    except UnicodeDecodeError:
-        faults.add("", "is not UTF-8 text", "save it as UTF-8")
-        records = []
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        message = f"is not a whole gzip file ({one_line(error)})"
-        faults.add("", message, f"compress it again, or take {COMPRESSED} off its name if it is not compressed")
-        records = []
-    except OSError as error:
-        faults.add("", f"cannot be read ({error.strerror or error})", "name a readable file")
-        records = []
     if len(records) == 1 and file_format(source.file) in _JSON and _is_by_columns(records[0]):
         remedy = "write one object for each record (in pandas: to_json with orient='records')"
         faults.add("", "is one object of columns, not of records", remedy)
@@ -96,6 +91,22 @@ def read(source: RecordSource, split: str = "train") -> list[Record]:
     if faults.problems:
         raise ConfigError(faults.problems)
     return records
+
+
+@contextmanager
+def _told(faults: Faults) -> Iterator[None]:
+    """Adds to `faults` what keeps a file from being read."""
+    try:
+        yield
+    except _Unusable as error:
+        faults.add("", *error.args)
+    except UnicodeDecodeError:
+        faults.add("", "is not UTF-8 text", "save it as UTF-8")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        message = f"is not a whole gzip file ({one_line(error)})"
+        faults.add("", message, f"compress it again, or take {COMPRESSED} off its name if it is not compressed")
+    except OSError as error:
+        faults.add("", f"cannot be read ({error.strerror or error})", "name a readable file")
 
 
 def _is_by_columns(record: Record) -> bool:
@@ -112,26 +123,56 @@ def _is_by_columns(record: Record) -> bool:
     return known and same and not any(isinstance(item, dict | list) for value in lists for item in value)
 
 
+def stream(source: RecordSource, split: str = "train") -> Iterator[Record]:
+    """Yields the records of a source one by one, as `read` returns them, without holding the source in memory.
+
+    Of Parquet, a thousand rows are in memory at a time; of a compressed file, what is unpacked so far is not.
+
+    Args:
+        split: as for `read`.
+
+    Raises:
+        ConfigError: at the first record that cannot be read; a JSON list, which has to be read whole.
+    """
+    if source.dataset is not None:
+        yield from _streamed_dataset(source, source.dataset, source.split or split)
+        return
+    assert source.file is not None  # a source is a file or a dataset
+    faults = _FirstFault(str(source.file))
+    with _told(faults):
+        yield from _READERS[file_format(source.file)](source.file, faults, lazily=True)
+
+
 @contextmanager
-def _binary(file: Path) -> Iterator[BinaryIO]:
-    """Opens a file; one that is compressed as its whole content, so that damage shows before anything is read."""
+def _binary(file: Path, lazily: bool = False) -> Iterator[BinaryIO]:
+    """Opens a file; one that is compressed as its whole content, so that damage shows before anything is read.
+
+    Args:
+        lazily: unpack it as it is read instead.
+    """
     with open(file, "rb") as stream:
         compressed = stream.read(len(_GZIP)) == _GZIP or file.suffix.lower() == COMPRESSED
         stream.seek(0)
-        yield io.BytesIO(gzip.GzipFile(fileobj=stream).read()) if compressed else stream
+        if not compressed:
+            yield stream
+        elif lazily:
+            yield gzip.GzipFile(fileobj=stream)  # type: ignore[misc]  # reads as a BinaryIO does
+        else:
+            yield io.BytesIO(gzip.GzipFile(fileobj=stream).read())
 
 
 @contextmanager
-def _text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+def _text(file: Path, newline: str | None = None, lazily: bool = False) -> Iterator[TextIO]:
     """Opens a text file in UTF-8, with or without a byte order mark.
 
     Args:
         newline: as for `open`.
+        lazily: see `_binary`.
 
     Raises:
         _Unusable: it is in UTF-16.
     """
-    with _binary(file) as stream:
+    with _binary(file, lazily) as stream:
         start = stream.read(4)
         if start.startswith(_UTF16) or b"\0" in start:
             raise _Unusable("is UTF-16 text", "save it as UTF-8")
@@ -155,8 +196,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _json_lines(file: Path, faults: Faults) -> Iterator[Record]:
-    with _text(file) as stream:
+def _json_lines(file: Path, faults: Faults, lazily: bool = False) -> Iterator[Record]:
+    with _text(file, lazily=lazily) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -171,12 +212,15 @@ def _json_lines(file: Path, faults: Faults) -> Iterator[Record]:
                 faults.add(f"line {number}", f"is {_kind(record)}, not an object", "write one JSON object per line")
 
 
-def _json(file: Path, faults: Faults) -> Iterator[Record]:
+def _json(file: Path, faults: Faults, lazily: bool = False) -> Iterator[Record]:
     """Reads a JSON list, or JSON lines, which are common under this suffix too."""
-    with _text(file) as stream:
+    with _text(file, lazily=lazily) as stream:
         first = next((line.strip() for line in stream if line.strip()), "")
     if first.startswith("{") and first.endswith("}"):
-        yield from _json_lines(file, faults)
+        yield from _json_lines(file, faults, lazily)
+        return
+    if lazily:
+        faults.add("", "is a JSON list, which has to be read whole", "write one object per line, or streaming: false")
         return
     try:
         with _text(file) as stream:
@@ -196,11 +240,11 @@ def _json(file: Path, faults: Faults) -> Iterator[Record]:
             faults.add(f"record {number}", f"is {_kind(record)}, not an object", "write a JSON list of objects")
 
 
-def _csv(file: Path, faults: Faults) -> Iterator[Record]:
+def _csv(file: Path, faults: Faults, lazily: bool = False) -> Iterator[Record]:
     """Reads every value as text, as it is in the file."""
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if file_format(file) == ".tsv" else ","
-    with _text(file, newline="") as stream:
+    with _text(file, newline="", lazily=lazily) as stream:
         rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
         try:
             columns = list(rows.fieldnames or ())
@@ -226,12 +270,12 @@ def _require_delimiter(columns: list[str], expected: str) -> None:
         raise _Unusable(f"has {_DELIMITERS[used]} between its columns, not {_DELIMITERS[expected]}", remedy)
 
 
-def _parquet(file: Path, faults: Faults) -> Iterator[Record]:
+def _parquet(file: Path, faults: Faults, lazily: bool = False) -> Iterator[Record]:
     import pyarrow
 
     try:
-        with _binary(file) as stream:
-            yield from read_parquet(stream)
+        with _binary(file, lazily) as stream:
+            yield from stream_parquet(stream) if lazily else read_parquet(stream)
     except pyarrow.ArrowException as error:
         faults.add("", f"is not Parquet ({one_line(error)})", "write it again as Parquet")
 
@@ -257,6 +301,23 @@ def _dataset(source: RecordSource, name: str, split: str) -> list[Record]:
         remedy = "name another split, or a source with records"
         raise ConfigError(Problem(f"the split {split} has no records", "", str(source), remedy))
     return records
+
+
+def _streamed_dataset(source: RecordSource, name: str, split: str) -> Iterator[Record]:
+    import datasets
+
+    try:
+        if _is_saved(Path(name)):
+            rows: Any = _saved(name, split)  # mapped from disk
+        else:
+            rows = datasets.load_dataset(name, source.subset, split=split, revision=source.revision, streaming=True)
+        features = rows.features.to_dict() if rows.features is not None else {}
+        tables = iter(rows.with_format("arrow").iter(batch_size=STREAMED_AT_ONCE))
+        while (table := next(tables, None)) is not None:
+            yield from records_of(table, features)
+    except Exception as error:  # the library raises many kinds, also later on, of the network
+        remedy = "check name, subset: and split: (parts such as train[:100] cannot be streamed), or streaming: false"
+        raise ConfigError(Problem(f"cannot be streamed ({one_line(error)})", "", str(source), remedy)) from None
 
 
 def _is_saved(folder: Path) -> bool:

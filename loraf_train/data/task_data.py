@@ -21,13 +21,16 @@ from loraf_train.data import lori
 from loraf_train.data.chat import ChatForm
 from loraf_train.data.cutting import cut, nothing_kept
 from loraf_train.data.doubts import find_doubts, find_empty
-from loraf_train.data.examples import EvaluationExample, EvaluationSet, Example, RecordText, tokenize
+from loraf_train.data.examples import EvaluationExample, EvaluationSet, Example, RecordText, digest_of, tokenize
 from loraf_train.data.form import Form, RecordFault
 from loraf_train.data.forms import TemplateForm, form_of
+from loraf_train.data.preferences import Pair, PreferenceForm, cut_pairs, find_doubtful, preference_form
+from loraf_train.data.record_texts import NumberedRecord, texts_of
 from loraf_train.data.records import Faults, Record, read
-from loraf_train.data.text import require_encodable, require_readable, text_or_none
+from loraf_train.data.stream import ExampleStream, read_head
+from loraf_train.data.text import require_readable, text_or_none
 from loraf_train.data.values import Unreadable
-from loraf_train.grading.builtin import DEFAULT_METRIC, expected_answer
+from loraf_train.grading.builtin import DEFAULT_METRIC, PREFERENCE, expected_answer
 from loraf_train.grading.custom import MetricFault, graded
 from loraf_train.settings.config import RunConfig, TaskConfig
 from loraf_train.settings.data import RecordSource
@@ -35,8 +38,6 @@ from loraf_train.settings.data import RecordSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONVERSATION_FIELDS = frozenset({"messages", "prompt", "completion", "tools", "chat_template_kwargs"})
-NumberedRecord = tuple[int, Record]  # number in its source, from 1
 Read = Callable[[RecordSource, str], list[Record]]  # with the arguments of `records.read`
 
 
@@ -45,7 +46,9 @@ class TaskData:
     """What a task trains on and is scored on.
 
     Attributes:
-        records: number of training records (after `limit`).
+        train: of a task that streams, an `ExampleStream`.
+        rejected: of preferences, the other answer to each of `train`; empty: the task learns from completions.
+        records: number of training records (after `limit`); of a task that streams, of those read so far.
         metric: the metric of the settings, or the one that the records decide.
         cut: number of examples that lost their end to max_length.
         dropped: number of examples left out because nothing to learn of them fits.
@@ -55,7 +58,7 @@ class TaskData:
         date: that the prompts name, YYYY-MM-DD; empty: they do not depend on it.
     """
 
-    train: list[Example]
+    train: Sequence[Example]
     evaluation: dict[str, EvaluationSet]
     templates: Templates
     records: int
@@ -66,6 +69,19 @@ class TaskData:
     longest: int = 0
     warnings: tuple[Problem, ...] = ()
     date: str = ""
+    rejected: Sequence[Example] = ()
+
+    @property
+    def units(self) -> Sequence[Example] | Sequence[Pair]:
+        """What one unit of a batch is: an example, or a preference."""
+        return (
+            [Pair(*answers) for answers in zip(self.train, self.rejected, strict=True)] if self.rejected else self.train
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that is trained on."""
+        return digest_of(self.units)
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,10 @@ def _load(
 ) -> tuple[TaskData | None, list[Problem]]:
     """Returns the task's data, None if there are mistakes or no tokenizer; and the mistakes."""
     problems: list[Problem] = []
-    sources = _read_all(task.data.train, "train", problems, read_source)
+    if task.data.streaming:
+        sources = read_head(task.data.train, problems)
+    else:
+        sources = _read_all(task.data.train, "train", problems, read_source)
     metric = _metric(task, sources[0][1][0] if sources else {})
     form: Form | None = None
     train: list[RecordText] = []
@@ -147,8 +166,10 @@ def _load(
         faults, doubts = Faults(str(source)), Faults(str(source), "warnings")
         form = form or _form(task, *records[0], tokenizer, today, faults)
         if form is not None:
-            texts = _texts(form, source, records, faults, doubts)
+            texts = texts_of(form, source, records, faults, doubts)
             find_doubts(form, source, everything, faults, doubts)
+            if isinstance(form, PreferenceForm):
+                find_doubtful(texts, faults, doubts)
             find_empty([t.number for t in texts if _has_empty_completion(form, t)], len(records), doubts)
             train += texts
         problems += faults.problems
@@ -161,6 +182,7 @@ def _load(
         return None, problems
     try:
         sequences = tokenize(train, tokenizer, form.templates.special_tokens, form.ends)
+        others = _rejected(train, form, tokenizer)
         sets = {
             name: EvaluationSet(name, _evaluation_examples(task, form, part.texts, tokenizer), part.choices)
             for name, part in evaluation.items()
@@ -168,11 +190,18 @@ def _load(
     except ConfigError as error:
         return None, list(error.problems)
     max_length = task.training.max_length
-    parts = cut(sequences, train, max_length)
+    rejected: list[Example] = []
+    if isinstance(form, PreferenceForm):
+        parts, rejected = cut_pairs([chosen for (chosen,) in sequences], others, train, max_length)
+    else:
+        parts = cut(sequences, train, max_length)
     if not parts.kept:
         return None, [nothing_kept(parts.dropped, task.name, max_length)]
+    examples: Sequence[Example] = parts.kept
+    if task.data.streaming:
+        examples = ExampleStream(parts.kept, task.name, task.data.train, form, tokenizer, max_length)
     return TaskData(
-        train=parts.kept,
+        train=examples,
         evaluation=sets,
         templates=form.templates,
         records=len(train),
@@ -183,12 +212,23 @@ def _load(
         longest=parts.longest,
         warnings=tuple(warnings),
         date=today.isoformat() if form.wrote_date else "",
+        rejected=rejected,
     ), []
+
+
+def _rejected(texts: Sequence[RecordText], form: Form, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The other answer of each preference; empty for other records."""
+    if not isinstance(form, PreferenceForm):
+        return []
+    others = [replace(text, turns=text.rejected) for text in texts]
+    return [example for (example,) in tokenize(others, tokenizer, form.templates.special_tokens, form.ends)]
 
 
 def _has_empty_completion(form: Form, text: RecordText) -> bool:
     if isinstance(form, ChatForm):
         return not all(form.graded_text(completion).strip() for _, completion in text.turns)
+    if isinstance(form, PreferenceForm):
+        return not all(form.graded_text(completion).strip() for _, completion in (*text.turns, *text.rejected))
     return isinstance(form, TemplateForm) and not text.turns[-1][1].strip()
 
 
@@ -233,6 +273,8 @@ def _sampled(
 
 def _metric(task: TaskConfig, first: Record) -> str:
     """Returns the task's metric; `first` is its first training record, empty if none could be read."""
+    if task.objective == "dpo":
+        return PREFERENCE
     by_recipe = lori.metric_of(first) if task.recipe == "lori" else None
     return task.metric or by_recipe or DEFAULT_METRIC
 
@@ -246,33 +288,14 @@ def _form(
     faults: Faults,
 ) -> Form | None:
     try:
+        if task.objective == "dpo":
+            preferences = preference_form(task.data, first, tokenizer)
+            return None if preferences is None else preferences.on(today)
         form = (lori.form_of if task.recipe == "lori" else form_of)(task.data, first, tokenizer)
         return None if form is None else form.on(today)
     except RecordFault as fault:
         faults.add(f"record {number}", fault.message, fault.remedy)
         return None
-
-
-def _texts(
-    form: Form, source: RecordSource, records: list[NumberedRecord], faults: Faults, doubts: Faults
-) -> list[RecordText]:
-    """Formats records; those that cannot become text are added to `faults`, those that do in part to `doubts`."""
-    texts = []
-    for number, record in records:
-        try:
-            if isinstance(form, ChatForm):
-                for name in CONVERSATION_FIELDS & record.keys():
-                    require_readable(record[name], name)
-            turns = form.texts(record)
-            for prompt, completion in turns:
-                require_encodable(prompt, "its prompt")
-                require_encodable(completion, "its completion")
-            texts.append(RecordText(turns, "", source, number, record))
-            for loss in form.losses:
-                doubts.add(f"record {number}", *loss)
-        except RecordFault as fault:
-            faults.add(f"record {number}", fault.message, fault.remedy)
-    return texts
 
 
 def _evaluation_texts(
@@ -295,9 +318,11 @@ def _evaluation_texts(
         for _, records, everything in _sampled(readable, limit, seed):
             faults, doubts = Faults(str(source)), Faults(str(source), "warnings")
             choices = source.choices or (lori.choices_of(records[0][1]) if task.recipe == "lori" else ())
-            texts = [] if form is None else _texts(form, source, records, faults, doubts)
+            texts = [] if form is None else texts_of(form, source, records, faults, doubts)
             if form is not None:
                 find_doubts(form, source, everything, faults, doubts)
+            if isinstance(form, PreferenceForm):
+                find_doubtful(texts, faults, doubts)
             texts = _with_answers(form, texts, metric, choices, faults)
             _try_grade(task, form, [*texts[:1], *(t for t in texts[1:] if _has_unreadable(t.record))], faults)
             sets[name] = _EvaluationTexts(texts, choices)
@@ -358,8 +383,9 @@ def _evaluation_examples(
     last_answers = [replace(text, turns=text.turns[-1:]) for text in texts]
     examples = []
     sequences = tokenize(last_answers, tokenizer, form.templates.special_tokens, form.ends)
-    for (example,), text in zip(sequences, texts, strict=True):
+    rejected: Sequence[Example | None] = _rejected(texts, form, tokenizer) or [None] * len(texts)
+    for (example,), text, other in zip(sequences, texts, rejected, strict=True):
         thinks = form.thinks(text.turns[-1][0])
         origin = (text.record, str(text.source), text.number) if task.grade is not None else ({}, "", 0)
-        examples.append(EvaluationExample(example, text.expected, *origin, thinks))
+        examples.append(EvaluationExample(example, text.expected, *origin, thinks, other))
     return examples

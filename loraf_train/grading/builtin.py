@@ -4,6 +4,7 @@ exact_match   the whole answer, except for white space at its ends
 gsm8k         the number that the answer states
 choice        the first of the given choices that the answer names
 loss          not about texts: the mean loss of completion tokens (loraf_train.scoring.evaluate), lower is better
+preference    not about texts: the share of pairs whose chosen answer is more likely (loraf_train.scoring.evaluate)
 
 Any other name with a dot or a colon is a function of the user's own, see `loraf_train.grading.custom`.
 """
@@ -15,8 +16,10 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-DEFAULT_NEW_TOKENS = {"exact_match": 32, "gsm8k": 256, "choice": 32, "loss": 0}  # of every built-in metric
+# of every built-in metric
+DEFAULT_NEW_TOKENS = {"exact_match": 32, "gsm8k": 256, "choice": 32, "loss": 0, "preference": 0}
 DEFAULT_METRIC = "exact_match"
+PREFERENCE = "preference"
 OWN_METRIC_NEW_TOKENS = 256
 MEAN = "mean"  # the plain mean over a task's evaluation sets, among its scores
 LOWER_IS_BETTER = frozenset({"loss"})

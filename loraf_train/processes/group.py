@@ -69,3 +69,16 @@ def agree(number: int, device: torch.device) -> bool:
     gathered = [torch.empty_like(own) for _ in range(count())]
     distributed.all_gather(gathered, own)
     return all(torch.equal(own, other) for other in gathered)
+
+
+def of_first(number: float, device: torch.device) -> float:
+    """Returns, in all processes, the number that the first one passed.
+
+    Args:
+        device: the one this process computes on.
+    """
+    if not distributed.is_initialized():
+        return number
+    own = torch.tensor([number], dtype=torch.float64, device=device)
+    distributed.broadcast(own, src=0)
+    return float(own)

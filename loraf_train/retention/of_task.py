@@ -12,7 +12,7 @@ from loraf_train.retention.statistics import encode
 from loraf_train.trainer.penalty import NO_PENALTY, Penalty
 
 if TYPE_CHECKING:
-    from loraf_train.adapter.layer import LorafLinear
+    from loraf_train.adapter.layer import TaskValues
     from loraf_train.adapter.trainable_base import TrainableBase
     from loraf_train.data.examples import Example
     from loraf_train.settings.parts import RetentionConfig
@@ -41,7 +41,12 @@ class RetentionOfTask:
     def budget(self) -> float:
         return self._settings.budget if self._settings else 0.0
 
-    def penalty(self, layers: Mapping[str, LorafLinear]) -> Penalty:
+    @property
+    def is_protecting(self) -> bool:
+        """Whether there is an earlier task to protect."""
+        return self._settings is not None and bool(self._protected)
+
+    def penalty(self, layers: Mapping[str, TaskValues]) -> Penalty:
         """Returns what is added to the loss while `layers` are trained."""
         if self._settings is None or not self._protected:
             return NO_PENALTY

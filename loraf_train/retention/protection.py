@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loraf_train.adapter.layer import EarlierTasks, LorafLinear
+from loraf_train.adapter.layer import EarlierTasks, TaskValues
 from loraf_train.retention.statistics import Statistics
 from loraf_train.trainer.penalty import Penalty
 
@@ -27,6 +27,7 @@ _IN_FORCE = 0.7  # share of the steps after which price and budget are in force
 # Of the controller: the change of log λ in a step, per unit of log(P / allowed) and of its change since the last step.
 # The first is larger in short runs, so that λ can cross all of its range.
 _INTEGRAL, _INTEGRAL_OF_ALL_STEPS, _PROPORTIONAL = 0.05, 8.0, 0.3
+OVER = 1.1  # of the budget; a little more is how steering ends
 _LARGEST_ERROR = 2.0  # of log(P / allowed): at the first steps P is near 0
 
 
@@ -58,7 +59,7 @@ class Protection(Penalty):
         budget: root mean square change of a logit of each task.
     """
 
-    def __init__(self, layers: Mapping[str, LorafLinear], tasks: Sequence[ProtectedTask], budget: float):
+    def __init__(self, layers: Mapping[str, TaskValues], tasks: Sequence[ProtectedTask], budget: float):
         self._layers = layers
         self._budget = budget
         self._tasks = [_Quadratic(layers, task) for task in tasks]
@@ -96,6 +97,10 @@ class Protection(Penalty):
         squares = [float(task.evaluate(deltas)[0]) for task in self._tasks]
         return {name: max(square, 0.0) ** 0.5 for name, square in zip(self.names, squares, strict=True)}
 
+    def accepts(self) -> bool:
+        """Whether no task's predicted change is beyond the budget, with the little more with which steering ends."""
+        return all(change <= OVER * self._budget for change in self.changes().values())
+
     def state(self) -> dict[str, torch.Tensor]:
         return {"log_strength": self._log_strength.clone(), "last_error": self._last_error.clone()}
 
@@ -111,7 +116,7 @@ class _Quadratic:
     """
 
     @torch.no_grad()
-    def __init__(self, layers: Mapping[str, LorafLinear], task: ProtectedTask):
+    def __init__(self, layers: Mapping[str, TaskValues], task: ProtectedTask):
         self._layers = layers
         device = next(iter(layers.values())).values.device
         self._statistics = {name: task.statistics[name].to(device) for name in layers}
@@ -143,13 +148,13 @@ class _Quadratic:
         return square, gradients
 
 
-def _dense(layer: LorafLinear, values: torch.Tensor, scale: float) -> torch.Tensor:
+def _dense(layer: TaskValues, values: torch.Tensor, scale: float) -> torch.Tensor:
     """Returns a (d_out, rank) float32 matrix with scale·values at the layer's positions."""
     out = torch.zeros(layer.out_features * layer.rank, device=values.device)
     out[layer.positions.long()] = values.detach().float() * scale
     return out.view(-1, layer.rank)
 
 
-def _at(layer: LorafLinear, matrix: torch.Tensor) -> torch.Tensor:
+def _at(layer: TaskValues, matrix: torch.Tensor) -> torch.Tensor:
     """Returns the entries of a (d_out, rank) matrix at the layer's positions."""
     return matrix.reshape(-1).index_select(0, layer.positions)

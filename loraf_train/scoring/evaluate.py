@@ -1,4 +1,4 @@
-"""Scores of a transformers model on evaluation sets: greedy answers in batches, or the loss of the right answers.
+"""Scores of a transformers model on evaluation sets: greedy answers, the loss of the right ones, or preferences.
 
 Every example counts, including the last partial batch. The caller decides which task set the model holds
 (`loraf.delta.Merger`); here it is only a label of each score.
@@ -16,10 +16,10 @@ import torch
 from loraf.errors import ConfigError
 from loraf.tasksets import TaskSet
 from loraf_train.adapter import model_limits
-from loraf_train.data.examples import IGNORED, EvaluationExample
+from loraf_train.data.examples import IGNORED, EvaluationExample, Example
 from loraf_train.data.records import Faults
 from loraf_train.data.task_data import TaskData
-from loraf_train.grading.builtin import LOWER_IS_BETTER, MEAN, exact_match, is_right, mean_interval
+from loraf_train.grading.builtin import LOWER_IS_BETTER, MEAN, PREFERENCE, exact_match, is_right, mean_interval
 from loraf_train.grading.custom import Grade, MetricFault, graded
 from loraf_train.scoring.identity import answer_tokens, evaluation_digest
 from loraf_train.settings.config import TaskConfig
@@ -100,6 +100,9 @@ def score(
         interval = None
         if metric == "loss":
             value = completion_loss(model, evaluation.examples, advance)
+        elif metric == PREFERENCE:
+            grades = preference_grades(model, evaluation.examples, advance)
+            value, interval = sum(grades) / len(grades), mean_interval(grades)
         else:
             answers = _answers(model, tokenizer, evaluation.examples, answer_tokens(task, metric), advance)
             if task.grade is not None:
@@ -242,7 +245,7 @@ def completion_loss(
     """Returns the mean loss in nats over all completion tokens of all examples, end of sequence included."""
     total, tokens, done = 0.0, 0, 0
     sequences = [example.example for example in examples]
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches([len(s.input_ids) for s in sequences], 0):
             width = max(len(sequences[i].input_ids) for i in batch)
             ids = torch.zeros((len(batch), width), dtype=torch.long)
@@ -262,6 +265,56 @@ def completion_loss(
             done += len(batch)
             on_progress(done)
     return total / tokens
+
+
+def preference_grades(
+    model: PreTrainedModel,
+    examples: Sequence[EvaluationExample],
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[float]:
+    """Returns 1 for each pair whose chosen answer the model finds more likely, 0 for the others, and 0.5 for equals.
+
+    An answer's probability is that of all its tokens, end of sequence included. No reference model takes part.
+    """
+    return [(margin > 0) + 0.5 * (margin == 0) for margin in margins(model, examples, on_progress)]
+
+
+def margins(
+    model: PreTrainedModel,
+    examples: Sequence[EvaluationExample],
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[float]:
+    """Returns log p(chosen) − log p(rejected) of each pair, in nats."""
+    half = len(examples)
+    sequences = [e.example for e in examples] + [e.rejected for e in examples if e.rejected is not None]
+    logs = log_probabilities(model, sequences, lambda done: on_progress(done // 2))
+    return [better - worse for better, worse in zip(logs[:half], logs[half:], strict=True)]
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: PreTrainedModel, sequences: Sequence[Example], on_progress: Callable[[int], None] = lambda done: None
+) -> list[float]:
+    """Returns the log probability of each completion after its prompt, in nats."""
+    totals, done = [0.0] * len(sequences), 0
+    with evaluating(model):
+        for batch in batches([len(s.input_ids) for s in sequences], 0):
+            width = max(len(sequences[i].input_ids) for i in batch)
+            ids = torch.zeros((len(batch), width), dtype=torch.long)
+            mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+            for row, i in enumerate(batch):
+                length = len(sequences[i].input_ids)
+                ids[row, :length] = torch.tensor(sequences[i].input_ids)
+                mask[row, :length] = 1
+                labels[row, :length] = torch.tensor(sequences[i].labels())
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, :-1]
+            targets = labels[:, 1:].to(logits.device)
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none")
+            for i, total in zip(batch, (-losses.double().sum(1)).tolist(), strict=True):
+                totals[i] = total
+            done += len(batch)
+            on_progress(done)
+    return totals
 
 
 def _with_room(
@@ -307,7 +360,7 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Turns dropout off, and restores the mode afterwards."""
     was_training = model.training
     model.train(False)
@@ -327,7 +380,7 @@ def _for_answers(model: PreTrainedModel, ends: list[int], pad: int, max_new_toke
         do_sample=False, num_beams=1, eos_token_id=ends, pad_token_id=pad, max_new_tokens=max_new_tokens, use_cache=True
     )
     try:
-        with _evaluating(model):
+        with evaluating(model):
             yield
     finally:
         model.generation_config = before

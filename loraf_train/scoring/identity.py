@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loraf.sealed_json import content_digest
 from loraf_train.grading import custom
-from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS, OWN_METRIC_NEW_TOKENS
+from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS, OWN_METRIC_NEW_TOKENS, PREFERENCE
 
 if TYPE_CHECKING:
     from loraf_train.data.examples import EvaluationSet
@@ -35,7 +35,11 @@ def evaluation_digest(task: TaskConfig, metric: str, evaluation: EvaluationSet) 
             for e in evaluation.examples
         ],
     }
-    if metric != "loss":
+    if metric == PREFERENCE:
+        content["rejected"] = [
+            [e.rejected.input_ids, e.rejected.prompt_length] for e in evaluation.examples if e.rejected is not None
+        ]
+    elif metric != "loss":
         content |= {"choices": evaluation.choices, "max_new_tokens": answer_tokens(task, metric)}
     if task.grade is not None:
         content["code"] = custom.code_digest(task.grade)

@@ -115,8 +115,8 @@ def complete(
     Returns:
         The new scores.
     """
-    from loraf.delta import Merger
     from loraf_train.adapter import sharding
+    from loraf_train.adapter.merging import merger_of
     from loraf_train.processes import group
     from loraf_train.scoring.evaluate import score
 
@@ -127,7 +127,7 @@ def complete(
     if not keys:
         return []
     settings = {task.name: task for task in tasks}
-    merger = sharding.ShardedMerger(model, checkpoint) if sharded else Merger(model, checkpoint)
+    merger = sharding.ShardedMerger(model, checkpoint) if sharded else merger_of(model, checkpoint)
     scores: list[Score] = []
     try:
         for task_set in dict.fromkeys(key.task_set for key in keys):

@@ -17,6 +17,7 @@ from loraf.errors import ConfigError, Problem, one_line
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+ATTENTION = "attn_implementation"
 _UNSUPPORTED = "use a causal language model that this version of transformers supports"
 
 
@@ -72,16 +73,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def base_model_shape(folder: Path, target_modules: Sequence[str], file: str = "") -> BaseModelShape:
+def base_model_shape(
+    folder: Path, target_modules: Sequence[str], file: str = "", attention: str | None = None
+) -> BaseModelShape:
     """Builds the model without weights, compares it with the headers of the weights, and finds its target modules.
 
     Args:
         target_modules: last parts of module names.
         file: the configuration's path, for messages.
+        attention: `attn_implementation` of the file.
 
     Raises:
-        ConfigError: transformers does not support the model, its files are not whole or do not belong together, or it
-            lacks a target module.
+        ConfigError: transformers does not support the model, its files are not whole or do not belong together, it
+            lacks a target module, or model or machine lack the implementation of attention.
     """
     from loraf import base_files
     from loraf_train.adapter import model_limits
@@ -94,6 +98,9 @@ def base_model_shape(folder: Path, target_modules: Sequence[str], file: str = ""
         targets = find_targets(model, target_modules, file)
     except ConfigError as error:
         problems += error.problems
+    if model is not None and attention is not None:
+        unsupported = attention_problem(folder, attention, file)
+        problems += [unsupported] if unsupported is not None else []
     if model is not None and not problems:
         problems += _weight_problems(folder, model)
     if problems or model is None:
@@ -110,8 +117,11 @@ def base_model_shape(folder: Path, target_modules: Sequence[str], file: str = ""
     )
 
 
-def build_without_weights(folder: Path) -> PreTrainedModel:
+def build_without_weights(folder: Path, attention: str | None = None) -> PreTrainedModel:
     """Builds the model that a folder's config.json describes, on the `meta` device.
+
+    Args:
+        attention: transformers' name of an implementation; None: what it chooses.
 
     Raises:
         ConfigError: transformers has no such causal language model, or it would need code of the model's own.
@@ -127,7 +137,7 @@ def build_without_weights(folder: Path) -> PreTrainedModel:
             raise ConfigError(Problem(message, "is_encoder_decoder", str(file), _UNSUPPORTED))
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # of transformers
-                config, trust_remote_code=False
+                config, trust_remote_code=False, **attention_keywords(attention)
             )
     except ConfigError:
         raise
@@ -138,6 +148,32 @@ def build_without_weights(folder: Path) -> PreTrainedModel:
         message = f"transformers cannot build the model ({one_line(error)})"
         raise ConfigError(Problem(message, file=str(file), remedy=f"correct it, or {_UNSUPPORTED}")) from error
     return model
+
+
+def attention_keywords(attention: str | None) -> dict[str, Any]:
+    """What transformers is given for an implementation of attention; None would be one, too: its own default."""
+    return {} if attention is None else {ATTENTION: attention}
+
+
+def attention_problem(folder: Path, name: str, file: str = "") -> Problem | None:
+    """Returns why the model cannot compute attention in this way, or this machine cannot; None: they can.
+
+    Args:
+        folder: of the model.
+        file: the configuration's path.
+    """
+    import torch
+
+    remedy = "choose another, or leave it out for what transformers chooses"
+    if name.startswith("flash_attention") and not torch.cuda.is_available():
+        return Problem(f"{name} runs on GPUs, and torch sees none on this machine", ATTENTION, file, remedy)
+    try:
+        used = build_without_weights(folder, name).config._attn_implementation
+    except ConfigError as error:
+        return Problem(f"{error.problems[0].message}, with {name}", ATTENTION, file, remedy)
+    if used != name and "flash" not in name:  # a flash kernel may come from elsewhere, under another name
+        return Problem(f"the model would compute attention with {used}, not with {name}", ATTENTION, file, remedy)
+    return None
 
 
 def _own_code(file: Path) -> Problem | None:

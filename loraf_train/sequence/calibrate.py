@@ -27,13 +27,14 @@ from loraf_train.trainer.penalty import NO_PENALTY, Penalty
 
 if TYPE_CHECKING:
     from loraf_train.data.examples import Example
+    from loraf_train.data.preferences import Pair
     from loraf_train.settings.config import TaskConfig
 
 
 def calibrate(
     base: TrainableBase,
     task: TaskConfig,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Sequence[Pair],
     taken: Mapping[str, Sequence[SparseB]],
     earlier: Mapping[str, EarlierTasks],
     seed: int,
@@ -72,12 +73,35 @@ def calibrate(
             journal,
             penalty(layers),
         )
+    return largest_changes(layers, candidates, task.sparsity, phase.name, phase.settings.learning_rate)
+
+
+def largest_changes(
+    layers: Mapping[str, LorafLinear],
+    candidates: Mapping[str, torch.Tensor],
+    sparsity: float,
+    phase: str,
+    learning_rate: float,
+) -> dict[str, torch.Tensor]:
+    """Selects the positions of each matrix at which calibration has moved B most.
+
+    Args:
+        layers: module → the layer that was trained at the candidates, from zeros.
+        candidates: module → positions, ascending.
+        phase, learning_rate: for messages.
+
+    Returns:
+        Module → (K,) int64 positions, ascending, K = ⌊(1 − s)·d_out·r⌋.
+
+    Raises:
+        ConfigError: a B is not finite.
+    """
     positions = {}
     for name, layer in layers.items():
         change = layer.values.detach()
         if not bool(torch.isfinite(change).all()):
-            remedy = f"use a calibration learning rate below {phase.settings.learning_rate:g}"
-            raise ConfigError(Problem(f"{phase.name}: B in {name} is not finite", remedy=remedy))
-        largest = top_k(change, positions_per_matrix(task.sparsity, *shapes[name]))
+            remedy = f"use a calibration learning rate below {learning_rate:g}"
+            raise ConfigError(Problem(f"{phase}: B in {name} is not finite", remedy=remedy))
+        largest = top_k(change, positions_per_matrix(sparsity, layer.out_features, layer.rank))
         positions[name] = candidates[name][largest.cpu()]
     return positions

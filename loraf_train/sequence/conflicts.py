@@ -11,7 +11,15 @@ from loraf import base_model
 from loraf.errors import BaseMismatch, ConfigError, Problem
 from loraf.manifest import Manifest
 from loraf_train.adapter.masks import PlannedTask, shortage
-from loraf_train.sequence.provenance import FIRST_RECIPE, differences, recorded_settings, settings, value_text
+from loraf_train.sequence.provenance import (
+    FIRST_OBJECTIVE,
+    FIRST_RECIPE,
+    QUANTIZATION,
+    differences,
+    recorded_settings,
+    settings,
+    value_text,
+)
 from loraf_train.settings.config import RunConfig, TaskConfig
 
 Shapes = Mapping[str, tuple[int, int]]  # target module → (d_out, d_in), from the file and the model
@@ -115,10 +123,11 @@ def _taken_names(config: RunConfig, manifest: Manifest) -> Iterator[Problem]:
 def _task_differences(config: RunConfig, manifest: Manifest, index: int, task: TaskConfig) -> Iterator[Problem]:
     if task.name not in manifest.task_names:
         return
-    configured = {"recipe": FIRST_RECIPE, **settings(config, task)}
+    defaults = {"recipe": FIRST_RECIPE, "objective": FIRST_OBJECTIVE, QUANTIZATION: None}
+    configured = {**defaults, **settings(config, task)}
     recorded = recorded_settings(manifest.task(task.name))
     for field, before, now in differences(recorded, {key: configured.get(key) for key in recorded}):
         message = f"task {task.name!r} was trained with {value_text(before)}, but the file says {value_text(now)}"
         remedy = f"set it to {value_text(before)}, give the task another name, or {_OTHER_OUTPUT}"
-        where = field if field == "recipe" else f"tasks[{index}].{field}"  # the only one that all tasks share
+        where = field if field in ("recipe", QUANTIZATION) else f"tasks[{index}].{field}"  # those that all tasks share
         yield Problem(message, where, str(config.file), remedy)

@@ -81,14 +81,14 @@ def _sequences(config: RunConfig, data: Mapping[str, TaskData]) -> Iterator[_Seq
             continue
         of_task = data[task.name]
         yield _Sequences(
-            [example.input_ids for example in of_task.train],
+            [example.input_ids for example in (*of_task.train, *of_task.rejected)],
             "training example",
             f"tasks[{i}].data.train",
             f"tasks[{i}].training.max_length",
             "set it to {} or less",
         )
         for name, evaluation in of_task.evaluation.items():
-            whole = of_task.metric == "loss"
+            whole = of_task.metric in ("loss", "preference") or task.training.early_stopping is not None
             yield _Sequences(
                 [e.example.input_ids if whole else e.prompt_ids for e in evaluation.examples],
                 "example" if whole else "the prompt of example",

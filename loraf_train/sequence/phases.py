@@ -14,6 +14,7 @@ from loraf_train.trainer.order import derived_seed
 if TYPE_CHECKING:
     from loraf_train.settings.config import TaskConfig
 
+DEFAULT_BETA = 0.1  # TRL's
 CALIBRATION, TRAINING = "calibration", "training"
 
 # Labels from which the phases' seeds are derived; manifests store the seeds under them. Training was once called
@@ -24,6 +25,11 @@ CALIBRATION_SEED, TRAINING_SEED = "calibration", "adaptation"
 def seeds_of(run_seed: int, task: str) -> dict[str, int]:
     """Returns the seed of each phase of a task, by CALIBRATION_SEED and TRAINING_SEED."""
     return {label: derived_seed(run_seed, task, label) for label in (CALIBRATION_SEED, TRAINING_SEED)}
+
+
+def beta_of(task: TaskConfig) -> float | None:
+    """Returns DPO's beta; None: the task learns from completions."""
+    return (task.training.beta or DEFAULT_BETA) if task.objective == "dpo" else None
 
 
 def calibration_phase(task: TaskConfig, seed: int, output: Path | None = None) -> loop.Phase:
@@ -43,6 +49,7 @@ def calibration_phase(task: TaskConfig, seed: int, output: Path | None = None) -
         "max_grad_norm": 0.0,
         "schedule": "constant",
         "warmup_steps": 0,
+        "early_stopping": None,
     }
     return loop.Phase(
         name=f"calibration of task {task.name!r}",
@@ -50,6 +57,7 @@ def calibration_phase(task: TaskConfig, seed: int, output: Path | None = None) -
         settings=task.training.model_copy(update=changes),
         optimizer=calibration.optimizer,
         tracking=trackers.tracking(task, output, CALIBRATION),
+        beta=beta_of(task),
     )
 
 
@@ -65,4 +73,5 @@ def training_phase(task: TaskConfig, seed: int, output: Path | None = None) -> l
         seed=seed,
         settings=task.training,
         tracking=trackers.tracking(task, output, TRAINING),
+        beta=beta_of(task),
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from loraf import manifest
 from loraf.errors import ConfigError, LorafError, Problem
 from loraf.manifest import Manifest
-from loraf_train.data.examples import Example, digest_of
+from loraf_train.data.examples import Example
 from loraf_train.data.task_data import TaskData, load_all
 from loraf_train.processes import launcher
 from loraf_train.retention import base_text
@@ -29,6 +29,7 @@ from loraf_train.settings.config import RunConfig
 from loraf_train.settings.data import RecordSource
 from loraf_train.terminal.tables import quiet_libraries
 from loraf_train.trainer import trackers
+from loraf_train.trainer.trl_package import missing as missing_trl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +91,9 @@ def survey(
     today = recorded_date(config.output) if into_checkpoint else None
     data, data_problems = load_all(config, tokenizer, eval_limit, today)
     problems += data_problems
-    problems += trackers.missing(config) + launcher.problems()
+    if config.quantization is not None:
+        problems += _four_bits(config)
+    problems += trackers.missing(config) + launcher.problems() + _preferences(config)
     text = _base_text(config, model, tokenizer, problems)
     existing = _existing(config, problems) if into_checkpoint else None
     if model is not None:
@@ -106,6 +109,33 @@ def survey(
     if problems or model is None or tokenizer is None:
         return None, problems, warnings
     return PreparedRun(config, model, tokenizer, data, existing, warnings, text), [], warnings
+
+
+def _four_bits(config: RunConfig) -> list[Problem]:
+    """What a base in four bits lacks here."""
+    import torch
+
+    from loraf_train.adapter import quantised
+
+    file = str(config.file)
+    problem = quantised.machine_problem(file, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    problems = [problem] if problem is not None else []
+    if launcher.sharding() is not None:
+        remedy = "launch without FSDP; the processes still divide each batch"
+        problems.append(Problem("a base in four bits is not sharded", quantised.FIELD, file, remedy))
+    return problems
+
+
+def _preferences(config: RunConfig) -> list[Problem]:
+    """What tasks with objective: dpo lack here."""
+    field = next((f"tasks[{i}].objective" for i, task in enumerate(config.tasks) if task.objective == "dpo"), None)
+    if field is None:
+        return []
+    problems = missing_trl(field, str(config.file))
+    if launcher.sharding() is not None:
+        remedy = "launch without FSDP; the processes still divide each batch"
+        problems.append(Problem("dpo does not train a sharded model", field, str(config.file), remedy))
+    return problems
 
 
 def recorded_date(output: Path) -> date | None:
@@ -143,7 +173,7 @@ def _model(config: RunConfig, problems: list[Problem]) -> tuple[BaseModelShape |
     except ConfigError as error:
         problems += error.problems
     try:
-        shape = base_model_shape(folder, config.adapter.target_modules, file)
+        shape = base_model_shape(folder, config.adapter.target_modules, file, config.attn_implementation)
     except ConfigError as error:
         problems += error.problems
     return shape, tokenizer
@@ -217,7 +247,7 @@ def _edited_data(config: RunConfig, existing: Manifest | None, data: dict[str, T
         if existing is None or task.name not in finished or task.name not in data:
             continue
         trained_on = existing.task(task.name).training.get(EXAMPLES_DIGEST)
-        if trained_on is not None and trained_on != digest_of(data[task.name].train):
+        if trained_on is not None and trained_on != data[task.name].digest:
             message = (
                 f"task {task.name!r} was trained on other examples than these: its records, the tokenizer or how "
                 "records become text have changed since, and it is not trained again"

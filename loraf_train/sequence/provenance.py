@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import loraf
+from loraf.four_bits import QUANTIZATION as QUANTIZATION
 from loraf.manifest import Task
 from loraf_train.settings.config import RunConfig, TaskConfig
 from loraf_train.settings.parts import CalibrationConfig, TrainingConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NOT_RECORDED = {"micro_batch_size", "gradient_checkpointing", "packing", "report_to", "save_seconds"}
+FIRST_OBJECTIVE = "sft"  # of tasks whose record has none
 FIRST_RECIPE = "paper"  # of tasks whose record has none
 EXAMPLES_DIGEST = "examples_sha256"  # where `training` has the digest of the training examples, see `digest_of`
 
@@ -39,11 +41,18 @@ def settings(config: RunConfig, task: TaskConfig) -> dict[str, Any]:
         "alpha": task.alpha,
         "sparsity": task.sparsity,
         "start": task.start,
+        **({} if task.objective == FIRST_OBJECTIVE else {"objective": task.objective}),
         **({} if has_templates or task.recipe == FIRST_RECIPE else {"recipe": task.recipe}),
+        **({} if config.quantization is None else {QUANTIZATION: config.quantization}),
         "dtype": config.adapter.dtype,
         "calibration": task.calibration.model_dump(mode="json"),
         "training": task.training.model_dump(mode="json", exclude=_NOT_RECORDED),
-        "data": {**task.data.model_dump(mode="json", include={"prompt", "completion", "limit"}), "train": train},
+        "data": {
+            **task.data.model_dump(mode="json", include={"prompt", "completion", "limit"}),
+            **({"streaming": True} if task.data.streaming else {}),
+            **({"chosen": task.data.chosen, "rejected": task.data.rejected} if task.objective == "dpo" else {}),
+            "train": train,
+        },
     }
 
 
@@ -62,6 +71,8 @@ def recorded_settings(task: Task) -> dict[str, Any]:
     }
     return {
         "recipe": FIRST_RECIPE,
+        "objective": FIRST_OBJECTIVE,
+        QUANTIZATION: None,
         **recorded,
         **of_every_task,
         **{part: {**values, **recorded.get(part, {})} for part, values in defaults.items()},

@@ -303,6 +303,7 @@ _CHANGED_PARTS = {
     "earlier": "the adapter's A or its earlier tasks",
     "base": "the base model's weights",
     "general": "the general text that protects the base model",
+    "evaluation": "the evaluation data, which decides when to stop",
 }
 
 

@@ -16,45 +16,44 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
 
-from loraf import base_files, base_model, manifest
+from loraf import base_model, manifest
 from loraf.checkpoint import Checkpoint
-from loraf.errors import ConfigError, Problem, one_line
+from loraf.errors import ConfigError, Problem
 from loraf.folder_lock import locked
 from loraf_train.adapter import model_limits, sharding
 from loraf_train.adapter.trainable_base import TrainableBase, earlier_tasks, find_targets, projections, shapes_of
-from loraf_train.data.examples import digest_of
-from loraf_train.processes import group, launcher
+from loraf_train.adapter.weights import is_quantised
+from loraf_train.processes import group
 from loraf_train.retention.of_base import ProtectedBase, protected_base
 from loraf_train.retention.of_checkpoint import protected_tasks, unprotected
 from loraf_train.retention.of_task import RetentionOfTask
 from loraf_train.sequence import provenance, resume
-from loraf_train.sequence.base_checks import load_tokenizer
 from loraf_train.sequence.calibrate import calibrate
 from loraf_train.sequence.conflicts import obstacles
+from loraf_train.sequence.load_base import Loaded as Loaded
+from loraf_train.sequence.load_base import load_model as load_model
 from loraf_train.sequence.phases import CALIBRATION, CALIBRATION_SEED, TRAINING, TRAINING_SEED, seeds_of
 from loraf_train.sequence.state_check import TaskShape
+from loraf_train.sequence.stop_early import evaluations_of, stopping_of
 from loraf_train.sequence.train_task import train_task
 from loraf_train.trainer.randomness import own_randomness
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from loraf_train.data.examples import Example
     from loraf_train.data.task_data import TaskData
     from loraf_train.retention.protection import ProtectedTask
     from loraf_train.settings.config import RunConfig, TaskConfig
 
-Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]
 SelectPositions = Callable[..., dict[str, torch.Tensor]]  # with the signature of `calibrate`
 
 
@@ -85,6 +84,9 @@ class Observer:
     def step(self, loss: float, lr: float, step: int, total: int) -> None:
         """An optimizer step of the task's training is done; `step` counts from 1."""
 
+    def evaluated(self, task: TaskConfig, loss: float, step: int, best: bool) -> None:
+        """The task in training was evaluated for early stopping; `best`: this is its smallest loss so far."""
+
     def retained(self, task: TaskConfig, spent: Mapping[str, float], budget: float) -> None:
         """The task was trained under retention.
 
@@ -101,61 +103,6 @@ class Observer:
 
     def task_finished(self, checkpoint: Checkpoint, task: TaskConfig, model: PreTrainedModel) -> None:
         """The task is in the checkpoint. The model is the bare base; restore its weights if you change them."""
-
-
-def load_model(config: RunConfig) -> Loaded:
-    """Loads the base model, frozen, on the GPU if there is one.
-
-    `precision: auto` is float32 on a CPU, and bfloat16 on a GPU that supports it. If the launcher requests FSDP, this
-    joins the processes and shards the model over them.
-
-    Returns:
-        The model, its tokenizer, and the folder of both.
-
-    Raises:
-        ConfigError: the model could not be loaded or downloaded, its files are not a complete causal language model, or
-            the launcher requests something unsupported.
-    """
-    refused = launcher.problems()
-    if refused:
-        raise ConfigError(refused)
-    file = str(config.file)
-    folder = base_model.resolve(config.model, config.revision, file)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    precision = config.precision
-    use_bfloat16 = precision == "bfloat16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
-    base_files.require_loadable(folder)
-    tokenizer = load_tokenizer(folder)
-    # Written a second time in loraf_serve.backends.merged: neither package imports the other, and `loraf` must not
-    # import transformers.
-    try:
-        with _no_progress_bars():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `loading_problems` reports them
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
-    except Exception as error:  # transformers, tokenizers and safetensors have no exception in common
-        message = f"the model in {folder} cannot be loaded ({one_line(error)})"
-        remedy = "use a causal language model that this version of transformers supports, with safetensors weights"
-        raise ConfigError(Problem(message, "model", file, remedy)) from error
-    model: PreTrainedModel = loaded[0]
-    problems = base_files.loading_problems(folder, model, loaded[1])
-    if problems:
-        raise ConfigError(problems)
-    model.train(False).requires_grad_(False)
-    sharded = launcher.sharding()
-    if sharded is None:
-        model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides torch's signature
-        return model, tokenizer, folder
-    group.join(device)  # not before: transformers would load the weights in the first process only
-    sharding.shard(model, device, sharded)
-    return model, tokenizer, folder
 
 
 def run(
@@ -272,7 +219,7 @@ def _add_task(
         positions = select_positions(
             base,
             task,
-            data.train,
+            data.units,
             taken,
             earlier,
             seeds[CALIBRATION_SEED],
@@ -295,10 +242,11 @@ def _add_task(
             observer.remarked(task, remark)
         observer.trained(task, base.model)
 
+    stopping = stopping_of(base.model, task, data, observer.evaluated)
     values, outcome = train_task(
         base,
         task,
-        data.train,
+        data.units,
         positions,
         earlier,
         seeds[TRAINING_SEED],
@@ -307,15 +255,17 @@ def _add_task(
         on_trained,
         store.journal(TRAINING),
         penalty=retention.penalty,
+        stopping=stopping,
     )
     training_record = {
         "settings": provenance.settings(config, task),
-        "examples": len(data.train),
-        provenance.EXAMPLES_DIGEST: digest_of(data.train),
+        "examples": outcome.steps * task.training.batch_size if task.data.streaming else len(data.train),
+        provenance.EXAMPLES_DIGEST: data.digest,
         **({resume.DATE: data.date} if data.date else {}),
         "steps": outcome.steps,
         "loss": {"first": outcome.first_loss, "last": outcome.last_loss},
         "seeds": seeds,
+        **({"early_stopping": stopping.record} if stopping else {}),
         **({"retention": retention.record} if retention.record else {}),
         **provenance.environment(base.model),
     }
@@ -379,13 +329,14 @@ def _resume_store(
         task.name,
         provenance={
             "settings": settings,
-            "examples": digest_of(data.train),
+            "examples": data.digest,
             "earlier": checkpoint.manifest.adapter_digest,
             "base": checkpoint.manifest.base_model.fingerprint,
             "precision": environment["precision"],
             "versions": environment["versions"],
             **({resume.DATE: data.date} if data.date else {}),
             **retention,
+            **evaluations_of(task, data),
             **({resume.DROPOUT: resume.BY_TOKEN} if task.training.dropout or own_randomness(base.model) else {}),
         },
         environment={
@@ -394,6 +345,7 @@ def _resume_store(
             "micro_batch_size": task.training.micro_batch_size,
             "gradient_checkpointing": task.training.gradient_checkpointing,
             "packing": task.training.packing,
+            **({"attn_implementation": config.attn_implementation} if config.attn_implementation else {}),
         },
         seconds=task.training.save_seconds,
         device=base.model.device,
@@ -410,17 +362,9 @@ def _task_shape(
 
 
 def _weight_sample(targets: Mapping[str, nn.Linear]) -> torch.Tensor:
-    """The first column of every target weight: merging B·A changes it in every row in which B has an entry."""
-    return torch.cat([sharding.local(linear.weight.detach())[:, 0].float() for linear in targets.values()])
+    """The first column of every target weight: merging B·A changes it in every row in which B has an entry.
 
-
-class _no_progress_bars:
-    """Switches off transformers' progress bars, a setting of the whole process, for a `with` block."""
-
-    def __enter__(self) -> None:
-        self._enabled = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers
-
-    def __exit__(self, *exc: object) -> None:
-        if self._enabled:
-            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers
+    Weights in four bits are left out: nothing is merged into them.
+    """
+    plain = [linear for linear in targets.values() if not is_quantised(linear)]
+    return torch.cat([torch.empty(0), *(sharding.local(x.weight.detach())[:, 0].float().cpu() for x in plain)])

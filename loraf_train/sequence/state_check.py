@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _VALUES = ".values"  # the parameter of an adapter's layer, after its module's name
 _PENALTY = {"penalty.log_strength", "penalty.last_error"}  # of retention.protection
+_STOPPING_NUMBERS, _STOPPING_VALUE = "stopping.numbers", "stopping.value."  # of trainer.stopping
+_STREAMED = "stream.digest"  # of trainer.loop
 _ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 
 
@@ -59,6 +61,10 @@ class TaskShape:
         found = _PENALTY & snapshot.tensors.keys()
         if found and found != _PENALTY:
             return "it holds a part of what steers retention"
+        if positions is not None and training.early_stopping is not None:
+            best = {name for name in snapshot.tensors if name.startswith(_STOPPING_VALUE)}
+            if _STOPPING_NUMBERS not in snapshot.tensors or len(best) not in (0, len(self.shapes)):
+                return "it lacks a part of what early stopping needs"
         return self._tensor_fault(snapshot.tensors, calibrated=positions is not None)
 
     def _position_fault(self, positions: Mapping[str, torch.Tensor]) -> str:
@@ -75,12 +81,36 @@ class TaskShape:
                 return f"its positions in {module} belong to another task"
         return ""
 
+    def _stopping_fault(self, name: str, tensor: torch.Tensor) -> str:
+        """What is wrong with a tensor of early stopping."""
+        if self.task.training.early_stopping is None:
+            return f"it holds {name[:80]!r}, and the task does not stop early"
+        if name == _STOPPING_NUMBERS:
+            whole = tensor.dtype == torch.float64 and list(tensor.shape) == [4]
+            counts = whole and bool(((tensor[1:] >= 0) & (tensor[1:] == tensor[1:].floor())).all())
+            return "" if counts and bool((tensor[1:] < 2**53).all()) else f"{name} is not a loss and three counts"
+        module = name.removeprefix(_STOPPING_VALUE).removesuffix(_VALUES)
+        if not name.endswith(_VALUES) or module not in self.shapes:
+            return f"it holds {name[:80]!r}, which is no tensor of this task"
+        numbers = self._numbers(module, calibrated=True)
+        fits = tensor.is_floating_point() and list(tensor.shape) == [numbers]
+        return "" if fits else f"{name} is {tensor.dtype} {list(tensor.shape)}, not {numbers} numbers"
+
     def _tensor_fault(self, tensors: Mapping[str, torch.Tensor], calibrated: bool) -> str:
         keys: dict[str, set[str]] = {f"{module}{_VALUES}": set() for module in self.shapes}
         for stored_name, tensor in tensors.items():
             if stored_name in _PENALTY:
                 if tensor.dtype != torch.float64 or list(tensor.shape) != [self.protected]:
                     return f"{stored_name} is {tensor.dtype} {list(tensor.shape)}, not one number a protected task"
+                continue
+            if stored_name == _STREAMED:
+                if not self.task.data.streaming or tensor.dtype != torch.uint8 or list(tensor.shape) != [32]:
+                    return f"{stored_name} is not a digest of what this task has read"
+                continue
+            if stored_name == _STOPPING_NUMBERS or stored_name.startswith(_STOPPING_VALUE):
+                fault = self._stopping_fault(stored_name, tensor) if calibrated else "it stops calibration early"
+                if fault:
+                    return fault
                 continue
             kind, _, rest = stored_name.partition(".")
             key, _, name = rest.partition(".") if kind == "optimizer" else ("", "", rest)

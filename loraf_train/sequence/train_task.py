@@ -10,21 +10,23 @@ import torch
 from loraf.delta import task_scale
 from loraf.errors import ConfigError, Problem
 from loraf.sparse import SparseB
-from loraf_train.adapter.layer import EarlierTasks, LorafLinear
+from loraf_train.adapter.layer import EarlierTasks, LorafLinear, TaskValues
 from loraf_train.adapter.trainable_base import TrainableBase, attached
 from loraf_train.sequence.phases import training_phase
 from loraf_train.trainer import loop
 from loraf_train.trainer.penalty import NO_PENALTY, Penalty
+from loraf_train.trainer.stopping import Stopping
 
 if TYPE_CHECKING:
     from loraf_train.data.examples import Example
+    from loraf_train.data.preferences import Pair
     from loraf_train.settings.config import TaskConfig
 
 
 def train_task(
     base: TrainableBase,
     task: TaskConfig,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Sequence[Pair],
     positions: Mapping[str, torch.Tensor],
     earlier: Mapping[str, EarlierTasks],
     seed: int,
@@ -34,6 +36,7 @@ def train_task(
     journal: loop.Journal = loop.NO_JOURNAL,
     start: Mapping[str, torch.Tensor] | None = None,
     penalty: Callable[[Mapping[str, LorafLinear]], Penalty] = lambda layers: NO_PENALTY,
+    stopping: Stopping | None = None,
 ) -> tuple[dict[str, SparseB], loop.Outcome]:
     """Trains a task's values, then rounds them to the dtype that the checkpoint stores.
 
@@ -46,6 +49,7 @@ def train_task(
         journal: where to start, and what to save on the way.
         start: module → (K,) initial values; None: zeros.
         penalty: returns what is added to the loss, for the layers in training.
+        stopping: ends the training early, and keeps the best values; None: all steps are done.
 
     Returns:
         Module → B, and the summary of the phase.
@@ -58,24 +62,30 @@ def train_task(
         layers[name].values.data.copy_(values)
     with attached(base.model, layers):
         phase = training_phase(task, seed, base.output)
-        outcome = loop.fit(base.model, examples, phase, base.pad_id, on_step, journal, penalty(layers))
-        trained = _rounded(task, layers, positions, dtype)
+        outcome = loop.fit(base.model, examples, phase, base.pad_id, on_step, journal, penalty(layers), stopping)
+        trained = rounded(task.name, layers, dtype)
         on_trained()
     return trained, outcome
 
 
 @torch.no_grad()
-def _rounded(
-    task: TaskConfig, layers: Mapping[str, LorafLinear], positions: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> dict[str, SparseB]:
-    """Rounds the values to `dtype`, in the layers too, so that what is measured is what will be served."""
+def rounded(task: str, layers: Mapping[str, TaskValues], dtype: torch.dtype) -> dict[str, SparseB]:
+    """Rounds a task's values to `dtype`, in the layers too, so that what is measured is what will be served.
+
+    Returns:
+        Module → B.
+
+    Raises:
+        ConfigError: values that `dtype` cannot represent.
+    """
     trained = {}
     for name, layer in layers.items():
         values = layer.values.to(dtype)
         if not bool(torch.isfinite(values).all()):
-            message = f"task {task.name!r}: values of {name} are too large for {str(dtype).removeprefix('torch.')}"
+            message = f"task {task!r}: values of {name} are too large for {str(dtype).removeprefix('torch.')}"
             remedy = "lower the learning rate, or store them as bfloat16 or float32 (adapter.dtype)"
             raise ConfigError(Problem(message, "adapter.dtype", remedy=remedy))
         layer.values.copy_(values)
-        trained[name] = SparseB.from_positions(positions[name], values.cpu(), (layer.base.out_features, layer.rank))
+        shape = (layer.out_features, layer.rank)
+        trained[name] = SparseB.from_positions(layer.positions.cpu().long(), values.cpu(), shape)
     return trained

@@ -30,6 +30,9 @@ from loraf_train.settings.parts import (
 
 Start = Literal["previous", "base"]
 Recipe = Literal["paper", "lori"]
+Objective = Literal["sft", "dpo"]
+Quantization = Literal["bnb-4bit"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
 def _check_task_name(name: str) -> str:
@@ -70,6 +73,11 @@ class TaskEntry(TaskOverrides):
         "Whether earlier tasks are active while this one is trained (previous) or not (base); by default the run's.",
         expects="previous or base",
     )
+    objective: Objective | None = setting(
+        None,
+        "What the task learns from: completions (sft) or preferences between two answers (dpo); by default the run's.",
+        expects="sft or dpo",
+    )
     max_new_tokens: Whole | None = setting(
         None,
         "Limit on the tokens of an answer when scoring; by default 32, and 256 for gsm8k and metrics of your own.",
@@ -92,6 +100,7 @@ class TaskConfig(TaskEntry):
     start: Start = "previous"
     grade: custom.Grade | None = None
     recipe: Recipe = "paper"
+    objective: Objective = "sft"
 
 
 class RunFile(SettingsModel):
@@ -125,6 +134,16 @@ class RunFile(SettingsModel):
         "Precision of the base model; auto is bfloat16 on GPUs that support it, and float32 elsewhere.",
         expects="auto, float32 or bfloat16",
     )
+    quantization: Quantization | None = setting(
+        None,
+        "Holds the base model in four bits while tasks are trained and scored, as QLoRA does; by default it is not.",
+        expects="bnb-4bit, or leave it out",
+    )
+    attn_implementation: Attention | None = setting(
+        None,
+        "How the base model computes attention, by transformers' name; by default what transformers chooses for it.",
+        expects="eager, sdpa, flash_attention_2, flash_attention_3 or flex_attention",
+    )
     recipe: Recipe = setting(
         "paper",
         "What supplies the templates, metric and choices that a task leaves out.",
@@ -134,6 +153,11 @@ class RunFile(SettingsModel):
         "previous",
         "Whether earlier tasks are active while a task is trained (previous) or not (base).",
         expects="previous or base",
+    )
+    objective: Objective = setting(
+        "sft",
+        "What tasks learn from: completions (sft) or preferences between two answers (dpo).",
+        expects="sft or dpo",
     )
     retention: Retention = setting(
         RetentionConfig(),

@@ -202,6 +202,21 @@ class DataConfig(SettingsModel):
         "Template of the completion over a record's fields; by default chosen by the kind of record.",
         expects='a template such as "{answer}"',
     )
+    chosen: Template | None = setting(
+        None,
+        "DPO's template of the preferred answer over a record's fields; by default the field chosen.",
+        expects='a template such as "{better}"',
+    )
+    rejected: Template | None = setting(
+        None,
+        "DPO's template of the other answer over a record's fields; by default the field rejected.",
+        expects='a template such as "{worse}"',
+    )
+    streaming: bool = setting(
+        False,
+        "Reads training records while they are trained on, so that memory does not grow with their number.",
+        expects="true or false",
+    )
     limit: Whole | None = setting(
         None,
         "Use at most this many training records, drawn by the run's seed from all training sources together.",

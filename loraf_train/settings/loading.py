@@ -18,6 +18,7 @@ from loraf_train.settings import yaml_file
 from loraf_train.settings.comparison import MethodSettings, contradictions
 from loraf_train.settings.config import Recipe, RunConfig, RunFile, TaskConfig, TaskEntry
 from loraf_train.settings.declare import SettingsModel
+from loraf_train.settings.objections import objections
 from loraf_train.settings.parts import TaskOverrides
 from loraf_train.settings.problems import SettingsReader
 
@@ -58,6 +59,9 @@ def draft(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
     _check_names(reader)
     _check_choices(reader, entries, run.recipe if run is not None else "paper")
     grades = _grades(reader, entries, folder)
+    if run is not None:
+        for where, message, remedy in objections(run, [(i, entry, _resolve(entry, run, None)) for i, entry in entries]):
+            reader.add(where, message, remedy)
     if run is None:
         return None, reader.problems
     names = [str(entry["name"]) for entry in reader.entries("tasks") if isinstance(entry, dict) and "name" in entry]
@@ -101,7 +105,8 @@ def _resolve(entry: TaskEntry, run: RunFile, grade: custom.Grade | None, *overri
             values[key] = _overridden(values[key], value)
     values["calibration"] = values["calibration"].resolved(values["training"])
     start = entry.start or run.start
-    return TaskConfig(**_values(entry, TaskEntry) | values | {"start": start, "grade": grade, "recipe": run.recipe})
+    of_run = {"start": start, "objective": entry.objective or run.objective, "grade": grade, "recipe": run.recipe}
+    return TaskConfig(**_values(entry, TaskEntry) | values | of_run)
 
 
 def _values(settings: SettingsModel, model: type[SettingsModel]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from loraf_train.settings.declare import Number, SettingsModel, Whole, mistake, 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-Tracker = Literal["tensorboard", "wandb"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 def _trackers(value: Any) -> Any:
@@ -25,6 +25,15 @@ def _trackers(value: Any) -> Any:
 def _on_or_off(value: Any) -> Any:
     """Accepts YAML's off and on, which are booleans, and the words."""
     return {"off": None, "on": {}, False: None, True: {}}.get(value, value) if isinstance(value, bool | str) else value
+
+
+def _off_or_mapping(value: Any) -> Any:
+    """Accepts off; on says too little."""
+    if value is None or value is False or value == "off":
+        return None
+    if value is True or value == "on":
+        raise mistake("does not say how patient to be")
+    return value
 
 
 def _off_self_or_source(value: Any, info: ValidationInfo) -> Any:
@@ -70,6 +79,23 @@ class AdapterConfig(SettingsModel):
     )
 
 
+class EarlyStoppingConfig(SettingsModel):
+    """When a training ends before its last step."""
+
+    patience: Whole = setting(
+        ...,
+        "Evaluations in a row without a smaller loss after which the training ends; the best values are kept.",
+        expects="a whole number from 1, for example 3",
+        ge=1,
+    )
+    every: Whole | None = setting(
+        None,
+        "Optimizer steps between two evaluations; by default as many as an epoch has.",
+        expects="a whole number of steps from 1, or leave it out for once an epoch",
+        ge=1,
+    )
+
+
 class TrainingConfig(SettingsModel):
     """How a task's K values are trained."""
 
@@ -108,6 +134,13 @@ class TrainingConfig(SettingsModel):
     schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", "Course of the learning rate after the warmup.", expects="constant, linear or cosine"
     )
+    beta: Number | None = setting(
+        None,
+        "How strongly DPO holds the model to what it was before the task; by default 0.1.",
+        expects="a number above 0, for example 0.1",
+        gt=0,
+        exclude_if=lambda value: value is None,
+    )
     micro_batch_size: Whole | None = setting(
         None,
         "Examples that a process computes at once, the rest by gradient accumulation; by default its whole share.",
@@ -128,13 +161,21 @@ class TrainingConfig(SettingsModel):
         expects="true or false",
     )
     report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_trackers)] = setting(
-        (), "Experiment trackers that receive every step.", expects="tensorboard, wandb, a list of them, or none"
+        (),
+        "Experiment trackers that receive every step.",
+        expects="tensorboard, wandb, mlflow, a list of them, or none",
     )
     save_seconds: Number = setting(
         60.0,
         "Seconds between two saves of an unfinished task; a killed run loses at most this much.",
         expects="a number of seconds from 0, for example 60",
         ge=0,
+    )
+    early_stopping: Annotated[EarlyStoppingConfig | None, BeforeValidator(_off_or_mapping)] = setting(
+        None,
+        "Evaluates on the way, ends when the loss on the evaluation sets no longer falls, and keeps the best values.",
+        expects="off, or a mapping such as {patience: 3}",
+        exclude_if=lambda value: value is None,
     )
 
 

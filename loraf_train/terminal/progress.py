@@ -60,18 +60,31 @@ class Progress:
     def _lines(self, name: str) -> Report:
         start = last = time.monotonic()
         tenth = 0
+        first: tuple[int, float] | None = None  # work done and time at the first report; a resumed phase begins late
 
         def report(done: int, total: int, note: str = "") -> None:
-            nonlocal last, tenth
+            nonlocal last, tenth, first
             now = time.monotonic()
+            first = first or (done, now)
             reached = LINES_PER_PART * done // max(1, total)
             if reached == tenth and done < total and now - last < SECONDS_BETWEEN_LINES:
                 return
             last, tenth = now, reached
             addition = f", {note}" if note else ""
-            self._out.print(f"{name}: {done} of {total}{addition} ({seconds_text(now - start)})")
+            left = _left(now - first[1], done - first[0], total - done)
+            self._out.print(f"{name}: {done} of {total}{addition} ({seconds_text(now - start)}{left})")
 
         return report
+
+
+def _left(seconds: float, done: int, left: int) -> str:
+    """The estimated time that is left, if any work is.
+
+    Args:
+        seconds: that the work done has taken.
+        done, left: parts of the work.
+    """
+    return f", about {seconds_text(seconds / done * left)} left" if left > 0 and done > 0 else ""
 
 
 def _bar(bars: Bars, name: str) -> Report:

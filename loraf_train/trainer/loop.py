@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,96 +25,33 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from loraf.errors import ConfigError, Problem
-from loraf_train.adapter import sharding
+from loraf_train.adapter import model_limits, quantised, sharding
 from loraf_train.adapter.dropout import TokenKeys
 from loraf_train.data.examples import IGNORED
+from loraf_train.data.preferences import Pair
+from loraf_train.data.stream import DrawnExamples, ExampleStream, Limits
 from loraf_train.processes import launcher
 from loraf_train.trainer import batches, trackers
-from loraf_train.trainer.master_weights import MasterAdamW
-from loraf_train.trainer.order import BlankPadded, EpochOrder, derived_seed, split_batch
+from loraf_train.trainer.arguments import arguments_of, optimizer_of
+from loraf_train.trainer.order import BlankPadded, EpochOrder, GivenOrder, derived_seed
 from loraf_train.trainer.packing import PackingCollator, require_separate
 from loraf_train.trainer.penalty import NO_PENALTY, Penalty
+from loraf_train.trainer.phase import NO_JOURNAL as NO_JOURNAL
+from loraf_train.trainer.phase import Journal as Journal
+from loraf_train.trainer.phase import OnStep as OnStep
+from loraf_train.trainer.phase import Outcome as Outcome
+from loraf_train.trainer.phase import Phase as Phase
+from loraf_train.trainer.phase import Snapshot as Snapshot
 from loraf_train.trainer.randomness import drawn_by_token
+from loraf_train.trainer.stopping import Stopping
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from loraf_train.data.examples import Example
-    from loraf_train.settings.parts import TrainingConfig
 
-_PENALTY = "penalty"  # prefix of its tensors in a Snapshot
-OnStep = Callable[[float, float, int, int], None]  # loss, learning rate, step from 1, number of steps
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What a phase trains with.
-
-    A new training setting is a field of TrainingConfig and a line where it acts, for most of them in `_arguments`.
-
-    Attributes:
-        name: for messages, for example "calibration of task 'math'".
-        seed: below 2³²; determines the order of the examples and dropout.
-        settings: `training:` of tasks.yaml; in code, a max_grad_norm of 0 switches clipping off.
-        optimizer: "adamw" or "sgd".
-        tracking: trackers that log each step.
-    """
-
-    name: str
-    seed: int
-    settings: TrainingConfig
-    optimizer: str = "adamw"
-    tracking: trackers.Tracking | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Summary of a finished phase. Losses are means over completion tokens; `first_loss` is that of step 1."""
-
-    steps: int
-    first_loss: float
-    last_loss: float
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A phase between two optimizer steps: together with the Phase and the examples, all it needs to continue.
-
-    Attributes:
-        step: optimizer steps done.
-        steps: optimizer steps of the whole phase.
-        tensors: `parameter.<name>` and `optimizer.<key>.<name>` of each trainable parameter, and `penalty.<key>`; on
-            the CPU.
-    """
-
-    step: int
-    steps: int
-    first_loss: float
-    last_loss: float
-    tensors: dict[str, torch.Tensor]
-
-    def part(self, kind: str) -> dict[str, torch.Tensor]:
-        """Returns the tensors of one kind, such as "parameter", by the rest of their names."""
-        return {name[len(kind) + 1 :]: tensor for name, tensor in self.tensors.items() if name.startswith(f"{kind}.")}
-
-
-class Journal:
-    """Where a phase starts, and what is saved of it. This base class starts at step 0 and saves nothing.
-
-    Attributes:
-        start: the state to resume from; None: start at step 0.
-        dropout_by_token: False: dropout is drawn as before it was drawn by token, from a generator seeded by step and
-            process, and the base model's own dropout is on. So a phase that an earlier version began is finished.
-    """
-
-    start: Snapshot | None = None
-    dropout_by_token: bool = True
-
-    def after_step(self, step: int, steps: int, snapshot: Callable[[], Snapshot]) -> None:
-        """Called in every process after each step; call `snapshot` only if the state is to be saved."""
-
-
-NO_JOURNAL = Journal()
+_STREAMED = "stream.digest"  # a tensor of a Snapshot
+_PENALTY, _STOPPING = "penalty", "stopping"  # prefixes of their tensors in a Snapshot
 
 
 def completion_loss(
@@ -138,37 +74,61 @@ def completion_loss(
 
 def fit(
     model: PreTrainedModel,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Sequence[Pair],
     phase: Phase,
     pad_id: int,
     on_step: OnStep,
     journal: Journal = NO_JOURNAL,
     penalty: Penalty = NO_PENALTY,
+    stopping: Stopping | None = None,
 ) -> Outcome:
     """Trains the model's trainable parameters with a fresh optimizer, or resumes from `journal.start`.
 
     Args:
+        examples: preferences if the phase has a beta.
         penalty: of the parameters, which is added to the loss.
+        stopping: ends the phase early, and leaves the best parameters; None: all steps are done, the last ones stay.
 
     Raises:
         ConfigError: the batch size is not a multiple of the number of processes, there are no examples, the model
             cannot take packed rows, or the loss is not finite.
     """
+    settings = phase.settings
+    streamed: DrawnExamples | None = None
+    if isinstance(examples, ExampleStream):
+        assert settings.max_steps is not None  # settings.objections
+        limits = Limits(model_limits.vocabulary(model), model_limits.positions(model))
+        examples = streamed = examples.drawn(
+            phase.seed, settings.max_steps * settings.batch_size, settings.batch_size, limits
+        )
     if not examples:
         raise ConfigError(Problem(f"{phase.name}: there are no examples to train on", remedy="add training records"))
-    settings = phase.settings
     use_cache = getattr(model.config, "use_cache", None)  # a multimodal model has it in the config of its text part
     collator: batches.Collator | PackingCollator = batches.Collator(pad_id)
-    if settings.packing:
+    trainer_class: type[_Trainer] = _Trainer
+    collate: Any = None
+    blank: Any = None
+    if phase.beta is not None:
+        from loraf_train.trainer import preference  # imports TRL, an extra
+
+        trainer_class = preference.trainer_class(_Trainer, phase.beta)
+        collate, blank = preference.PairCollator(pad_id), preference.blank(pad_id)
+    elif settings.packing:
         require_separate(model)
         collator = PackingCollator(pad_id, settings.max_length)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(phase, list(parameters.values()))
+    optimizer = optimizer_of(phase, list(parameters.values()))
     start = journal.start
     if start is not None:
         _restore_parameters(parameters, start)
         penalty.restore(start.part(_PENALTY))
-        if start.step == start.steps:
+        if streamed is not None and _STREAMED in start.tensors:
+            streamed.expect(start.step * settings.batch_size, bytes(start.tensors[_STREAMED].tolist()))
+        if stopping is not None:
+            stopping.restore(start.part(_STOPPING))
+        if start.step == start.steps or (stopping is not None and stopping.is_over):
+            if stopping is not None:
+                stopping.keep_best(parameters)
             return Outcome(start.step, start.first_loss, start.last_loss)
     sharding.leave_to_fsdp(model)
     try:
@@ -177,21 +137,27 @@ def fit(
             _scratch_folder() as folder,
             drawn_by_token(model, phase.seed) if journal.dropout_by_token else nullcontext() as tokens,
             trackers.opened(phase.tracking) as callbacks,
+            nullcontext() if phase.beta is None else preference.log_probability_head(model),
         ):
-            trainer = _Trainer(
-                model=model,
-                args=_arguments(phase, folder, model.device),
-                train_dataset=BlankPadded(examples, pad_id),
-                data_collator=batches.NumberedCollator(collator),
-                compute_loss_func=completion_loss,
-                optimizers=(optimizer, None),
-            )
-            report = _Report(phase, on_step, journal, parameters, optimizer, penalty)
+            with quantised.with_adapter(model):
+                trainer = trainer_class(
+                    model=model,
+                    args=arguments_of(phase, folder, model.device),
+                    train_dataset=BlankPadded(examples, pad_id, in_order=streamed is not None, blank=blank),
+                    data_collator=collate or batches.NumberedCollator(collator),
+                    compute_loss_func=completion_loss,
+                    optimizers=(optimizer, None),
+                )
+            report = _Report(phase, on_step, journal, parameters, optimizer, penalty, stopping, streamed)
+            report.steps_of_epoch = -(-len(examples) // settings.batch_size)
+            report.log = trainer.log
             trainer.tokens = tokens
             trainer.remove_callback(PrinterCallback)
             for callback in (report, _AddsPenalty(penalty), *callbacks):
                 trainer.add_callback(callback)
             trainer.train_from(start, parameters, optimizer)
+        if stopping is not None:
+            stopping.keep_best(parameters)
     finally:
         # Undo what Trainer and accelerate leave behind: a config without a cache, training mode, and global state.
         if use_cache is not None:
@@ -269,6 +235,9 @@ class _Trainer(transformers.Trainer):
         several = self.args.world_size > 1
         multiple = self.args.world_size * self.args.per_device_train_batch_size if several else 1
         assert isinstance(self.train_dataset, BlankPadded)
+        if self.train_dataset.in_order:
+            self._order = GivenOrder(len(self.train_dataset), self.args.seed)
+            return self._order
         self._order = EpochOrder(len(self.train_dataset), self.args.seed, multiple)
         return self._order
 
@@ -285,7 +254,15 @@ class _Trainer(transformers.Trainer):
 
 
 class _Report(TrainerCallback):
-    """Seeds each step, reports its loss, stops at a loss that is not finite, and offers the journal a snapshot."""
+    """Seeds each step, reports its loss, ends the phase early or at a loss that is not finite, and offers snapshots.
+
+    Attributes:
+        steps_of_epoch: optimizer steps of an epoch, the last, smaller one counted.
+        log: logs values as the Trainer does, so that trackers receive them.
+    """
+
+    steps_of_epoch: int
+    log: Callable[[dict[str, float]], None]
 
     def __init__(
         self,
@@ -295,8 +272,12 @@ class _Report(TrainerCallback):
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         penalty: Penalty,
+        stopping: Stopping | None,
+        streamed: DrawnExamples | None,
     ):
         self._phase = phase
+        self._stopping = stopping
+        self._streamed = streamed
         self._penalty = penalty
         self._on_step = on_step
         self._journal = journal
@@ -334,11 +315,32 @@ class _Report(TrainerCallback):
         def snapshot() -> Snapshot:
             tensors = _tensors(self._parameters, self._optimizer)
             tensors |= {f"{_PENALTY}.{key}": tensor for key, tensor in self._penalty.state().items()}
+            if self._stopping is not None:
+                of_stopping = self._stopping.state().items()
+                tensors |= {f"{_STOPPING}.{key}": tensor.cpu().contiguous() for key, tensor in of_stopping}
+            digest = self._digest_of_stream()
+            tensors |= {_STREAMED: torch.tensor(list(digest), dtype=torch.uint8)} if digest else {}
             return Snapshot(self.steps, state.max_steps, self.first_loss, self.last_loss, tensors)
 
         if state.is_world_process_zero:
             self._on_step(loss, logs["learning_rate"], state.global_step, state.max_steps)
-        self._journal.after_step(self.steps, state.max_steps, snapshot)
+        is_last = state.global_step == state.max_steps
+        if self._stopping is not None and self._evaluate(self._stopping, state):
+            control.should_training_stop = is_last = True
+        self._journal.after_step(self.steps, self.steps if is_last else state.max_steps, snapshot)
+
+    def _digest_of_stream(self) -> bytes:
+        """Digest of the streamed examples so far; empty: none are, or this process has not read that far yet."""
+        if self._streamed is None:
+            return b""
+        return self._streamed.digests.get(self.steps * self._phase.settings.batch_size, b"")
+
+    def _evaluate(self, stopping: Stopping, state: TrainerState) -> bool:
+        """Evaluates if it is time to. Returns whether the phase is over."""
+        if not stopping.is_due(state.global_step, state.max_steps, self.steps_of_epoch):
+            return False
+        self.log({"eval_loss": stopping.evaluate(state.global_step, self._parameters, self._penalty.accepts())})
+        return stopping.is_over
 
 
 class _AddsPenalty(TrainerCallback):
@@ -390,43 +392,3 @@ def _scratch_folder() -> Iterator[str]:
 def _no_temporary_files(error: OSError) -> ConfigError:
     remedy = "free some disk space or set the environment variable TMPDIR to another folder, and run the command again"
     return ConfigError(Problem(f"temporary files cannot be written ({error})", remedy=remedy))
-
-
-def _optimizer(phase: Phase, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    settings = phase.settings
-    if phase.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.learning_rate)
-    if any(torch.promote_types(p.dtype, torch.float32) != p.dtype for p in parameters):
-        return MasterAdamW(parameters, settings.learning_rate, settings.weight_decay)
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-
-
-def _arguments(phase: Phase, folder: str, device: torch.device) -> TrainingArguments:
-    settings = phase.settings
-    arguments = TrainingArguments(
-        output_dir=folder,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        use_cpu=device.type == "cpu",
-        seed=phase.seed,
-        num_train_epochs=settings.epochs,
-        max_steps=-1 if settings.max_steps is None else settings.max_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process drives one GPU: never torch's DataParallel
-    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = split_batch(
-        settings.batch_size, settings.micro_batch_size, arguments.world_size
-    )
-    return arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -41,21 +42,33 @@ class EpochOrder(torch.utils.data.Sampler[int]):
         return iter(torch.randperm(self._size, generator=generator).tolist() + [self._size] * self._blanks)
 
 
-class BlankPadded(torch.utils.data.Dataset[tuple[int, Example]]):
+class GivenOrder(EpochOrder):
+    """Yields all indices once, in the examples' own order, without holding them in memory."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+
+class BlankPadded(torch.utils.data.Dataset[tuple[int, Any]]):
     """Examples with their numbers, followed by one blank example without labels at the index after the last.
 
     Processes take equal shares of a step, so the last step of an epoch may have too few examples for all of them.
     accelerate would repeat examples of the epoch; a blank changes neither the loss nor a gradient.
+
+    Args:
+        in_order: they can only be read in their own order.
+        blank: in place of a blank example, where they are something else.
     """
 
-    def __init__(self, examples: Sequence[Example], pad_id: int):
+    def __init__(self, examples: Sequence[Any], pad_id: int, in_order: bool = False, blank: Any = None):
         self._examples = examples
-        self._blank = Example([pad_id], prompt_length=1)
+        self.in_order = in_order
+        self._blank = Example([pad_id], prompt_length=1) if blank is None else blank
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: int) -> tuple[int, Example]:
+    def __getitem__(self, index: int) -> tuple[int, Any]:
         """Returns (index, example): the number tells dropout which example it is, however the batch is cut."""
         return index, self._blank if index == len(self._examples) else self._examples[index]
 

@@ -22,6 +22,10 @@ class Penalty:
             steps: of the whole phase.
         """
 
+    def accepts(self) -> bool:
+        """Whether the parameters as they are may be the result of the phase. Every process answers the same."""
+        return True
+
     def state(self) -> dict[str, torch.Tensor]:
         """Returns what the next steps depend on besides the parameters, on the CPU; stored in the Snapshot."""
         return {}

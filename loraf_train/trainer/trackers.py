@@ -1,7 +1,8 @@
-"""Logs to TensorBoard and Weights & Biases through transformers' callbacks, as one run per phase of a task.
+"""Logs to TensorBoard, Weights & Biases and MLflow through transformers' callbacks, as one run per phase of a task.
 
     tensorboard    <output>/runs/<task>/<phase>, which TensorBoard shows as the run `task/phase`
     wandb          project WANDB_PROJECT (loraf), group <output's name>/<task>, run `task/phase`, job type the phase
+    mlflow         experiment MLFLOW_EXPERIMENT_NAME (loraf) at MLFLOW_TRACKING_URI, run `task/phase`
 
 Only the first process logs. A resumed phase adds to the same TensorBoard folder.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraf.errors import Problem
+from loraf.errors import ConfigError, Problem, one_line
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 PROJECT = "loraf"
-PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # tracker → any one of these
+PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}  # tracker → any one of these
 
 Close = Callable[[bool], None]  # whether the phase failed
 
@@ -76,7 +81,7 @@ def opened(tracking: Tracking | None) -> Iterator[Sequence[TrainerCallback]]:
     if tracking is None or not group.is_first():
         yield ()
         return
-    makers = {"tensorboard": _tensorboard, "wandb": _wandb}
+    makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
     callbacks: list[TrainerCallback] = []
     closers: list[Close] = []
     failed = True
@@ -121,5 +126,29 @@ def _wandb(tracking: Tracking) -> tuple[TrainerCallback, Close]:
 
     def close(failed: bool) -> None:
         run.finish(exit_code=1 if failed else 0)
+
+    return callback, close
+
+
+def _mlflow(tracking: Tracking) -> tuple[TrainerCallback, Close]:
+    import mlflow
+    from transformers.integrations.integration_utils import MLflowCallback
+
+    try:
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        tags = {"loraf.task": tracking.task, "loraf.phase": tracking.phase, "loraf.output": tracking.output.name}
+        run = mlflow.start_run(run_name=tracking.name, tags=tags, nested=mlflow.active_run() is not None)
+    except Exception as error:  # of MLflow's own, of the store's database driver, of the network
+        remedy = "set MLFLOW_TRACKING_URI to a store that this machine can open, or leave mlflow out"
+        raise ConfigError(
+            Problem(f"MLflow cannot open a run ({one_line(error)})", "training.report_to", remedy=remedy)
+        ) from error
+    callback = MLflowCallback()  # type: ignore[no-untyped-call]  # of transformers; it uses the open run
+
+    def close(failed: bool) -> None:
+        mlflow.flush_async_logging()
+        active = mlflow.active_run()
+        if active is not None and active.info.run_id == run.info.run_id:
+            mlflow.end_run("FAILED" if failed else "FINISHED")
 
     return callback, close

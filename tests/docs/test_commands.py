@@ -14,15 +14,19 @@ import pytest
 from tests.docs.pages import PAGES, ROOT, Block, blocks, inline_code, name
 from tools.docs.commands import CHECK, MODULES, parser_of, subparsers
 
-OTHER_PROGRAMS = {"buf", "curl", "deploy/try_install.sh", "docker", "helm", "hf", "kubectl", "pip", "source", "vllm"}
+OTHER_PROGRAMS = {
+    *("buf", "curl", "deploy/try_install.sh", "docker", "helm", "hf", "jupyter", "kubectl", "lm-eval", "pip", "source", "vllm"),
+}
 # vLLM's own, which loraf-serve and vllm serve pass through, and accelerate's.
 OTHER_OPTIONS = {
     *("--dtype", "--enable-lora", "--enforce-eager", "--lora-modules", "--max-cpu-loras", "--max-lora-rank"),
     *("--max-loras", "--max-model-len", "--model", "--tensor-parallel-size", "--worker-extension-cls"),
+    *("--fully-sharded-loras", "--lora-dtype", "--max-num-seqs"),
     *("--max-num-batched-tokens", "--scheduling-policy"),
     *("--cpu", "--config_file", "--mpirun_hostfile", "--multi_gpu", "--num_machines", "--num_processes"),
     *("--use_deepspeed", "--torch-backend", "--kills", "--out", "--gpu-memory-utilization"),
     *("--gpus", "--health-cmd", "--time"),  # docker's
+    *("--inplace",),  # jupyter's
 }
 PLACEHOLDER = "…"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraf.base_model import SHORT_NAMES, describe, fingerprint, require_same_base, resolve
+from loraf.base_model import SHORT_NAMES, describe, fingerprint, require_same_base, resolve, sampled_rows
 from loraf.errors import BaseMismatch, ConfigError
 from tests import standins
 
@@ -47,6 +47,25 @@ def change_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+# --- samples of weights -----------------------------------------------------------------------------------------
+
+
+def test_sampled_rows_are_those_of_the_weights(model):
+    tensors = load_file(model / "model.safetensors")
+    names = ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
+    samples = sampled_rows(model, [*names, "model.norm.weight", "no.weight"])
+    assert sorted(samples) == names
+    for name, (rows, sample) in samples.items():
+        assert len(rows) == 4 and sample.shape == (4, 64)
+        assert torch.equal(sample, tensors[name][rows, :64].bfloat16())
+
+
+def test_sampled_rows_of_a_damaged_file_are_refused(copy):
+    (copy / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        sampled_rows(copy, ["lm_head.weight"])
 
 
 # --- names ------------------------------------------------------------------------------------------------------

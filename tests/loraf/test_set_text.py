@@ -98,3 +98,9 @@ def test_unknown_names_are_unknown_tasks() -> None:
     plain = Manifest(EXTENDED.base_model, EXTENDED.rank, EXTENDED.projection, EXTENDED.modules, EXTENDED.tasks)
     with pytest.raises(UnknownTask, match="there is no task 'art' → choose from: math, nlu"):
         set_text.task_set("art", plain)
+
+
+@pytest.mark.parametrize("text", ["all", "base", "as_trained=nlu", "math", "math:0.5+nlu", "nlu:-16,math:0.123456789"])
+def test_a_set_is_written_as_it_is_read(text):
+    written = set_text.parse(text)
+    assert set_text.parse(str(written)) == written

@@ -235,9 +235,11 @@ class World:
 
 
 def _is_own(path: object) -> bool:
-    """Whether a path is one that a checkpoint's own file may have. A changed manifest may name any: one that no file can
-    be called, or one of another file of this machine, which must not be overwritten."""
-    return isinstance(path, str) and re.fullmatch(r"loraf\.json|(tasks|statistics)/[a-z][a-z0-9.]{0,99}", path) is not None
+    """Whether a path is one that a checkpoint's own file may have. A changed manifest may name any: one that no file
+    can be called, or one of another file of this machine, which must not be overwritten."""
+    return (
+        isinstance(path, str) and re.fullmatch(r"loraf\.json|(tasks|statistics)/[a-z][a-z0-9.]{0,99}", path) is not None
+    )
 
 
 def _remove(place: Path) -> None:

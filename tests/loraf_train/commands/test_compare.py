@@ -19,6 +19,7 @@ from loraf_train.compare.results import Results
 from loraf_train.settings.comparison import METHODS
 from loraf_train.settings.loading import load
 from loraf_train.terminal.tables import console
+from tests.loraf_train import toys
 from tests.loraf_train.command_line import run
 from tests.loraf_train.compare_toys import FILE, SHORT, write_data
 from tests.standins import make_model
@@ -319,3 +320,15 @@ def test_the_examples_data_and_configuration(tmp_path):
         assert {source.file.name for source in task.data.eval.values()} == {f"{task.name}.eval.jsonl"}
     general = prompts(config.compare.general.file.name)
     assert len(set(general)) == len(general) == make_data.OF_EACH_SKILL * len(make_data.tiny.SKILLS)
+
+
+def test_settings_that_only_run_keeps_to_are_refused(tmp_path):
+    training = {"early_stopping": {"patience": 1}}
+    tasks = [
+        toys.task("one", training=training),
+        toys.task("two", data={"streaming": True}),
+        toys.task("three", objective="dpo"),
+    ]
+    config = toys.run_config(tmp_path, tmp_path / "ckpt", *tasks, quantization="bnb-4bit")
+    fields = ["quantization", "tasks[0].training.early_stopping", "tasks[1].data.streaming", "tasks[2].objective"]
+    assert [problem.field for problem in compare._unsupported(config)] == fields

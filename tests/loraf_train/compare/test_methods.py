@@ -300,7 +300,7 @@ def test_pefts_dropout_is_drawn_by_token_too(model_folder, tmp_path):
 @pytest.mark.parametrize("name", methods.ALL)
 def test_on_a_bfloat16_base_every_method_trains_float32_values(model_folder, tmp_path, monkeypatch, name):
     config = config_of(model_folder, tmp_path, max_steps=1).model_copy(update={"precision": "bfloat16"})
-    updated, make = [], loop._optimizer
+    updated, make = [], loop.optimizer_of
 
     def made(phase, parameters):
         optimizer = make(phase, parameters)
@@ -314,7 +314,7 @@ def test_on_a_bfloat16_base_every_method_trains_float32_values(model_folder, tmp
         optimizer.step = stepping
         return optimizer
 
-    monkeypatch.setattr(loop, "_optimizer", made)
+    monkeypatch.setattr(loop, "optimizer_of", made)
     train(name, config, tmp_path)
     widths = {torch.float32, torch.bfloat16} if name == "full" else {torch.float32}
     assert updated[::2] == [widths] * len(updated[::2]) and updated[1::2] == [{torch.float32}] * len(updated[1::2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -79,3 +81,29 @@ def test_positions_that_the_task_cannot_own(positions, says):
 )
 def test_tensors_and_counts_that_the_task_cannot_have(changes, says):
     assert says in TASK.misfit({"q": POSITIONS}, snapshot(**changes))
+
+
+STOPPING = {
+    "stopping.numbers": torch.tensor([0.5, 1, 0, 2], dtype=torch.float64),
+    "stopping.value.q.values": torch.ones(K),
+}
+
+
+def test_states_of_early_stopping_and_of_a_stream():
+    training = toys.task("one", training={"early_stopping": {"patience": 1}}).training
+    stops = dataclasses.replace(TASK, task=TASK.task.model_copy(update={"training": training}))
+    positions = {"q": POSITIONS}
+    assert stops.misfit(positions, snapshot(**STOPPING)) == ""
+    assert "a part of what early stopping needs" in stops.misfit(positions, snapshot())
+    assert "does not stop early" in TASK.misfit(positions, snapshot(**STOPPING))
+    for name, wrong, says in (
+        ("stopping.numbers", torch.tensor([0.5, -1, 0, 2], dtype=torch.float64), "three counts"),
+        ("stopping.numbers", torch.zeros(4), "three counts"),
+        ("stopping.value.q.values", torch.ones(K + 1), f"not {K} numbers"),
+        ("stopping.value.k.values", torch.ones(K), "early stopping needs"),
+    ):
+        assert says in stops.misfit(positions, snapshot(**(STOPPING | {name: wrong}))), name
+    digest = {"stream.digest": torch.zeros(32, dtype=torch.uint8)}
+    assert "not a digest" in TASK.misfit(positions, snapshot(**digest))
+    streams = TASK.task.model_copy(update={"data": TASK.task.data.model_copy(update={"streaming": True})})
+    assert dataclasses.replace(TASK, task=streams).misfit(positions, snapshot(**digest)) == ""

@@ -213,7 +213,7 @@ def test_all_mistakes_are_reported_at_once(folder):
         ({"training__schedule": "step"}, "training.schedule", "not known", "cosine"),
         ({"training__gradient_checkpointing": 7}, "training.gradient_checkpointing", "neither true nor", "true or"),
         ({"training__packing": "rows"}, "training.packing", "neither true nor", "true or"),
-        ({"training__report_to": "mlflow"}, "training.report_to", "'mlflow' is not known", "tensorboard, wandb"),
+        ({"training__report_to": "comet"}, "training.report_to", "'comet' is not known", "tensorboard, wandb"),
         ({"training__report_to": ["wandb", 3]}, "training.report_to[1]", "3 is not known", "tensorboard, wandb"),
         ({"training": 3}, "training", "3 is not a mapping", "mapping"),
         ({"calibration__steps": 0}, "calibration.steps", "out of range", "from 1"),

@@ -13,6 +13,7 @@ from loraf_train.settings.declare import SettingsModel
 from loraf_train.settings.parts import (
     AdapterConfig,
     CalibrationConfig,
+    EarlyStoppingConfig,
     RetentionConfig,
     TaskOverrides,
     TrainingConfig,
@@ -24,6 +25,7 @@ WRITTEN = (
     TaskEntry,
     AdapterConfig,
     CalibrationConfig,
+    EarlyStoppingConfig,
     TrainingConfig,
     DataConfig,
     RecordSource,

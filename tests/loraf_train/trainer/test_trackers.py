@@ -10,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loraf.checkpoint import Checkpoint
+from loraf.errors import ConfigError
 from loraf_train.processes import group
 from loraf_train.sequence import runner
 from loraf_train.trainer import trackers
@@ -165,3 +166,62 @@ def test_a_tracker_that_is_not_installed_is_reported_once(tmp_path, monkeypatch)
     assert "'wandb'" in second.message and second.file == str(config.file)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: name)
     assert trackers.missing(config) == []
+
+
+@pytest.fixture
+def mlflow(tmp_path, monkeypatch):
+    """MLflow with a store of files, read by a client of its own."""
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    monkeypatch.setenv("GIT_PYTHON_REFRESH", "quiet")
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
+    yield mlflow
+    mlflow.set_tracking_uri(before)
+
+
+def runs_of(mlflow, experiment: str) -> dict:
+    client = mlflow.MlflowClient()
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return {run.info.run_name: run for run in found}
+
+
+@pytest.mark.slow
+def test_mlflow_has_a_run_for_each_phase(model_folder, tmp_path, mlflow, monkeypatch):
+    monkeypatch.setenv("HF_MLFLOW_LOG_ARTIFACTS", "true")  # must not upload the base model
+    losses = train(model_folder, tmp_path / "ckpt", "mlflow")
+    runs, client = runs_of(mlflow, "loraf"), mlflow.MlflowClient()
+    assert set(runs) == set(losses)
+    for name, expected in losses.items():
+        run = runs[name]
+        assert (run.info.status, run.data.tags["loraf.task"]) == ("FINISHED", name.split("/")[0])
+        logged = client.get_metric_history(run.info.run_id, "loss")
+        assert [(m.step, m.value) for m in logged] == [
+            (i, pytest.approx(loss, rel=1e-4)) for i, loss in enumerate(expected, 1)
+        ]
+        assert client.list_artifacts(run.info.run_id) == []
+
+
+def test_mlflow_closes_a_failed_run_and_uses_the_named_experiment(model_folder, tmp_path, mlflow, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+
+    def broken(*step):
+        raise RuntimeError("pulled")
+
+    monkeypatch.setattr(Losses, "step", broken)
+    with pytest.raises(RuntimeError, match="pulled"):
+        train(model_folder, tmp_path / "ckpt", "mlflow", names=("one",))
+    ends = {name: run.info.status for name, run in runs_of(mlflow, "mine").items()}
+    assert ends == {"one/calibration": "FINISHED", "one/training": "FAILED"}
+
+
+def test_a_store_that_mlflow_cannot_open_is_a_mistake(tmp_path, mlflow):
+    mlflow.set_tracking_uri("nothing://here")
+    with (
+        pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"),
+        trackers.opened(trackers.Tracking(("mlflow",), tmp_path, "t", "training")),
+    ):
+        pass

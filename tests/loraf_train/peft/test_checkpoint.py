@@ -1,0 +1,247 @@
+"""`save_pretrained` writes the checkpoint of `loraf-train`, which every other part of the project reads."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+
+from loraf.checkpoint import Checkpoint
+from loraf.delta import Merger
+from loraf.errors import BaseMismatch, CheckpointError, ConfigError, UnknownTask
+from loraf.tasksets import TaskSet
+from loraf_train.adapter.trainable_base import find_targets, projections
+from loraf_train.cli import main
+from loraf_train.peft import calibrate, finish_task, load_tasks, next_task, select_tasks
+from loraf_train.peft.model import tuner_of
+from tests.loraf_train.peft import toys
+
+
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory):
+    """A model with two trained tasks, and the folder that it was saved to."""
+    model = toys.trained(folder, dtype="bfloat16")
+    out = tmp_path_factory.mktemp("saved") / "out"
+    model.save_pretrained(out)
+    first = (out / "tasks/one.safetensors").read_bytes()
+    next_task(model, toys.config("two", dtype="bfloat16"))
+    calibrate(model, toys.batches(50), steps=2, learning_rate=1e-2)
+    toys.loop(model, toys.batches(50))
+    finish_task(model)
+    model.save_pretrained(out)
+    assert (out / "tasks/one.safetensors").read_bytes() == first
+    return model, out
+
+
+def test_the_manifest_says_what_the_configuration_said(saved):
+    manifest = Checkpoint.open(saved[1]).manifest
+    assert (manifest.rank, manifest.projection.seed, manifest.task_names) == (8, 0, ("one", "two"))
+    one, two = manifest.tasks
+    assert (one.alpha, one.sparsity, one.dtype, one.trained_with) == (16, 0.75, "bfloat16", ())
+    assert (two.trained_with, two.training["calibration"]["steps"]) == (("one",), 2)
+    assert set(two.training["retention"]["spent"]) == {"one"}
+    assert one.statistics is not None and two.statistics is not None
+
+
+def test_inspect_verifies_it(saved, capsys):
+    assert main(["inspect", str(saved[1]), "--verify"]) == 0
+    assert "verified" in capsys.readouterr().out
+
+
+def test_merged_into_the_base_it_answers_as_the_model_does(folder, saved):
+    """By the code that the server merges with."""
+    model, out = saved
+    checkpoint, plain = Checkpoint.open(out), toys.base(folder)
+    for name, task_set in {"default": {"one": 1.0}, "two": {"one": 1.0, "two": 1.0}}.items():
+        model.set_adapter(name)
+        merger = Merger(plain, checkpoint)
+        merger.merge(TaskSet.of(task_set, ["one", "two"]))
+        torch.testing.assert_close(toys.logits(plain), toys.logits(model), rtol=1e-4, atol=1e-5)
+        merger.merge(TaskSet())
+
+
+def test_A_is_the_checkpoint_s(saved):
+    model, out = saved
+    checkpoint = Checkpoint.open(out)
+    for name, layer in tuner_of(model).layers().items():
+        assert torch.equal(layer.loraf_a, checkpoint.projection_of(name))
+
+
+def test_load_tasks_gives_it_back(folder, saved):
+    model, out = saved
+    loaded = load_tasks(toys.base(folder), out)
+    model.set_adapter("two")
+    assert loaded.active_adapters == ["two"]
+    assert torch.equal(toys.logits(loaded), toys.logits(model))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    loaded.set_adapter("one")
+    model.set_adapter("default")
+    assert torch.equal(toys.logits(loaded), toys.logits(model))
+
+
+def test_some_tasks_come_with_those_they_were_trained_on(folder, saved):
+    assert list(load_tasks(toys.base(folder), saved[1], ["two"]).peft_config) == ["one", "two"]
+    assert list(load_tasks(toys.base(folder), saved[1], ["one"]).peft_config) == ["one"]
+    with pytest.raises(UnknownTask):
+        load_tasks(toys.base(folder), saved[1], ["three"])
+
+
+def test_peft_loads_its_own_files(folder, saved):
+    model, out = saved
+    loaded = PeftModel.from_pretrained(toys.base(folder), out)
+    model.set_adapter("default")
+    assert torch.equal(toys.logits(loaded), toys.logits(model))
+    loaded.load_adapter(out / "two", "two")
+    loaded.set_adapter("two")
+    model.set_adapter("two")
+    assert torch.equal(toys.logits(loaded), toys.logits(model))
+
+
+def test_a_task_without_those_it_stands_on_is_refused(folder, saved):
+    with pytest.raises(ConfigError, match=r"trained on top of one, which the model does not have.*load_tasks"):
+        PeftModel.from_pretrained(toys.base(folder), saved[1] / "two")
+    model = toys.adapted(folder, name="three")
+    with pytest.raises(ConfigError, match="trained on top of one"):
+        model.load_adapter(saved[1] / "two", "two")
+    assert list(tuner_of(model).states) == list(model.peft_config) == ["default"]
+    assert not any(".two." in name for name, _ in model.named_parameters())
+
+
+def test_a_loaded_checkpoint_is_trained_on_and_saved_where_it_was(folder, saved, tmp_path):
+    out = shutil.copytree(saved[1], tmp_path / "out")
+    model = load_tasks(toys.base(folder), out)
+    before = {file.name: file.read_bytes() for file in (out / "tasks").iterdir()}
+    next_task(model, toys.config("three"))
+    assert len(tuner_of(model).finished()) == 2
+    calibrate(model, toys.batches(90), steps=2, learning_rate=1e-2)
+    toys.loop(model, toys.batches(90))
+    model.save_pretrained(out)
+    checkpoint = Checkpoint.open(out)
+    assert checkpoint.manifest.task("three").trained_with == ("one", "two")
+    assert {name: (out / "tasks" / name).read_bytes() for name in before} == before
+
+
+def test_sets_are_taken_literally(folder, saved):
+    model, out = saved
+    checkpoint, plain = Checkpoint.open(out), toys.base(folder)
+    merger = Merger(plain, checkpoint)
+    for text in ("two", "one+two:0.5", "all", "base", "as_trained=two", "one:-1"):
+        from loraf.set_text import task_set
+
+        merger.merge(task_set(text, checkpoint.manifest))
+        select_tasks(model, text)
+        torch.testing.assert_close(toys.logits(model), toys.logits(plain), rtol=1e-4, atol=1e-5)
+    select_tasks(model, None)
+    with pytest.raises(UnknownTask, match="there is no task 'three'"):
+        select_tasks(model, "three")
+
+
+def test_several_active_adapters_are_their_union(saved):
+    model, _ = saved
+    model.base_model.set_adapter(["default", "two"])
+    both = toys.logits(model)
+    model.set_adapter("two")
+    torch.testing.assert_close(both, toys.logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_a_task_in_training_is_saved_as_if_it_ended_and_replaced_by_the_next_save(folder, tmp_path):
+    model = toys.trained(folder, dtype="bfloat16")
+    model.save_pretrained(tmp_path)
+    first = Checkpoint.open(tmp_path).manifest.adapter_digest
+    model.save_pretrained(tmp_path)
+    assert Checkpoint.open(tmp_path).manifest.adapter_digest == first
+    toys.loop(model, toys.batches(3))
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.manifest.adapter_digest != first
+    for name, own in toys.values(model).items():
+        assert torch.equal(checkpoint.tasks["one"][name].values, own.bfloat16())
+
+
+def test_a_task_of_somebody_else_is_never_replaced(folder, tmp_path):
+    toys.trained(folder).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="a task 'one' with other values, which is never written again"):
+        toys.trained(folder, steps=2).save_pretrained(tmp_path)
+
+
+def test_a_folder_with_another_checkpoint_is_refused(folder, saved, tmp_path):
+    out = shutil.copytree(saved[1], tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"(?s)rank.*holds two, which the model does not have"):
+        toys.trained(folder, r=16).save_pretrained(out)
+
+
+def test_an_untrained_model_is_not_saved(folder, tmp_path):
+    with pytest.raises(ConfigError, match="nothing to save"):
+        toys.adapted(folder).save_pretrained(tmp_path)
+
+
+def test_a_model_that_is_not_the_one_in_its_folder_is_not_saved(folder, tmp_path):
+    """Something was merged into it: a server that loads the folder would answer otherwise."""
+    model = toys.trained(folder)
+    layer = next(iter(tuner_of(model).layers().values()))
+    layer.linear.weight.data += 0.1
+    with pytest.raises(ConfigError, match="has other values than in"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_model_without_a_folder_is_not_saved_and_says_so_before_it_trains(folder, tmp_path):
+    model = toys.adapted(folder)
+    model.get_base_model().config._name_or_path = ""
+    model.get_base_model().name_or_path = ""
+    with pytest.warns(UserWarning, match=r"what is trained here cannot be saved: .* made from a config"):
+        calibrate(model, toys.batches(3), steps=2)
+    with pytest.raises(ConfigError, match="made from a config"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_precision_of_the_base_does_not_matter(folder, tmp_path, precision):
+    model = toys.adapted(folder, precision)
+    calibrate(model, toys.batches(3), steps=2)
+    model.save_pretrained(tmp_path)
+    assert Checkpoint.open(tmp_path).manifest.task_names == ("one",)
+
+
+def test_another_base_is_refused(saved, tmp_path):
+    from tests.standins import make_model
+
+    other = toys.base(make_model("llama", tmp_path / "other", seed=1))
+    with pytest.raises(BaseMismatch):
+        load_tasks(other, saved[1])
+
+
+def test_merging_and_taking_apart_again_is_exact(folder, saved):
+    model, _ = saved
+    model.set_adapter("two")
+    before = {name: layer.linear.weight.clone() for name, layer in tuner_of(model).layers().items()}
+    expected = toys.logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(toys.logits(model), expected, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert all(torch.equal(layer.linear.weight, before[name]) for name, layer in tuner_of(model).layers().items())
+    assert torch.equal(toys.logits(model), expected)
+
+
+def test_a_tied_head_is_merged_without_its_embedding(tmp_path):
+    from tests.standins import make_model
+
+    path = make_model("llama", tmp_path / "tied")
+    plain = toys.base(path)
+    plain.config.tie_word_embeddings = True
+    plain.tie_weights()
+    plain.save_pretrained(path)
+    model = toys.trained(path, target_modules=["lm_head", "q_proj"])
+    expected, embedding = toys.logits(model), model.get_input_embeddings().weight.clone()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(toys.logits(merged), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(merged.get_input_embeddings().weight, embedding)
+    assert not merged.config.tie_word_embeddings
+
+
+def test_the_projections_are_those_of_a_run(folder, saved):
+    base = toys.base(folder)
+    targets = find_targets(base, toys.TARGETS)
+    for name, a in projections(Checkpoint.open(saved[1]), targets).items():
+        assert torch.equal(a, tuner_of(saved[0]).layers()[name].loraf_a)
