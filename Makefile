@@ -4,7 +4,8 @@
 #   make test-fast   the tests without vLLM engines and without slow ones (under 3 minutes on 2 cores)
 #   make lint        ruff, mypy, and buf for proto/
 #   make docs        the documentation site, in site/; a broken link fails
-#   make tools       installs what lint and tests use from outside Python: buf and Go's template engine, from npm
+#   make tools       installs what lint and tests use from outside .venv: buf, Go's template engine and axe-core from npm,
+#                    lm-evaluation-harness; with CI set and as root also Debian's Chromium
 #   make dist        source distribution and wheel, in dist/
 # WORKERS is the number of processes that share the tests (default 2, see tests/conftest.py).
 # PYTHON selects the interpreter (3.11 or newer). EXTRAS=cuda,dev selects the vLLM build for NVIDIA GPUs.
@@ -20,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --n
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml setup.py constraints.txt build-constraints.txt tools/setup.sh \
-              $(wildcard proto/loraf/v1/*.proto loraf/csrc/* loraf_serve/kernels/csrc/*)
+              $(wildcard proto/loraf/v1/*.proto proto/vllm/*.proto loraf/csrc/* loraf_serve/kernels/csrc/*)
 	PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" tools/setup.sh
 
 demo: setup
@@ -45,10 +46,12 @@ tools: setup
 	tools/buf.sh install
 	tools/grpc_js.sh
 	$(BIN)/python -m tools.chart install
+	tools/browser.sh
+	tools/lm_eval.sh
 
 dist: setup
 	$(BIN)/uv build --build-constraint build-constraints.txt --out-dir dist
 
 clean:
 	rm -rf .venv .tools build dist site *.egg-info examples/demo/data examples/demo/ckpt \
-	    loraf_serve/v1/*_pb2* loraf/_native.so loraf_serve/kernels/_cpu.so
+	    loraf_serve/v1/*_pb2* loraf_serve/vllm_proto/*_pb2* loraf/_native.so loraf_serve/kernels/_cpu.so

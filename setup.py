@@ -21,7 +21,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-PROTO = ROOT / "proto" / "loraf" / "v1"
+# Folder of .proto files → folder of the package that gets their stubs. vLLM's contract keeps clear of the module vllm.
+STUBS = {ROOT / "proto" / "loraf" / "v1": "loraf_serve/v1", ROOT / "proto" / "vllm": "loraf_serve/vllm_proto"}
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -114,20 +115,24 @@ class BuildError(Exception):
 
 
 def generate_stubs(target: Path) -> None:
-    """Writes the stubs of the gRPC services below `target`/loraf_serve/v1."""
+    """Writes the stubs of the gRPC services below `target`, into the packages that STUBS names."""
+    import grpc_tools
     from grpc_tools import protoc
 
-    # The mapping of the folder makes the stubs import each other as loraf_serve.v1.
-    arguments = [
-        "protoc",
-        f"-Iloraf_serve/v1={PROTO}",
-        f"--python_out={target}",
-        f"--pyi_out={target}",
-        f"--grpc_python_out={target}",
-        *(f"loraf_serve/v1/{file.name}" for file in sorted(PROTO.glob("*.proto"))),
-    ]
-    if protoc.main(arguments) != 0:
-        raise SystemExit("protoc could not generate the gRPC stubs")
+    # The mapping of a folder makes its stubs import each other from the package.
+    well_known = Path(grpc_tools.__file__).parent / "_proto"
+    for folder, package in STUBS.items():
+        arguments = [
+            "protoc",
+            f"-I{package}={folder}",
+            f"-I{well_known}",
+            f"--python_out={target}",
+            f"--pyi_out={target}",
+            f"--grpc_python_out={target}",
+            *(f"{package}/{file.name}" for file in sorted(folder.glob("*.proto"))),
+        ]
+        if protoc.main(arguments) != 0:
+            raise SystemExit("protoc could not generate the gRPC stubs")
 
 
 def compile_library(library: CompiledLibrary, target: Path) -> None:

@@ -1,8 +1,12 @@
-"""Network addresses that the server and the client share. Standard library only."""
+"""Network addresses that the server and the client share, and listening sockets."""
 
 from __future__ import annotations
 
 import ipaddress
+import socket
+from urllib.parse import urlsplit
+
+from loraf.errors import ConfigError, Problem
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 50051
@@ -25,6 +29,13 @@ def is_local(host: str) -> bool:
         return host == "localhost" or is_socket(host)
 
 
+def is_origin(text: str) -> bool:
+    """Whether a text is an origin of web pages, as browsers write it: scheme, host and port."""
+    parts = urlsplit(text)
+    is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    return is_web and text == f"{parts.scheme}://{parts.netloc}".lower()
+
+
 def address_of(host: str, port: int) -> str:
     """The address as gRPC takes it: host:port, or the Unix socket."""
     if is_socket(host):
@@ -35,3 +46,31 @@ def address_of(host: str, port: int) -> str:
 def host_of(address: str) -> str:
     """The host of an address that `address_of` returned."""
     return address if is_socket(address) else address.rpartition(":")[0].strip("[]")
+
+
+def listening_socket(host: str, port: int, option: str, backlog: int) -> socket.socket:
+    """A socket that listens, for an asyncio loop.
+
+    Args:
+        port: 0 takes a free one.
+        option: of the command line, that sets the port.
+
+    Raises:
+        ConfigError: the address is in use or not available.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(backlog)
+            listening.setblocking(False)
+        except BaseException:
+            listening.close()
+            raise
+    except OSError as error:
+        message = f"cannot listen on {host}, port {port} ({error.strerror})"
+        remedy = "choose another port (0 takes a free one), or stop the program that listens there"
+        raise ConfigError(Problem(message, option, remedy=remedy)) from None
+    return listening

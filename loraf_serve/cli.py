@@ -1,4 +1,4 @@
-"""`loraf-serve`: serves LoRAF checkpoints over gRPC; each request selects its tasks.
+"""`loraf-serve`: serves LoRAF checkpoints over gRPC and HTTP; each request selects its tasks.
 
 Heavy modules are imported after the command line has been parsed, to keep `--help` fast.
 """
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `loraf-serve`. Imports neither torch nor vLLM."""
     command = argparse.ArgumentParser(
         prog="loraf-serve",
-        description="Serve LoRAF checkpoints over gRPC (loraf.v1). Each request selects its tasks.",
+        description="Serve LoRAF checkpoints over gRPC (loraf.v1) and OpenAI's API. Each request selects its tasks.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -169,6 +169,37 @@ def parser() -> argparse.ArgumentParser:
     network.add_argument(
         "--reflection", action="store_true", help="offer gRPC reflection, by which clients can query the protocol"
     )
+    network.add_argument(
+        "--vllm-grpc",
+        action="store_true",
+        help="also speak vLLM's own gRPC contract (vllm.Inference and vllm.Control, as of vLLM 0.32) on the same port, "
+        "where lora_name is a set of tasks such as ckpt@math:0.5+nlu (default: loraf.v1 only)",
+    )
+
+    http = command.add_argument_group("HTTP")
+    http.add_argument(
+        "--http-port",
+        type=int,
+        metavar="PORT",
+        help="serve OpenAI's API, and a page at /, over HTTP on this port of --host, with the same tokens, limits and "
+        "certificates; a model's name is a set of tasks, such as ckpt@math:0.5+nlu; 0 for any free port "
+        "(default: no HTTP)",
+    )
+    http.add_argument(
+        "--http-allowed-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin of web pages that may call over HTTP, such as https://app.example.org; may be repeated "
+        "(default: only the server's own page)",
+    )
+    http.add_argument(
+        "--tool-call-parser",
+        default="",
+        metavar="NAME",
+        help="vLLM's parser for calls of tools in answers to chats, such as hermes or mistral; models may then call "
+        "tools by themselves (default: calls of tools stay text)",
+    )
 
     limits = command.add_argument_group("limits")
     limits.add_argument(
@@ -271,7 +302,12 @@ def _serve(arguments: argparse.Namespace, engine_options: list[str]) -> int:
         arguments.backend, model_folder, engine_options, max_rank, _say, options.adapter_memory
     )
     _say(f"backend {choice.backend.name}: {choice.reason}")
-    return asyncio.run(server.run(choice.backend, registry, options, vocab_size, root, _say))
+    doors = []
+    if options.http_port is not None:
+        from loraf_serve.http.door import door
+
+        doors.append(door(options.http_port, tuple(options.http_allowed_origin), options.tool_call_parser))
+    return asyncio.run(server.run(choice.backend, registry, options, vocab_size, root, _say, doors))
 
 
 def _check(arguments: argparse.Namespace, engine_options: list[str]) -> int:

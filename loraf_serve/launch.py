@@ -21,6 +21,7 @@ from typing import IO, Any
 from loraf_serve.client import Client
 
 _LISTENING = re.compile(r"listening on (\S+)")
+_HTTP = re.compile(r"OpenAI's API on (\S+)")
 
 
 class ServerFailed(RuntimeError):
@@ -32,6 +33,7 @@ class Server:
 
     Attributes:
         address: host:port, or a Unix socket.
+        http: URL of the HTTP door; "" without `--http-port`.
         client: a client connected to it; for asyncio, make an `AsyncClient` for `address`.
         log: the last 200 lines of its output.
     """
@@ -40,7 +42,7 @@ class Server:
         self, arguments: list[str], start_timeout: float, echo: IO[str] | None, client: Mapping[str, Any] | None = None
     ):
         self.log: deque[str] = deque(maxlen=200)
-        self.address = ""
+        self.address = self.http = ""
         self._listening = threading.Event()
         command = [sys.executable, "-m", "loraf_serve.cli", *arguments]
         # In its own session: Ctrl-C in the parent must not reach the engine before the server has drained.
@@ -67,6 +69,8 @@ class Server:
             if echo:
                 echo.write(line)
                 echo.flush()
+            if http := _HTTP.search(line):
+                self.http = http[1]
             match = _LISTENING.search(line)
             if match:
                 self.address = match[1]

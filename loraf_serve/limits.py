@@ -52,6 +52,10 @@ MAX_JSON_DEPTH = _limit(
     "max_json_depth", 64, "levels", "objects and lists within each other in a JSON schema or in arguments of a tool"
 )
 
+MAX_PROMPTS = _limit(
+    "max_prompts", 128, "prompts", "prompts of one HTTP request, each of which counts as a request in flight"
+)
+
 # Sampling
 MAX_N = _limit("max_n", 16, "answers", "sampling.n")
 MAX_LOGPROBS = _limit("max_logprobs", 20, "tokens", "sampling.logprobs and sampling.prompt_logprobs")

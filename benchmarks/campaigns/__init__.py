@@ -7,6 +7,7 @@ On a running server, over the network:
     saturation           ten minutes of more work than the server can do: its memory does not grow
     generated_requests   100,000 requests, valid and not, and raw HTTP/2 frames: answered, or refused with a code
     service_cost         what the service costs beside the same engine called in process
+    http_cost            what OpenAI's API costs beside gRPC, on the same server
     keepalive            which pings of a client a server bears
 
     stand                starts the server of a campaign in a process of its own (server.py), and looks into it

@@ -44,6 +44,12 @@ class AdapterRoot:
         self._model_folder = Path(model_folder)
         self._allow_other_base = allow_other_base
 
+    def relative(self, path: str) -> str:
+        """An absolute path below the root, relative to it; any other path as it is. Does not look at the disk."""
+        below = Path(path)
+        inside = below.is_absolute() and self._folder in below.parents
+        return str(below.relative_to(self._folder)) if inside else path
+
     def find(self, path: str, tasks: Sequence[str]) -> CheckpointFolder:
         """Reads the manifest of a checkpoint, and checks that all its files lie below the root.
 

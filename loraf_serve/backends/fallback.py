@@ -125,8 +125,17 @@ class Fallback(Backend):
         return self._current.adapter_bytes(adapter) + self._values_bytes.get(adapter.digest, 0)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Output]:
-        self._others.clear()  # from now on a change would abort answers
-        return self._current.generate(request)
+        return self.settled().generate(request)
+
+    @property
+    def current(self) -> Backend:
+        """The backend that serves now."""
+        return self._current
+
+    def settled(self) -> Backend:
+        """The backend that serves, for good: from the first request on, a change would abort answers."""
+        self._others.clear()
+        return self._current
 
     async def check_health(self) -> None:
         await self._current.check_health()

@@ -65,15 +65,16 @@ class Answer:
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= _SHOWN else self.text[: _SHOWN - 1] + "…"
-        return f"Answer({text!r}, {self._summary()})"
+        return f"Answer({text!r}, {self.summary()})"
 
     def _repr_html_(self) -> str:
         texts = "".join(
             f'<pre style="white-space: pre-wrap">{escape(choice.text)}</pre>' for choice in self.response.choices
         )
-        return f"{texts}<small>{escape(self._summary())}</small>"
+        return f"{texts}<small>{escape(self.summary())}</small>"
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """What answered: the task set, the adapter, the backend, numbers of tokens, why the answer ended."""
         served_by, usage = self.response.served_by, self.response.usage
         adapter = f"{served_by.adapter}@{served_by.digest[:12]}" if served_by.adapter else ""
         tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"

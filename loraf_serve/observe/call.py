@@ -20,8 +20,9 @@ class Call:
     """One call of a client, filled in while it proceeds. Holds no adapter: it may outlive one that is unloaded.
 
     Attributes:
-        method: gRPC's full name, such as /loraf.v1.GenerationService/Generate.
-        metadata: the client's metadata that is text, with names in lower case.
+        method: gRPC's full name, such as /loraf.v1.GenerationService/Generate; or method and route of HTTP, such as
+            POST /v1/completions.
+        metadata: the client's metadata that is text, or headers, with names in lower case.
         request_id: the client's if its request has a usable one, else random. Every error and log line has it.
         client: name of the client's token; "" if the server has no tokens.
         began, answering, first_token, last_token, ended: times of `time.perf_counter`, in seconds; None if not reached.
@@ -55,8 +56,13 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The method without its service. Only methods that exist are observed, so there are few."""
-        return self.method.rpartition("/")[2]
+        """The method without its service; the route of HTTP. Only methods that exist are observed, so there are few."""
+        return self.method.partition(" ")[2] if self.is_http else self.method.rpartition("/")[2]
+
+    @property
+    def is_http(self) -> bool:
+        """Whether the call came over HTTP, not gRPC."""
+        return " /" in self.method
 
 
 class Observer:

@@ -13,7 +13,6 @@ import http.client
 import io
 import logging
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +22,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
-from loraf.errors import ConfigError, Problem
+from loraf_serve.addresses import listening_socket
 from loraf_serve.errors import PermissionDenied, Unauthenticated
-from loraf_serve.security.changes import Changes
+from loraf_serve.security.contexts import CurrentContext
 from loraf_serve.security.tls_files import TlsFiles
 
 log = logging.getLogger(__name__)
@@ -66,12 +65,10 @@ class MetricsEndpoint:
         authenticate: Callable[[str | None], object] | None = None,
     ):
         self._metrics = _Together(registries)
-        self._tls = tls
         self._authenticate = authenticate
-        self._socket = _listening(host, port)
+        self._socket = listening_socket(host, port, "--metrics-port", MAX_CONNECTIONS)
         self.port: int = self._socket.getsockname()[1]
-        self._context = tls.context() if tls else None
-        self._changes = Changes(tls.paths) if tls else None
+        self._tls = CurrentContext(tls) if tls else None
         self._tasks: set[asyncio.Task[None]] = set()
         self._pages: dict[tuple[str, bool], bytes] = {}  # what was written last, by content type and compression
         self._pages_end = 0.0
@@ -120,7 +117,7 @@ class MetricsEndpoint:
         try:
             async with asyncio.timeout(SECONDS):
                 transport, _ = await self._loop.connect_accepted_socket(
-                    lambda: protocol, connection, ssl=self._current_context()
+                    lambda: protocol, connection, ssl=self._tls.get() if self._tls else None
                 )
                 writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
                 writer.write(self._response(await reader.readuntil(b"\r\n\r\n")))
@@ -135,17 +132,6 @@ class MetricsEndpoint:
             if transport:
                 transport.abort()
             connection.close()
-
-    def _current_context(self) -> ssl.SSLContext | None:
-        """With the certificates that are on the disk now; those before them while these cannot be used."""
-        if self._tls and self._changes and self._changes.seen():
-            # A certificate and the key of another may be seen while both are replaced.
-            if problems := self._tls.problems():
-                self._changes.forget()
-                log.error("the TLS files have changed and cannot be used yet: %s", problems[0])
-            else:
-                self._context = self._tls.context()
-        return self._context
 
     def _response(self, head: bytes) -> bytes:
         line, _, rest = head.partition(b"\r\n")
@@ -195,25 +181,6 @@ class _Together:
     def collect(self) -> Iterator[Metric]:
         for registry in self._registries:
             yield from registry.collect()
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
-            listening.listen(MAX_CONNECTIONS)
-            listening.setblocking(False)
-        except BaseException:
-            listening.close()
-            raise
-    except OSError as error:
-        message = f"cannot listen on {host}, port {port} ({error.strerror})"
-        remedy = "choose another port (0 takes a free one), or stop the program that listens there"
-        raise ConfigError(Problem(message, "--metrics-port", remedy=remedy)) from None
-    return listening
 
 
 def _message(

@@ -21,7 +21,6 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 FIRST_TOKEN = "first token"
 # Codes that are the server's fault, by the conventions for a server's span.
 _FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
-_GENERATION = "/loraf.v1.GenerationService/"
 _MAX_STATE = 512  # characters of `tracestate`; the specification asks for at least that
 
 
@@ -45,6 +44,9 @@ class TraceObserver(Observer):
         parent = self._propagator.extract(_trace_headers(call.metadata))
         method = call.method.removeprefix("/")
         attributes = {"rpc.system.name": "grpc", "rpc.method": method}
+        if call.is_http:
+            verb, _, route = method.partition(" ")
+            attributes = {"http.request.method": verb, "http.route": route}
         span = self._tracer.start_span(method, parent, kind=self._trace.SpanKind.SERVER, attributes=attributes)
         self._spans[id(call)] = span
         context = span.get_span_context()
@@ -60,11 +62,11 @@ class TraceObserver(Observer):
         span = self._spans.pop(id(call), None)
         if span is None:
             return
-        span.set_attribute("rpc.response.status_code", call.code)
+        span.set_attribute("loraf.code" if call.is_http else "rpc.response.status_code", call.code)
         span.set_attribute("loraf.request_id", call.request_id)
         if call.client:
             span.set_attribute("loraf.client", call.client)
-        if call.method.startswith(_GENERATION) and call.answering is not None:
+        if call.answering is not None:
             span.set_attributes(_generation(call))
         if call.code in _FAULTS:
             span.set_attribute("error.type", call.code)
@@ -109,7 +111,7 @@ def _trace_headers(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _generation(call: Call) -> dict[str, str | int | float]:
     attributes: dict[str, str | int | float] = {
-        "gen_ai.operation.name": "text_completion",
+        "gen_ai.operation.name": "chat" if "/chat/" in call.method else "text_completion",
         "gen_ai.provider.name": "loraf",
         "gen_ai.usage.input_tokens": call.prompt_tokens,
         "gen_ai.usage.cache_read.input_tokens": call.cached_prompt_tokens,

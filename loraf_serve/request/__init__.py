@@ -2,7 +2,7 @@
 
     validation  goes through a request and calls the others, in one of two `lanes`
     prompts     the prompt as token ids; a `chat` through the model's template
-    selection   adapter and task set
+    selection   adapter and task set; `names`: both as one name
     sampling    ranges and defaults; structured_output: the form of the answer
     json_text   JSON inside a text field
 

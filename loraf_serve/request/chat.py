@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loraf.errors import Problem, one_line
 from loraf_serve import limits
@@ -51,14 +51,12 @@ def size_problems(request: pb.GenerateRequest | pb.StreamGenerateRequest) -> lis
     return problems
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, chat: pb.Messages, tools: Sequence[pb.Tool]) -> str:
-    """Returns the prompt as text, with the special tokens that the template writes.
-
-    The answer continues a last message of the assistant, as in transformers' chat pipeline.
+def read(tokenizer: PreTrainedTokenizerBase, chat: pb.Messages, tools: Sequence[pb.Tool]) -> Readable:
+    """Returns the messages and tools as the model's chat template takes them.
 
     Raises:
-        InvalidRequest: the model has no chat template, it does not read something, it refuses the messages, or it fails
-            on them; a role or name is empty, a text is not JSON, or a tool's result belongs to no call.
+        InvalidRequest: the model has no chat template, or it does not read something; a role or name is empty, a text
+            is not JSON, or a tool's result belongs to no call.
     """
     if not tokenizer.chat_template:
         raise InvalidRequest(
@@ -83,7 +81,26 @@ def text_of(tokenizer: PreTrainedTokenizerBase, chat: pb.Messages, tools: Sequen
         problems.append(Problem(message, f"messages.messages[{len(messages) - 1}].tool_calls", remedy=remedy))
     if problems:
         raise InvalidRequest(problems)
-    continues = last.role == "assistant"
+    return Readable(messages, functions)
+
+
+class Readable(NamedTuple):
+    """Messages and tools as transformers documents them."""
+
+    messages: list[dict[str, Any]]
+    functions: list[dict[str, Any]]
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, chat: pb.Messages, tools: Sequence[pb.Tool]) -> str:
+    """Returns the prompt as text, with the special tokens that the template writes.
+
+    The answer continues a last message of the assistant, as in transformers' chat pipeline.
+
+    Raises:
+        InvalidRequest: as `read`; or the template refuses the messages, or fails on them.
+    """
+    messages, functions = read(tokenizer, chat, tools)
+    continues = chat.messages[-1].role == "assistant"
     try:
         text = tokenizer.apply_chat_template(
             messages,

@@ -67,12 +67,24 @@ class PromptReader:
                 i = next(i for i, token in enumerate(ids) if token >= self.vocab_size)
                 remedy = f"use ids from 0 to {self.vocab_size - 1}"
                 raise _invalid(f"prompt_token_ids.ids[{i}]", f"{ids[i]} is not in the vocabulary", remedy)
-        if not ids:
-            raise _invalid(kind, "has no tokens", "send at least one")
-        if len(ids) >= self.max_model_len:
-            raise self._too_long(kind, f"{len(ids)} tokens")
-        self._require_known(kind, ids)
+        self.check_ids(kind, ids)
         return ids
+
+    def check_ids(self, field: str, ids: tuple[int, ...]) -> None:
+        """Raises InvalidRequest if a prompt has no token, too many, or some that the model does not have.
+
+        Args:
+            field: the prompt's.
+        """
+        if not ids:
+            raise _invalid(field, "has no tokens", "send at least one")
+        if len(ids) >= self.max_model_len:
+            raise self._too_long(field, f"{len(ids)} tokens")
+        self._require_known(field, ids)
+
+    def check_chat(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> None:
+        """Raises InvalidRequest unless the model's chat template reads everything in the chat."""
+        chat.read(self._tokenizer, request.messages, request.tools)
 
     def bad_word_tokens(self, word: str) -> list[list[int]]:
         """The sequences of tokens that a bad word excludes."""

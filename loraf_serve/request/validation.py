@@ -12,11 +12,13 @@ INVALID_ARGUMENT takes precedence over NOT_FOUND, and that over FAILED_PRECONDIT
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from google.protobuf.message import Message
 
 from loraf.errors import LorafError, Problem, UnknownTask
+from loraf.tasksets import TaskSet
 from loraf_serve.adapters.registry import Registry
 from loraf_serve.backends.backend import Backend, GenerationRequest, Sampling, ServedAdapter
 from loraf_serve.errors import DigestMismatch, InvalidRequest
@@ -29,6 +31,16 @@ from loraf_serve.v1 import generation_pb2 as pb
 AnyRequest = pb.GenerateRequest | pb.StreamGenerateRequest
 
 _REMEDIES = {"priority": "leave it out, or serve with a vLLM backend and --scheduling-policy priority"}
+
+
+@dataclass(frozen=True)
+class Unrendered:
+    """A chat of which everything is valid but the prompt, which is not known yet."""
+
+    request: AnyRequest
+    adapter: ServedAdapter | None
+    task_set: TaskSet
+    sampling: Sampling
 
 
 class Validator:
@@ -45,6 +57,11 @@ class Validator:
         self._backend = backend
         self._end_tokens = backend.end_tokens
         self._lanes = Lanes(lambda: PromptReader(backend.tokenizer, backend.max_model_len, size))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the model can hold."""
+        return self._lanes.any_reader.vocab_size
 
     async def read(self, request: AnyRequest, registry: Registry) -> GenerationRequest:
         """Validates a request in a thread. Raises as `read_now`."""
@@ -74,23 +91,58 @@ class Validator:
             raise InvalidRequest(problems)
         return self._read(request, registry, self._lanes.any_reader)
 
+    async def read_unrendered(self, request: AnyRequest, registry: Registry) -> Unrendered:
+        """Validates everything but the prompt of a chat, which the backend's engine renders. Raises as `read_now`."""
+        problems = _size_problems(request)
+        if problems:
+            raise InvalidRequest(problems)
+        return await self._lanes.run(
+            request.ByteSize(), lambda prompts: self._read_unrendered(request, registry, prompts)
+        )
+
+    def _read_unrendered(self, request: AnyRequest, registry: Registry, prompts: PromptReader) -> Unrendered:
+        errors: list[LorafError] = []
+        adapter, task_set, _ = selection.read(request, registry, errors)
+        params = self._sampling(request, prompts, errors)
+        errors += [InvalidRequest(problem) for problem in self._other_problems(request)]
+        try:
+            prompts.check_chat(request)
+        except InvalidRequest as error:
+            errors.append(error)
+        _raise_worst(errors)
+        return Unrendered(request, adapter, task_set, params)
+
+    def rendered(self, request: Unrendered, token_ids: Sequence[int]) -> GenerationRequest:
+        """The request with its prompt. Raises InvalidRequest: the prompt is empty or too long for the request."""
+        prompts, errors = self._lanes.any_reader, list[LorafError]()
+        try:
+            prompts.check_ids("messages", tuple(token_ids))
+        except InvalidRequest as error:
+            errors.append(error)
+        errors += self._length_errors(request.sampling, tuple(token_ids))
+        _raise_worst(errors)
+        return self._valid(request.request, request.adapter, request.task_set, request.sampling, tuple(token_ids))
+
     def _read(self, request: AnyRequest, registry: Registry, prompts: PromptReader) -> GenerationRequest:
         errors: list[LorafError] = []
         adapter, task_set, only_task = selection.read(request, registry, errors)
         params = self._sampling(request, prompts, errors)
         token_ids = self._token_ids(request, prompts, adapter, only_task, errors)
         errors += [InvalidRequest(problem) for problem in self._other_problems(request)]
-        entries = 0 if params.prompt_logprobs is None else (params.prompt_logprobs + 1) * len(token_ids)
-        if entries > MAX_PROMPT_LOGPROBS_ENTRIES:
-            message = f"{params.prompt_logprobs} for {len(token_ids)} tokens are {entries} log-probabilities"
-            remedy = f"use at most {MAX_PROMPT_LOGPROBS_ENTRIES}: a smaller number, or a shorter prompt"
-            errors.append(InvalidRequest(Problem(message, "sampling.prompt_logprobs", remedy=remedy)))
-        room = prompts.max_model_len - len(token_ids)
-        if token_ids and params.min_tokens > room:
-            message = f"{params.min_tokens} is more than the {room} tokens that are left of the context"
-            errors.append(InvalidRequest(Problem(message, "sampling.min_tokens", remedy=f"use at most {room}")))
+        errors += self._length_errors(params, token_ids)
         _raise_worst(errors)
+        return self._valid(request, adapter, task_set, params, token_ids)
+
+    def _valid(
+        self,
+        request: AnyRequest,
+        adapter: ServedAdapter | None,
+        task_set: TaskSet,
+        params: Sampling,
+        token_ids: tuple[int, ...],
+    ) -> GenerationRequest:
         unique = uuid.uuid4().hex
+        room = self._backend.max_model_len - len(token_ids)
         return GenerationRequest(
             request_id=f"{request.request_id}-{unique[:12]}" if request.request_id else unique,
             prompt_token_ids=token_ids,
@@ -99,6 +151,20 @@ class Validator:
             task_set=task_set,
             priority=request.priority,
         )
+
+    def _length_errors(self, params: Sampling, token_ids: tuple[int, ...]) -> list[LorafError]:
+        """What is too much for a prompt of this length."""
+        errors: list[LorafError] = []
+        entries = 0 if params.prompt_logprobs is None else (params.prompt_logprobs + 1) * len(token_ids)
+        if entries > MAX_PROMPT_LOGPROBS_ENTRIES:
+            message = f"{params.prompt_logprobs} for {len(token_ids)} tokens are {entries} log-probabilities"
+            remedy = f"use at most {MAX_PROMPT_LOGPROBS_ENTRIES}: a smaller number, or a shorter prompt"
+            errors.append(InvalidRequest(Problem(message, "sampling.prompt_logprobs", remedy=remedy)))
+        room = self._backend.max_model_len - len(token_ids)
+        if token_ids and params.min_tokens > room:
+            message = f"{params.min_tokens} is more than the {room} tokens that are left of the context"
+            errors.append(InvalidRequest(Problem(message, "sampling.min_tokens", remedy=f"use at most {room}")))
+        return errors
 
     def _other_problems(self, request: AnyRequest) -> list[Problem]:
         """The problems with fields that are neither the prompt nor the selection nor sampling."""

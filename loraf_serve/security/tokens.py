@@ -70,7 +70,7 @@ class Tokens:
             self._reload()
         match = _BEARER.fullmatch(authorization or "")
         if match is None:
-            raise Unauthenticated("no token was sent; send metadata authorization: Bearer TOKEN")
+            raise Unauthenticated("no token was sent; send authorization: Bearer TOKEN, with gRPC as metadata")
         digest = _digest(match[1])
         permissions = None
         for entry in self._entries:  # all of them, so that the time does not tell which one is close

@@ -1,7 +1,11 @@
-"""The gRPC side of the server.
+"""The service behind every door, and its gRPC door.
 
     server           its life: listen, warm up, serve, drain
-    services         answers calls; `messages` makes the protocol's messages, `status` the status of an exception
+    generations      what a request for answers passes, whichever door it came through
+    doors            what another door gets of the service, and what the service asks of it
+    services         answers calls of gRPC: `answering` asks `generations`, `messages` makes its messages, `status` the
+                     status of an exception
+    vllm_contract    vLLM's own gRPC contract beside it
     info             what the server is and what it admits
     admission        limits the requests in flight
     server_options   addresses, TLS, limits

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from loraf.errors import LorafError, Problem
+from loraf.tasksets import TaskSet
 from loraf_serve.adapters.registry import Registry
-from loraf_serve.backends.backend import GenerationRequest
 from loraf_serve.errors import InvalidRequest, PermissionDenied
 from loraf_serve.limits import MAX_SELECTED_TASKS
 from loraf_serve.security.permissions import Permissions
@@ -56,13 +56,13 @@ def require_change(name: str, tasks: Sequence[str], permissions: Permissions) ->
     permissions.require_tasks(tasks, "tasks")
 
 
-def require_selected(request: GenerationRequest, permissions: Permissions) -> None:
+def require_selected(task_set: TaskSet, permissions: Permissions) -> None:
     """Checks the task set that a valid request selects: all tasks, those of a named set, those of `as_trained`.
 
     Raises:
         PermissionDenied: a task that the client may not use.
     """
-    permissions.require_set(name for name, _ in request.task_set.weights)
+    permissions.require_set(task_set.names)
 
 
 def metrics_reader(tokens: Tokens) -> Callable[[str | None], None]:

@@ -32,17 +32,25 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
     ) -> info_pb2.GetServerInfoResponse:
         if self._admission.refusal:
             await abort(context, refusal_of(self._admission.refusal, current().request_id))
-        limits = (*LIMITS, *server_limits(self._backend, self._options))
-        return info_pb2.GetServerInfoResponse(
-            model=self._options.model,
-            backend=self._backend.name,
-            versions=_versions(self._backend.name != "merged"),
-            unsupported_fields=self._backend.unsupported_fields,
-            limits=[
-                info_pb2.Limit(name=limit.name, value=limit.value, description=description_of(limit))
-                for limit in limits
-            ],
-        )
+        return server_info(self._backend, self._options)
+
+
+def server_info(backend: Backend, options: ServerOptions) -> info_pb2.GetServerInfoResponse:
+    """What the server is and what it admits.
+
+    Args:
+        backend: started.
+    """
+    limits = (*LIMITS, *server_limits(backend, options))
+    return info_pb2.GetServerInfoResponse(
+        model=options.model,
+        backend=backend.name,
+        versions=_versions(backend.name != "merged"),
+        unsupported_fields=backend.unsupported_fields,
+        limits=[
+            info_pb2.Limit(name=limit.name, value=limit.value, description=description_of(limit)) for limit in limits
+        ],
+    )
 
 
 def description_of(limit: Limit) -> str:

@@ -28,7 +28,9 @@ from loraf_serve.security.tokens import Tokens, readable_by_others
 from loraf_serve.service import access
 from loraf_serve.service.accepting import make_server
 from loraf_serve.service.admission import Admission
+from loraf_serve.service.doors import Inside, MakeDoor
 from loraf_serve.service.gate import Gate
+from loraf_serve.service.generations import Generations
 from loraf_serve.service.info import InfoService
 from loraf_serve.service.observation import Observation
 from loraf_serve.service.server_options import ServerOptions
@@ -45,7 +47,7 @@ from loraf_serve.v1 import (
 
 log = logging.getLogger(__name__)
 
-SERVICES = (
+SERVICES: tuple[str, ...] = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     info_pb2.DESCRIPTOR.services_by_name["InfoService"].full_name,
@@ -66,6 +68,7 @@ class GrpcServer:
     Attributes:
         tokens: who may call; None: everybody.
         engine_gone: the backend has failed for good; engine_lost: is set then.
+        door_lines: where the other doors listen, for people, once they do.
     """
 
     def __init__(
@@ -76,22 +79,18 @@ class GrpcServer:
         vocab_size: int | None,
         tokens: Tokens | None = None,
         observers: Sequence[Observer] = (),
+        doors: Sequence[MakeDoor] = (),
     ):
         self.tokens = tokens
         self.engine_gone = False
         self.engine_lost = asyncio.Event()
+        self.door_lines: list[str] = []
         self._backend = backend
         self._library = library
         self._vocab_size = vocab_size
         self._admission = Admission(options.max_queue)
-        self._generation = GenerationService(
-            backend,
-            library,
-            self._admission,
-            options.default_deadline,
-            self._engine_is_gone,
-            observers,
-            options.log_texts,
+        self._generations = Generations(
+            backend, library, self._admission, self._engine_is_gone, observers, options.log_texts
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in grpc-stubs
         self._watch: asyncio.Task[None] | None = None
@@ -114,16 +113,33 @@ class GrpcServer:
         )
         adapters = AdapterService(library, self._admission, self._engine_is_gone)
         # Generated code for services has no types, hence the ignores.
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._grpc)  # type: ignore[no-untyped-call]
+        generation = GenerationService(self._generations, options.default_deadline)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._grpc)  # type: ignore[no-untyped-call]
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._grpc)  # type: ignore[no-untyped-call]
         info = InfoService(backend, self._admission, options)
         info_pb2_grpc.add_InfoServiceServicer_to_server(info, self._grpc)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        inside = Inside(
+            backend,
+            library,
+            self._admission,
+            self._generations,
+            options,
+            tokens,
+            observers,
+            self._engine_is_gone,
+        )
+        self._services = SERVICES
+        if options.vllm_grpc:
+            from loraf_serve.service.vllm_contract import contract
+
+            self._services += contract.add(self._grpc, inside, adapters)
         if options.reflection:
             from grpc_reflection.v1alpha import reflection
 
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._grpc)
+        self._doors = [make_door(inside) for make_door in doors]
 
     @property
     def registry(self) -> Registry:
@@ -153,16 +169,25 @@ class GrpcServer:
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
+            self.door_lines = [await door.listen() for door in self._doors]
+            port = self._bind(options)
+        except ConfigError:
+            for door in self._doors:
+                await door.stop(0.0)
+            raise
+        await self._grpc.start()
+        return port
+
+    def _bind(self, options: ServerOptions) -> int:
+        """Returns the port. Raises ConfigError."""
+        try:
             if options.tls:
-                port = self._grpc.add_secure_port(options.address, server_credentials(options.tls))
-            else:
-                port = self._grpc.add_insecure_port(options.address)
+                return self._grpc.add_secure_port(options.address, server_credentials(options.tls))
+            return self._grpc.add_insecure_port(options.address)
         except RuntimeError:
             remedy = "choose another --host or --port (0 takes a free port), or stop the program that listens there"
             problem = Problem(f"cannot listen on {options.address}", "--host, --port", remedy=remedy)
             raise ConfigError(problem) from None
-        await self._grpc.start()
-        return port
 
     async def warm_up(self) -> None:
         """Starts the backend, loads the adapters, and starts to serve.
@@ -172,7 +197,9 @@ class GrpcServer:
         """
         await self._backend.start()
         await self._library.start()
-        self._generation.validator = await asyncio.to_thread(Validator, self._backend, self._vocab_size)
+        self._generations.validator = await asyncio.to_thread(Validator, self._backend, self._vocab_size)
+        for door in self._doors:
+            await door.open()
         self._admission.open()
         if self._admission.is_open:
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -204,9 +231,9 @@ class GrpcServer:
         await self._library.close()
         await self._backend.stop()
         await self._admission.wait_empty(_FLUSH_SECONDS)
-        await self._grpc.stop(_FLUSH_SECONDS)
-        if hasattr(self._generation, "validator"):
-            self._generation.validator.close()
+        await asyncio.gather(self._grpc.stop(_FLUSH_SECONDS), *(door.stop(_FLUSH_SECONDS) for door in self._doors))
+        if hasattr(self._generations, "validator"):
+            self._generations.validator.close()
 
     async def _engine_is_gone(self, error: BackendUnavailable) -> None:
         if self.engine_gone or not self._admission.is_open:  # already known, or draining
@@ -228,7 +255,7 @@ class GrpcServer:
                 log.exception("the engine's health could not be checked")
 
     async def _set_health(self, state: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", *SERVICES):
+        for name in ("", *self._services):
             await self._health.set(name, state)
 
 
@@ -239,6 +266,7 @@ async def create_server(
     vocab_size: int | None = None,
     root: AdapterRoot | None = None,
     observers: Sequence[Observer] = (),
+    doors: Sequence[MakeDoor] = (),
 ) -> tuple[GrpcServer, int]:
     """Makes a server that listens but does not serve yet. Call `warm_up` next, and `drain` at the end.
 
@@ -248,6 +276,7 @@ async def create_server(
         vocab_size: the model's number of token ids; None for the tokenizer's.
         root: where clients may load adapters from; None: clients cannot change what is loaded.
         observers: are told of every call.
+        doors: make the doors beside gRPC's.
 
     Returns:
         The server and its port.
@@ -260,7 +289,7 @@ async def create_server(
         raise ConfigError(problems)
     tokens = Tokens(options.token_file) if options.token_file else None
     library = AdapterLibrary(backend, registry, root, options.adapter_memory)
-    server = GrpcServer(backend, library, options, vocab_size, tokens, observers)
+    server = GrpcServer(backend, library, options, vocab_size, tokens, observers, doors)
     return server, await server.listen(options)
 
 
@@ -271,11 +300,13 @@ async def run(
     vocab_size: int | None,
     root: AdapterRoot | None,
     say: Callable[[str], None],
+    doors: Sequence[MakeDoor] = (),
 ) -> int:
     """Serves until SIGTERM or SIGINT, or until the engine dies; a second signal ends the grace period.
 
     Args:
         say: prints a line for the user.
+        doors: make the doors beside gRPC's.
 
     Returns:
         The exit status: 0, or 1 if the engine died.
@@ -293,7 +324,7 @@ async def run(
         loop.add_signal_handler(signum, on_signal)
     observation = Observation(options)
     backend.keeps_metrics = options.metrics_port is not None
-    server, port = await create_server(backend, registry, options, vocab_size, root, observation.observers)
+    server, port = await create_server(backend, registry, options, vocab_size, root, observation.observers, doors)
     authenticate = access.metrics_reader(server.tokens) if server.tokens else None
     try:
         metrics = observation.listen(server.state(options.max_queue), authenticate)
@@ -317,6 +348,8 @@ async def run(
             for adapter in server.registry:
                 rank, tasks = adapter.manifest.rank, ", ".join(adapter.tasks)
                 say(f"adapter {adapter.name}: verified, rank {rank}, digest {adapter.digest[:12]}, tasks {tasks}")
+            for line in server.door_lines:
+                say(line)
             say(f"listening on {address}")
             lost = asyncio.create_task(server.engine_lost.wait())
             await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)

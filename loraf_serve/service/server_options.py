@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraf.errors import Problem
-from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT, address_of, is_local
+from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT, address_of, is_local, is_origin
 from loraf_serve.security.tls_files import TlsFiles
 
 DEFAULT_MAX_QUEUE = 1024  # requests
@@ -14,6 +15,7 @@ DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
 DEFAULT_GRACE = 30.0  # seconds
 LOG_FORMATS = ("text", "json")
 DEFAULT_MAX_CONNECTION_AGE = 3600.0  # seconds
+_PORTS = {"--port": "gRPC", "--metrics-port": "metrics"}
 _LONGEST_SECONDS = 1e6  # gRPC counts milliseconds in 32 bits
 
 
@@ -25,6 +27,7 @@ class ServerOptions:
         host, port: where to listen; port 0 takes a free one. A Unix socket (unix:/path) has no port.
         tls_cert, tls_key: PEM files; both or neither.
         reflection: offer gRPC reflection.
+        vllm_grpc: speak vLLM's own gRPC contract too.
         tls_client_ca: PEM file; clients must then present a certificate signed by this authority.
         insecure: allow other machines to connect without TLS.
         token_file: only clients with one of its tokens may call; None: everybody.
@@ -37,6 +40,10 @@ class ServerOptions:
             connections; its streams run to their end. 0: never.
         metrics_port: serve metrics for Prometheus on this port of the host, of 127.0.0.1 if that is a Unix socket; 0
             takes a free one. None: no metrics.
+        http_port: serve OpenAI's API and a page over HTTP on this port of the host, of 127.0.0.1 if that is a Unix
+            socket; 0 takes a free one. None: no HTTP.
+        http_allowed_origin: origins of pages that may call over HTTP, beside the server's own.
+        tool_call_parser: vLLM's name of a parser for calls of tools in answers to chats; "" for none.
         log_format: one of LOG_FORMATS.
         log_texts: write prompts and answers to the log.
         adapter_memory: limit in bytes for all adapters, in the server's process and in the backend; None: no limit.
@@ -46,6 +53,7 @@ class ServerOptions:
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
     reflection: bool = False
+    vllm_grpc: bool = False
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -58,6 +66,9 @@ class ServerOptions:
     drain_delay: float = 0.0
     max_connection_age: float = DEFAULT_MAX_CONNECTION_AGE
     metrics_port: int | None = None
+    http_port: int | None = None
+    http_allowed_origin: Sequence[str] = ()
+    tool_call_parser: str = ""
     log_format: str = "text"
     log_texts: bool = False
     adapter_memory: int | None = None
@@ -83,11 +94,22 @@ class ServerOptions:
             if not holds:
                 problems.append(Problem(message, field, remedy=remedy))
 
-        check(0 <= self.port <= 65535, "--port", f"{self.port} is not a port", "use 0 (any free port) to 65535")
-        metrics = self.metrics_port or 0
-        check(0 <= metrics <= 65535, "--metrics-port", f"{metrics} is not a port", "use 0 (any free port) to 65535")
-        is_own = metrics != self.port or metrics == 0
-        check(is_own, "--metrics-port", f"{metrics} is the port of gRPC", "use another port")
+        taken: dict[int, str] = {}
+        ports = (("--port", self.port), ("--metrics-port", self.metrics_port), ("--http-port", self.http_port))
+        for option, port in ports:
+            number = port or 0
+            check(0 <= number <= 65535, option, f"{number} is not a port", "use 0 (any free port) to 65535")
+            what = _PORTS.get(taken.get(number, ""), "")
+            check(not (number and what), option, f"{number} is the port of {what}", "use another port")
+            taken.setdefault(number, option)
+        for origin in self.http_allowed_origin:
+            remedy = "write it as https://host or https://host:port"
+            check(is_origin(origin), "--http-allowed-origin", f"{origin!r} is not an origin", remedy)
+        for option, value in (
+            ("--http-allowed-origin", self.http_allowed_origin),
+            ("--tool-call-parser", self.tool_call_parser),
+        ):
+            check(not value or self.http_port is not None, option, "is about HTTP", "give --http-port too")
         check(self.max_queue >= 1, "--max-queue", f"{self.max_queue} is out of range", "use at least 1")
         size = self.max_message_bytes
         in_range = 1024 <= size < 1 << 31

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import PurePath
+from typing import NamedTuple
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -78,23 +79,41 @@ def code_of(error: BaseException) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
+class Explanation(NamedTuple):
+    """What a client is told of an error.
+
+    Attributes:
+        problems: what is wrong with the request, for a mistake of the client.
+    """
+
+    code: grpc.StatusCode
+    message: str
+    problems: tuple[Problem, ...] = ()
+
+
+def explanation_of(error: BaseException, request_id: str) -> Explanation:
+    """What a client is told of `error`: nothing of the server's folders, and of an unexpected error only that there was
+    one."""
+    code = code_of(error)
+    if code is grpc.StatusCode.INTERNAL:
+        return Explanation(code, f"request {request_id}")
+    if isinstance(error, BackendUnavailable):
+        return Explanation(code, ENGINE_GONE)  # its own text may reveal internals of the server
+    if isinstance(error, LorafError):
+        problems = tuple(_presentable(problem) for problem in error.problems)
+        return Explanation(code, str(LorafError(problems)), problems)
+    message = _without_paths(str(error))
+    if isinstance(error, UnsupportedField):
+        return Explanation(code, message, (Problem(message, f"sampling.{error.field}"),))
+    return Explanation(code, message)
+
+
 def status_of(error: BaseException, request_id: str) -> status_pb2.Status:
     """The status for `error`, with its details."""
-    code = code_of(error)
+    code, message, problems = explanation_of(error, request_id)
     details: list[any_pb2.Any] = []
-    if code is grpc.StatusCode.INTERNAL:
-        message = f"request {request_id}"
-    elif isinstance(error, BackendUnavailable):
-        message = ENGINE_GONE  # its own text may reveal internals of the server
-    elif isinstance(error, LorafError):
-        problems = [_presentable(problem) for problem in error.problems]
-        message = str(LorafError(problems))
-        if code is grpc.StatusCode.INVALID_ARGUMENT:
-            details.append(_packed(_bad_request(problems)))
-    else:
-        message = _without_paths(str(error))
-    if isinstance(error, UnsupportedField):
-        details.append(_packed(_bad_request([Problem(message, f"sampling.{error.field}")])))
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        details.append(_packed(_bad_request(problems)))
     if isinstance(error, TryLater):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))

@@ -1,6 +1,7 @@
 """Everything that is specific to vLLM; no other room imports it. One folder for each process.
 
     engine/      the service's process: an engine as a backend
+    http/        the same process: vLLM's own OpenAI app on that engine
     worker/      vLLM's worker processes, for every backend
     slots/       workers of the slots backend: a LoRA slot for each task set
     resident/    workers of the resident backend: one adapter for every task set
@@ -10,5 +11,5 @@
     naming       names that these processes share
     relied_on    what LoRAF relies on inside vLLM, in words and checks
 
-Imports: engine and stock → slots and resident → worker → naming; engine and plugin → forms.
+Imports: http → engine; engine and stock → slots and resident → worker → naming; engine and plugin → forms.
 """

@@ -38,6 +38,8 @@ def register() -> None:
     """Does nothing in processes of other engines and of servers without LoRA."""
     owner = os.environ.get(ENGINE_OWNER)
     if owner is None:
+        if os.environ.get(KEEP):  # processes of a stock server with resident workers
+            keep_compile()
         install.install()
         return
     parent = multiprocessing.parent_process()

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.campaigns import cancels, generated_requests, saturation, service_cost, streams
+from benchmarks.campaigns import cancels, generated_requests, http_cost, saturation, service_cost, streams
 from benchmarks.campaigns.attacks import ATTACKS, damaged, valid_bytes
 from benchmarks.campaigns.calls import Outcome
 from benchmarks.campaigns.frames import GENERATE, Connection
 from benchmarks.campaigns.questions import SELECTIONS, is_same, make_questions
 from benchmarks.campaigns.stand import CampaignServer, campaign_server
 from loraf_serve.client import request_of
+from loraf_serve.http.asked import read_completion as asked_over_http
 from loraf_serve.v1 import generation_pb2 as pb
 
 
@@ -112,3 +113,23 @@ def test_both_ways_ask_for_the_same():
     tasks = [(task.name, task.weight) for task in message.task_selection.tasks.tasks]
     assert tasks == [("t0", 1.0), ("t1", 0.5)]
     assert (message.sampling.temperature, message.sampling.max_tokens, message.sampling.ignore_eos) == (0.0, 7, True)
+
+
+def test_both_doors_are_asked_for_the_same():
+    body = http_cost.body_of("t1:0.5+t0", [1, 2], 7, stream=True)
+    asked = asked_over_http(body)
+    message = service_cost.request("t1:0.5+t0", [1, 2], 7)
+    (request,) = asked.requests
+    assert request.sampling == message.sampling and request.prompt_token_ids == message.prompt_token_ids
+    assert asked.name.adapter == message.adapter and dict(asked.name.written.pairs) == {"t0": 1.0, "t1": 0.5}
+    assert asked.stream
+
+
+def test_the_cost_of_http_is_taken_within_a_round():
+    rounds = [
+        {"gRPC": {"tokens a second": speed, "first piece": 0.1}, "HTTP": {"tokens a second": s, "first piece": 0.102}}
+        for speed, s in ((100, 97), (50, 48.5))
+    ]
+    result = http_cost.compare(rounds)
+    assert result["share of the throughput"]["median"] == pytest.approx(0.97)
+    assert result["ms more to the first piece"]["median"] == pytest.approx(2)

@@ -28,7 +28,9 @@ from loraf_serve.adapters.registry import Registry
 from loraf_serve.adapters.root import AdapterRoot
 from loraf_serve.backends.backend import Backend, ServedAdapter
 from loraf_serve.client import Client
+from loraf_serve.observe.call import Observer
 from loraf_serve.service import server
+from loraf_serve.service.doors import MakeDoor
 from loraf_serve.service.server_options import ServerOptions
 from loraf_serve.v1 import adapter_pb2_grpc, generation_pb2_grpc
 from tests.loraf_serve.fake_backend import FakeBackend
@@ -133,12 +135,16 @@ def serving(
     warm: bool = True,
     root: Path | None = None,
     vocab_size: int | None = VOCAB_SIZE,
+    doors: Sequence[MakeDoor] = (),
+    observers: Sequence[Observer] = (),
     **options,
 ) -> Iterator[Running]:
     """A server with `one_adapter`, warmed up unless `warm` is False; drained at the end without grace.
 
     Args:
         root: `--adapter-root`.
+        doors: make the doors beside gRPC's.
+        observers: are told of every call.
     """
     server_options = replace(ServerOptions(port=0, grace=0.0), **options)
     loop = asyncio.new_event_loop()
@@ -149,7 +155,9 @@ def serving(
         instance = backend() if callable(backend) else backend
         registry = one_adapter() if adapters is None else adapters
         adapter_root = None if root is None else AdapterRoot(root, model_folder())
-        running, port = await server.create_server(instance, registry, server_options, vocab_size, adapter_root)
+        running, port = await server.create_server(
+            instance, registry, server_options, vocab_size, adapter_root, observers, doors
+        )
         if warm:
             await running.warm_up()
         return Running(instance, running, port, loop)

@@ -54,12 +54,17 @@ class Answer:
 class StockServer:
     """A running server.
 
+    Args:
+        slots: --max-loras.
+        sequences: --max-num-seqs.
+        variables: additional environment variables.
+
     Attributes:
         root: the server's working folder.
         client: for its OpenAI-compatible API.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, slots: int = SLOTS, sequences: int = 16, **variables: str):
         self.root = root
         make_model("mistral", root / "model")
         for seed, name in enumerate(("ckpt", "moving", "spare")):
@@ -68,12 +73,13 @@ class StockServer:
         self._log = root / "server.log"
         start = ["-m", "vllm.entrypoints.cli.main"] if _distributed("vllm") else ["-c", COMMAND]
         command = [sys.executable, *start, "serve", "./model", "--served-model-name", "base"]
-        command += ["--enable-lora", "--max-loras", str(SLOTS), "--max-lora-rank", "16", "--lora-modules", *MODULES]
-        command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", "--max-model-len", "600"]
+        command += ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", "16", "--lora-modules", *MODULES]
+        command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", str(sequences), "--max-model-len", "600"]
         command += ["--kv-cache-memory-bytes", str(256 << 20), "--enable-prompt-tokens-details"]
         command += ["--host", "127.0.0.1", "--port", str(self._port)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "LORAF_"))}
         environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        environment |= variables
         with open(self._log, "wb") as log:
             # A new session, so that all of its processes can be killed together.
             self._process = subprocess.Popen(
@@ -117,6 +123,12 @@ class StockServer:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())["error"]["message"]
+
+    def get(self, route: str) -> str:
+        """Reads one of vLLM's own routes."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{route}", timeout=30) as response:
+            text: str = response.read().decode()
+            return text
 
     def alive(self) -> bool:
         """Whether the server answers a new request."""

@@ -52,8 +52,6 @@ def test_help_names_every_option_of_the_server(capsys):
     text = capsys.readouterr().out
     for option in cli.parser()._option_string_actions:
         assert option in text
-    for later in ("--http-port",):
-        assert later not in text  # an option that does nothing is not offered
 
 
 # --- --adapter

@@ -166,6 +166,28 @@ def test_structured_output(cli, tmp_path):
         assert not server.attempts[-1].request.sampling.HasField("structured_output")
 
 
+def test_chat_tools_and_priority(cli, tmp_path):
+    function = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([{"type": "function", "function": function}]))
+    with standing_in() as (server, address):
+        assert cli("generate", "x", "--server", address, "--tools", str(file), "--priority", "-3")[0] == 0
+        request = server.attempts[-1].request
+        assert (request.priority, request.tools[0].name, request.messages.messages[0].content) == (-3, "add", "x")
+        assert json.loads(request.tools[0].parameters) == {"type": "object"}
+        assert cli("generate", "x", "--server", address, "--chat")[0] == 0
+        request = server.attempts[-1].request
+        assert request.messages.messages[0].role == "user" and not request.tools and not request.HasField("priority")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "[1]"])
+def test_a_file_without_tools_is_refused(cli, tmp_path, content):
+    file = tmp_path / "tools.json"
+    file.write_text(content)
+    status, _, err = cli("generate", "x", "--tools", str(file))
+    assert status == 2 and f"{file}: --tools: is not" in err and "→ write [" in err and "Traceback" not in err
+
+
 def test_mistakes_in_options(cli, capsys):
     status, _, err = cli("generate", "x", "--json-schema", "/nowhere/schema.json")
     assert status == 2 and "/nowhere/schema.json: No such file" in err

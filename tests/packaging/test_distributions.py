@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 LIBRARIES = {"loraf/_native.so", "loraf_serve/kernels/_cpu.so"}
 STUBS = {
-    f"loraf_serve/v1/{name}_pb2{end}"
-    for name in ("adapter", "generation", "info")
+    f"loraf_serve/{name}_pb2{end}"
+    for name in ("v1/adapter", "v1/generation", "v1/info", "vllm_proto/control", "vllm_proto/inference")
     for end in (".py", ".pyi", "_grpc.py")
 }
 

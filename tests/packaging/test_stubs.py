@@ -11,7 +11,10 @@ import pytest
 from tests.packaging.building import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-STUBS = ROOT / "loraf_serve" / "v1"
+FOLDERS = [ROOT / "loraf_serve" / package for package in ("v1", "vllm_proto")]
+STUBS = [file for folder in FOLDERS for file in sorted(folder.glob("*_pb2*.py"))]
+SERVICES = [file for file in STUBS if file.stem.endswith("_grpc")]
+MESSAGES = [file for file in STUBS if file not in SERVICES]
 
 Version = tuple[int, ...]
 
@@ -30,14 +33,14 @@ def lower_bound(package: str) -> Version:
     return version(bound)
 
 
-@pytest.mark.parametrize("file", sorted(STUBS.glob("*_pb2_grpc.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", SERVICES, ids=lambda file: f"{file.parent.name}.{file.stem}")
 def test_services_accept_the_oldest_grpcio(file: Path):
     [generated] = re.findall(r"GRPC_GENERATED_VERSION = '([\d.]+)'", file.read_text(encoding="utf-8"))
     assert version(generated)[:2] <= lower_bound("grpcio")
     assert version(generated)[2] == 0
 
 
-@pytest.mark.parametrize("file", sorted(STUBS.glob("*_pb2.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", MESSAGES, ids=lambda file: f"{file.parent.name}.{file.stem}")
 def test_messages_accept_the_oldest_protobuf(file: Path):
     pattern = r"ValidateProtobufRuntimeVersion\(\s*\S+,\s*(\d+),\s*(\d+),\s*(\d+),"
     [generated] = re.findall(pattern, file.read_text(encoding="utf-8"))
@@ -49,7 +52,7 @@ def test_messages_accept_the_newest_protobuf():
     """Protobuf promises that generated code runs with the next major version, not with the one after it."""
     [generated] = {
         int(major)
-        for file in STUBS.glob("*_pb2.py")
+        for file in MESSAGES
         for major in re.findall(r"Protobuf Python Version: (\d+)\.", file.read_text(encoding="utf-8"))
     }
     [excluded] = re.findall(r"protobuf>=[\d.]+,<(\d+)", "\n".join(PROJECT["project"]["dependencies"]))

@@ -2,6 +2,7 @@
 
     backends       the slots and the resident backend
     vllm_backend   their common base
+    lora_requests  vLLM's request objects of task sets
     slot_queue     decides which task sets get a slot
     support        whether vLLM can serve a model on this machine
     quantised      quantised weights that vLLM adds no LoRA to

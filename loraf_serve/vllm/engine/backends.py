@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loraf.errors import ConfigError, Problem
 from loraf_serve.backends.backend import BackendUnavailable
+from loraf_serve.vllm.engine.lora_requests import LoraRequests
 from loraf_serve.vllm.engine.slot_queue import SlotAdmission
 from loraf_serve.vllm.engine.support import can_serve
-from loraf_serve.vllm.engine.vllm_backend import LoraRequests, VllmBackend
+from loraf_serve.vllm.engine.vllm_backend import VllmBackend
 from loraf_serve.vllm.resident.compiling import KEEP, keep_compile
 
 if TYPE_CHECKING:

@@ -71,10 +71,27 @@ def sampling_params(sampling: Sampling, form: tuple[str, str] | None = None) -> 
     )
 
 
+def with_checked_form(params: SamplingParams, form: tuple[str, str] | None) -> SamplingParams:
+    """Parameters that vLLM's own app has made, with a form of the answer that has been checked.
+
+    Args:
+        form: as `FormChecker.check` returned it; None for an answer of any form.
+    """
+    if form is None:
+        params.structured_outputs = None
+        return params
+    checked: SamplingParams = _FormIsChecked.__new__(_FormIsChecked)
+    for name in SamplingParams.__struct_fields__:
+        setattr(checked, name, getattr(params, name))
+    checked.structured_outputs = _structured_outputs(*form)
+    return checked
+
+
 def _structured_outputs(kind: str, value: str) -> StructuredOutputsParams:
     params = StructuredOutputsParams(
         regex=value if kind == "regex" else None,
         grammar=value if kind in ("ebnf", "lark") else None,  # a JSON schema comes as one
+        structural_tag=value if kind == "structural_tag" else None,
     )
     params._backend = "xgrammar"  # as vLLM's own check would set it
     return params

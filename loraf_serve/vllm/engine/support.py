@@ -49,22 +49,9 @@ def can_serve(model_folder: Path) -> str | None:
 
 def can_serve_resident(model_folder: Path) -> str | None:
     """Returns why the resident backend cannot serve a model for which `can_serve` returned None, or None if it can."""
-    from vllm.model_executor.models import ModelRegistry, supports_multimodal
-    from vllm.platforms import current_platform
+    from loraf_serve.vllm.resident import support
 
-    from loraf_serve.vllm import relied_on
-
-    broken = relied_on.broken(relied_on.RESIDENT_FACTS)
-    if broken:
-        return "it does not support this release of vLLM. No longer true: " + "; ".join(broken)
-    if not (current_platform.is_cpu() or current_platform.is_cuda()):
-        return f"its kernels run on CPUs and NVIDIA GPUs, not on {current_platform.device_name}"
-    if current_platform.is_cuda() and importlib.util.find_spec("triton") is None:
-        return "its GPU kernel needs Triton, which is not installed"
-    architecture = next(name for name in _architectures(model_folder) if name in ModelRegistry.models)
-    if supports_multimodal(ModelRegistry.models[architecture].load_model_cls()):
-        return f"{architecture} is a multimodal model, and it serves text models only"
-    return None
+    return support.obstacle(_architectures(model_folder))
 
 
 def _architectures(model_folder: Path) -> list[str]:

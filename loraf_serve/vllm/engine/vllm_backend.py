@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import tempfile
 import uuid
 from abc import abstractmethod
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Collection, Hashable, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,10 +21,12 @@ from loraf_serve.backends.backend import (
     Output,
     Sampling,
     ServedAdapter,
+    StructuredOutput,
 )
 from loraf_serve.backends.vocabulary import ends_within
 from loraf_serve.vllm.engine import answers, quantised
 from loraf_serve.vllm.engine.environment import engine_environment
+from loraf_serve.vllm.engine.lora_requests import LoraRequests
 from loraf_serve.vllm.engine.support import can_serve
 from loraf_serve.vllm.forms.form_checker import FormChecker
 from loraf_serve.vllm.naming import lora_path
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.inputs import EngineInput
     from vllm.lora.request import LoRARequest
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _POLL_SECONDS = 0.02
@@ -237,8 +240,19 @@ class VllmBackend(Backend):
         """Returns the form of the answer as vLLM takes it. Raises LorafError: vLLM could not keep to it."""
         if sampling.structured_output is None:
             return None
+        return await self.checked_form(sampling.structured_output, sampling.stop_token_ids)
+
+    async def checked_form(self, form: StructuredOutput, stop_token_ids: Collection[int]) -> tuple[str, str]:
+        """Returns a form of the answer as vLLM takes it.
+
+        Args:
+            stop_token_ids: the request's own.
+
+        Raises:
+            LorafError: vLLM could not keep to it.
+        """
         assert self._forms is not None  # since `start`
-        return await self._forms.check(sampling.structured_output, {*sampling.stop_token_ids, *self.end_tokens})
+        return await self._forms.check(form, {*stop_token_ids, *self.end_tokens})
 
     def _set_key(self, request: GenerationRequest) -> str:
         """Returns the set's name in the engine.
@@ -258,6 +272,53 @@ class VllmBackend(Backend):
     ) -> AsyncGenerator[Output, None]:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
+
+        from loraf_serve.vllm.engine import convert
+
+        sampling = request.sampling
+        converter = convert.Converter(self.tokenizer, sampling.logprobs, sampling.prompt_logprobs)
+        prompt = tokens_input(list(request.prompt_token_ids))
+        try:
+            params = convert.sampling_params(sampling, form)
+        except (VLLMClientError, ValueError) as error:
+            raise convert.request_error(error) from None
+        async with aclosing(self._engine_outputs(request, lora_request, prompt, params)) as outputs:
+            async for output in outputs:
+                async for converted in converter.outputs(output):
+                    yield converted
+
+    async def outputs(
+        self, request: GenerationRequest, prompt: EngineInput, params: SamplingParams, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As `generate`, with a prompt and parameters of vLLM's own app, and vLLM's outputs.
+
+        Args:
+            request: says what answers, and how urgent that is; its prompt and sampling are those of `prompt` and
+                `params`.
+            options: further arguments of vLLM's `generate`.
+        """
+        self._running()
+        if request.task_set.is_base:
+            async with aclosing(self._engine_outputs(request, None, prompt, params, **options)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        async with (
+            self._lora_request(self._set_key(request), request.priority) as lora_request,
+            aclosing(self._engine_outputs(request, lora_request, prompt, params, **options)) as outputs,
+        ):
+            async for output in outputs:
+                yield output
+
+    async def _engine_outputs(
+        self,
+        request: GenerationRequest,
+        lora_request: LoRARequest | None,
+        prompt: EngineInput,
+        params: SamplingParams,
+        **options: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         from loraf_serve.vllm.engine import convert
@@ -265,15 +326,11 @@ class VllmBackend(Backend):
         engine = self._running()
         request_id = _new_request_id()  # the caller's ids may repeat
         finished = False
-        sampling = request.sampling
-        converter = convert.Converter(self.tokenizer, sampling.logprobs, sampling.prompt_logprobs)
         self._request_ids.add(request_id)
         try:
             convert.require_room_for_prompt_logprobs(engine.vllm_config, request)
-            params = convert.sampling_params(sampling, form)
-            prompt = tokens_input(list(request.prompt_token_ids))
             generated = engine.generate(
-                prompt, params, request_id, lora_request=lora_request, priority=request.priority
+                prompt, params, request_id, lora_request=lora_request, priority=request.priority, **options
             )
             async with aclosing(generated) as outputs:
                 async for output in outputs:
@@ -282,9 +339,8 @@ class VllmBackend(Backend):
                     if self._stopping and "abort" in reasons:
                         raise _stopped()
                     if "error" in reasons:
-                        raise convert.failed_within_engine(sampling)
-                    async for converted in converter.outputs(output):
-                        yield converted
+                        raise convert.failed_within_engine(request.sampling)
+                    yield output
         except EngineDeadError as error:
             raise _dead() from error
         except EngineGenerateError as error:
@@ -322,6 +378,11 @@ class VllmBackend(Backend):
     def _end_waiting(self, error: BackendUnavailable) -> None:
         """Ends requests that are not in the engine yet."""
 
+    @property
+    def engine(self) -> AsyncLLM:
+        """The running engine. Raises BackendUnavailable."""
+        return self._running()
+
     def _running(self) -> AsyncLLM:
         if self._engine is None or self._stopping:
             raise _stopped()
@@ -344,44 +405,6 @@ class VllmBackend(Backend):
             return call.result()
         finally:
             call.cancel()
-
-
-class LoraRequests:
-    """vLLM's request object of each task set. An id is never reused, because vLLM would keep applying its first set.
-
-    Args:
-        first_id: lower ids belong to vLLM's warm-up.
-        idle: the number of unused sets to remember, as many as the workers keep.
-    """
-
-    def __init__(self, first_id: int, idle: int):
-        self._ids = itertools.count(first_id)
-        self._idle = idle
-        self._requests: OrderedDict[str, LoRARequest] = OrderedDict()
-
-    def get(self, key: str, in_use: Collection[Hashable]) -> LoRARequest:
-        """Returns a set's request object.
-
-        Args:
-            key: the set's name.
-            in_use: names of the sets in use, which must keep their ids.
-        """
-        from vllm.lora.request import LoRARequest
-
-        if key not in self._requests:
-            self._requests[key] = LoRARequest(lora_name=key, lora_int_id=next(self._ids), lora_path=key)
-        self._requests.move_to_end(key)
-        for name in list(self._requests):
-            if len(self._requests) - len(in_use) <= self._idle:
-                break
-            if name not in in_use:
-                del self._requests[name]
-        return self._requests[key]
-
-    def forget(self, digest: str) -> list[int]:
-        """Removes every set of a checkpoint. Returns their ids."""
-        keys = [key for key in self._requests if key.startswith(lora_path(digest, ""))]
-        return [self._requests.pop(key).lora_int_id for key in keys]
 
 
 def _keep_ends_within(engine: AsyncLLM, vocab_size: int) -> frozenset[int]:

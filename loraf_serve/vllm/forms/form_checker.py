@@ -52,7 +52,7 @@ class FormChecker:
         self._characters = 0  # of all that is remembered
 
     async def check(self, form: StructuredOutput, stop_token_ids: Iterable[int]) -> tuple[str, str]:
-        """Returns the form for vLLM: "regex", "ebnf" or "lark", and its text.
+        """Returns the form for vLLM: "regex", "ebnf", "lark" or "structural_tag", and its text.
 
         Args:
             stop_token_ids: every token that ends the answer.

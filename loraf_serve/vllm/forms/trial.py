@@ -41,7 +41,7 @@ def try_form(compiler: Any, vocab_size: int, kind: str, value: str, stop_token_i
 
     Args:
         compiler: XGrammar's, for a vocabulary of `vocab_size`.
-        kind: "json_schema", "regex", "ebnf" or "lark".
+        kind: "json_schema", "regex", "ebnf", "lark" or "structural_tag".
         spaces: JSON may have spaces between its parts.
 
     Returns:
@@ -56,6 +56,7 @@ def try_form(compiler: Any, vocab_size: int, kind: str, value: str, stop_token_i
         "regex": compiler.compile_regex,
         "ebnf": compiler.compile_grammar,
         "lark": compiler.compile_lark,
+        "structural_tag": compiler.compile_structural_tag,
     }
     if kind == "regex":
         try:

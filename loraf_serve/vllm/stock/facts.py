@@ -79,3 +79,23 @@ def _cpu_products() -> bool:
 
     names = set(PunicaWrapperCPU.add_lora_linear.__code__.co_names)
     return {"add_shrink", "add_expand"} <= names
+
+
+@fact(FACTS, "vllm:lora_requests_info is gauge_lora_info of the stat_loggers in an AsyncLLM's logger_manager")
+def _metrics() -> bool:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+
+    gauge = "if self.gauge_lora_info is not None:" in inspect.getsource(PrometheusStatLogger.record)
+    kept = "stat_loggers" in StatLoggerManager.__init__.__code__.co_names
+    return gauge and kept and "logger_manager" in AsyncLLM.__init__.__code__.co_names
+
+
+@fact(FACTS, "EngineArgs has worker_extension_cls and fully_sharded_loras; ids of adapters come from an AtomicCounter")
+def _choice() -> bool:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.counter import AtomicCounter
+
+    fields = {"worker_extension_cls", "fully_sharded_loras", "pipeline_parallel_size", "data_parallel_size"}
+    counter = AtomicCounter(0)
+    return fields <= set(EngineArgs.__dataclass_fields__) and (counter.inc(5), counter.inc(1)) == (5, 6)

@@ -30,8 +30,8 @@ from loraf import set_text
 from loraf.errors import ConfigError, LorafError, Problem, UnknownTask
 from loraf.tasksets import TaskSet
 from loraf_serve.vllm import relied_on
-from loraf_serve.vllm.naming import STOCK_EXTENSION, UNSUPPORTED_SPLITS, lora_path, option
-from loraf_serve.vllm.stock import facts
+from loraf_serve.vllm.naming import RESIDENT_EXTENSION, STOCK_EXTENSION, UNSUPPORTED_SPLITS, lora_path, option
+from loraf_serve.vllm.stock import choice, facts, metrics
 from loraf_serve.vllm.stock.checkpoints import (
     EVERY_TASK,
     NamedCheckpoint,
@@ -66,6 +66,10 @@ class TaskSetModels(OpenAIServingModels):
         config = engine_client.vllm_config
         rank = config.lora_config.max_lora_rank if config.lora_config else 0
         self._checkpoints = StockCheckpoints(config.model_config.model, config.model_config.revision, rank)
+        self._is_resident = config.parallel_config.worker_extension_cls == RESIDENT_EXTENSION
+        if self._is_resident and config.lora_config:
+            self.lora_id_counter.inc(config.lora_config.max_loras)  # lower ids belong to vLLM's warm-up
+            metrics.drop_sets(engine_client)
         self._loading = asyncio.Lock()
         self._is_proven = False  # the workers have proven what they can about vLLM's layers
         self._loaded: set[str] = set()  # digests of the checkpoints in the workers
@@ -83,6 +87,7 @@ class TaskSetModels(OpenAIServingModels):
         try:
             checkpoint_and_set = split_path(path)
             if checkpoint_and_set is None:
+                self._require_slots(path)
                 self._require_free(name, "")
                 response = await super().load_lora_adapter(request, base_model_name)
                 if not isinstance(response, ErrorResponse):
@@ -201,6 +206,13 @@ class TaskSetModels(OpenAIServingModels):
         except LorafError:
             return None
 
+    def _require_slots(self, path: str) -> None:
+        """Raises ConfigError if the workers hold no adapters other than LoRAF's."""
+        if self._is_resident:
+            message = "is not a LoRAF checkpoint, and resident workers serve no other adapters"
+            remedy = f"start the server without {choice.BACKEND}={choice.RESIDENT}"
+            raise ConfigError(Problem(message, f"LoRA path {path!r}", remedy=remedy))
+
     def _require_free(self, name: str, path: str) -> None:
         """
         Raises:
@@ -268,7 +280,7 @@ class TaskSetModels(OpenAIServingModels):
         problems = []
         if config.lora_config is None:
             problems.append(Problem("LoRA is not enabled", "--enable-lora", remedy="start the server with it"))
-        elif parallel.worker_extension_cls != STOCK_EXTENSION:
+        elif parallel.worker_extension_cls not in (STOCK_EXTENSION, RESIDENT_EXTENSION):
             message = "LoRAF brings its own worker extension"
             problems.append(Problem(message, "--worker-extension-cls", remedy=_REMEDY))
         for name in UNSUPPORTED_SPLITS:

@@ -9,6 +9,7 @@ import pytest
 
 from loraf import manifest
 from loraf.errors import BaseMismatch
+from loraf.four_bits import four_bit_note
 from loraf_serve.adapters.root import AdapterRoot
 from loraf_serve.backends.backend import ServedAdapter
 from loraf_serve.service import messages
@@ -35,6 +36,19 @@ def test_the_base_of_a_listed_adapter(trained, shown):
     if trained != shown:  # the name of a folder says little
         shown += f", fingerprint {read.base_model.fingerprint[:12]}"
     assert messages.adapter(ServedAdapter("a", checkpoint_folder(), changed), 0).base_model == shown
+
+
+def test_an_adapter_that_was_trained_on_four_bits_says_so():
+    read = manifest.read(checkpoint_folder())
+    first, *others = read.tasks
+    training = {"settings": {"quantization": "bnb-4bit"}}
+    changed = dataclasses.replace(read, tasks=(dataclasses.replace(first, training=training), *others))
+    assert messages.adapter(ServedAdapter("a", checkpoint_folder(), changed), 0).base_model.endswith(
+        "in four bits (bnb-4bit)"
+    )
+    note = four_bit_note(changed.tasks)
+    assert note.startswith(f"trained on the base in four bits (bnb-4bit): {first.name};") and "plain ones" in note
+    assert four_bit_note(read.tasks) == ""
 
 
 def test_a_refused_load_names_the_base_without_its_folders(tmp_path):

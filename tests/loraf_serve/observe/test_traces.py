@@ -63,6 +63,20 @@ def test_an_answer_is_a_span_below_the_clients(observer, exporter):
     assert span.status.status_code is StatusCode.UNSET
 
 
+def test_a_call_over_http_follows_the_conventions_for_http(observer, exporter):
+    answer([observer], call=begin([observer], "POST /v1/chat/completions", {"traceparent": TRACEPARENT}))
+    [span] = exporter.get_finished_spans()
+    assert span.name == "POST /v1/chat/completions" and f"{span.context.trace_id:032x}" == TRACE
+    expected = {
+        "http.request.method": "POST",
+        "http.route": "/v1/chat/completions",
+        "loraf.code": "OK",
+        "gen_ai.operation.name": "chat",
+    }
+    assert expected.items() <= dict(span.attributes).items()
+    assert not [name for name in span.attributes if name.startswith("rpc.")]
+
+
 @pytest.mark.parametrize(
     ("code", "is_fault"), [("INTERNAL", True), ("UNAVAILABLE", True), ("NOT_FOUND", False), ("CANCELLED", False)]
 )

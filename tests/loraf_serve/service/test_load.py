@@ -100,7 +100,7 @@ def test_a_request_aborted_by_the_drain_gets_the_drain_as_reason():
 def test_a_long_tokenization_does_not_hold_up_other_clients(monkeypatch):
     with serving() as running:
         started, go_on = threading.Event(), threading.Event()
-        validator = running.server._generation.validator
+        validator = running.server._generations.validator
         read = validator._read
 
         def slow(*arguments):

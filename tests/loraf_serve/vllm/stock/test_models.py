@@ -399,3 +399,25 @@ def test_what_is_kept_of_the_names_that_were_asked_for_is_bounded(monkeypatch: p
         assert len(by_id) == len({number for number, _ in by_id}), "an id is never given to another content"
 
     asyncio.run(run())
+
+
+@pytest.mark.usefixtures("root")
+def test_resident_workers_take_any_number_of_sets_and_no_other_adapters(logged_errors: list[str]) -> None:
+    async def run() -> None:
+        engine = FakeEngine(worker_extension_cls=naming.RESIDENT_EXTENSION)
+        engine.vllm_config.lora_config.max_loras = 64
+        served = models(engine, "ckpt=./ckpt")
+        await served.init_static_loras()
+        count = stock_models.MAX_RESOLVED + 100
+        for i in range(count):
+            assert isinstance(await served.resolve_lora(f"ckpt@math:{i / 1000:g}1"), LoRARequest)
+        assert min(request.lora_int_id for request in engine.added) > 64  # the others are those of vLLM's warm-up
+        assert len({request.lora_int_id for request in engine.added}) == count + 1
+        assert len(served.lora_requests) == stock_models.MAX_RESOLVED + 1
+        assert len(served.lora_resolver_lock) <= stock_models.MAX_RESOLVED + 1
+
+        answer = await served.load_lora_adapter(load("plain", "./peft@home"))
+        assert answer.error.code == 400 and "LORAF_STOCK_BACKEND=resident" in answer.error.message
+        assert len(engine.added) == count + 1
+
+    asyncio.run(run())

@@ -1,0 +1,408 @@
+"""The body of a request for answers, as messages of gRPC, which validation reads; and what only vLLM's app reads.
+
+    body ──▶ Asked: model's name, one GenerateRequest for each prompt, the body for vLLM's app
+
+A field that nobody obeys is refused, not left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraf.errors import Problem
+from loraf_serve.errors import InvalidRequest
+from loraf_serve.http.fields import (
+    Fields,
+    field_of,
+    is_table,
+    is_text,
+    is_whole,
+    read_sampling,
+    require_none,
+    set_number,
+)
+from loraf_serve.limits import MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_PROMPTS
+from loraf_serve.request import names
+from loraf_serve.request.names import ModelName
+from loraf_serve.request.structured_output import FIELD as FORM
+from loraf_serve.v1 import generation_pb2 as pb
+
+# Fields that vLLM's app obeys and no other backend, with the value that changes nothing.
+_BEYOND = {
+    "include_stop_str_in_output": False,
+    "spaces_between_special_tokens": True,
+    "allowed_token_ids": [],
+    "logprob_token_ids": [],
+    "return_token_ids": False,
+    "return_tokens_as_token_ids": False,
+    "stream_interval": 1,
+    "cache_salt": "",
+    "thinking_token_budget": -1,
+    "echo": False,
+}
+_BEYOND_CHAT = {
+    "chat_template_kwargs": {},
+    "reasoning_effort": "",
+    "include_reasoning": True,
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "return_prompt_text": False,
+}
+# What vLLM's app would obey and this server does not.
+_NOT_SERVED = {
+    "use_beam_search": "beam search is not served",
+    "best_of": "the best of several answers is not chosen; n returns them all",
+    "suffix": "text after the answer is not served",
+    "prompt_embeds": "embeddings of prompts are not served",
+    "truncate_prompt_tokens": "prompts are not cut; send what fits",
+    "documents": "documents are not served; put them into the messages",
+    "chat_template": "the chat template is the model's own",
+    "mm_processor_kwargs": "only text is served",
+    "media_io_kwargs": "only text is served",
+    "functions": "functions have been replaced by tools",
+    "function_call": "function_call has been replaced by tool_choice",
+}
+_TEMPLATE = "apply_task_template"
+_MOST = 1 << 20  # tokens
+_TEXT_PART = "only parts of type text are served"
+
+
+@dataclass
+class Asked:
+    """What a request asks for.
+
+    Attributes:
+        name: of the model.
+        requests: one for each prompt, without adapter and task set.
+        texts: of each prompt; None if it was sent as token ids, and for a chat.
+        for_app: the body for vLLM's app.
+        beyond: fields that only vLLM's app obeys.
+        request_id: the client's; "" if it sent none.
+        tool_choice: which tools the model may or must call; "none" without tools.
+        apply_task_template: put the chat's only message into the task's template.
+        renamed: fields of `requests` → fields of the body, where they differ.
+        continues: the client asks that a last message of the assistant be continued, as over gRPC.
+        place: of the request in `requests` that is being validated.
+    """
+
+    is_chat: bool
+    name: ModelName
+    requests: list[pb.GenerateRequest]
+    texts: list[str | None]
+    for_app: dict[str, Any]
+    stream: bool = False
+    include_usage: bool = False
+    request_id: str = ""
+    beyond: list[str] = field(default_factory=list)
+    tool_choice: Any = None
+    apply_task_template: bool = False
+    renamed: dict[str, str] = field(default_factory=dict)
+    continues: bool = False
+    place: int = 0
+
+    def field_of(self, field: str) -> str:
+        """A field of the request at `place` → the field of the body that it was read from."""
+        prompt = "prompt" if len(self.requests) == 1 else f"prompt[{self.place}]"
+        return field_of(field, {"prompt_token_ids.ids": prompt, "prompt": prompt, **_RENAMED, **self.renamed})
+
+
+_RENAMED = {"messages.messages": "messages", "adapter": names.FIELD, "task_selection": names.FIELD}
+
+
+def read_completion(values: Mapping[str, Any]) -> Asked:
+    """Reads the body of /v1/completions. Raises InvalidRequest: everything that is wrong with it."""
+    problems: list[Problem] = []
+    fields = Fields(values, problems)
+    asked = _common(fields)
+    params = asked.requests[0].sampling
+    params.CopyFrom(_sampling(fields, asked))
+    set_number(fields, params, "logprobs", fields.whole("logprobs"))
+    prompts = _prompts(fields)
+    template = asked.requests[0].apply_task_template = fields.flag(_TEMPLATE)
+    echo = values.get("echo") is True
+    if echo:
+        if template:
+            fields.wrong("echo", f"does not go with {_TEMPLATE}", "leave one of them out")
+        if params.HasField("logprobs") and not params.HasField("prompt_logprobs"):
+            params.prompt_logprobs = params.logprobs
+        if params.HasField("max_tokens") and params.max_tokens == 0:
+            params.max_tokens = 1  # as vLLM's app does: it generates one token and leaves it out
+    if asked.stream and values.get("prompt_logprobs") is not None:
+        fields.wrong("prompt_logprobs", "is not sent in pieces", "leave it out, or stream")
+    fields.refuse_others()
+    first = asked.requests.pop()
+    for prompt in prompts:
+        request = pb.GenerateRequest()
+        request.CopyFrom(first)
+        if isinstance(prompt, str):
+            request.prompt = prompt
+        else:
+            _ids(fields, request, prompt)
+        asked.requests.append(request)
+        asked.texts.append(prompt if isinstance(prompt, str) else None)
+    require_none(problems)
+    asked.for_app["prompt"] = [0]  # those of `requests` are used
+    return asked
+
+
+def read_chat(values: Mapping[str, Any]) -> Asked:
+    """Reads the body of /v1/chat/completions. Raises InvalidRequest: everything that is wrong with it."""
+    problems: list[Problem] = []
+    fields = Fields(values, problems)
+    asked = _common(fields, is_chat=True)
+    request = asked.requests[0]
+    params = request.sampling
+    params.CopyFrom(_sampling(fields, asked))
+    _max_tokens(fields, asked, params)
+    if fields.flag("logprobs"):
+        set_number(fields, params, "logprobs", fields.whole("top_logprobs") or 0, "top_logprobs")
+        asked.renamed["sampling.logprobs"] = "top_logprobs"
+    elif fields.whole("top_logprobs"):
+        fields.wrong("top_logprobs", "needs logprobs", "set logprobs to true")
+    request.messages.SetInParent()
+    for i, message in enumerate(
+        fields.entries("messages", lambda value: isinstance(value, dict), "a list of messages")
+    ):
+        _message(Fields(message, problems, f"messages[{i}]"), request.messages.messages.add())
+    for i, tool in enumerate(fields.entries("tools", is_table, "a list of tools")):
+        _tool(Fields(tool, problems, f"tools[{i}]"), request.tools.add())
+    _tool_choice(fields, asked)
+    asked.apply_task_template = fields.flag(_TEMPLATE)
+    asked.continues = values.get("continue_final_message") is True and values.get("add_generation_prompt") is False
+    fields.refuse("add_special_tokens", "the chat template writes the special tokens", unless=False)
+    if asked.stream and values.get("prompt_logprobs") is not None:
+        fields.wrong("prompt_logprobs", "is not sent in pieces", "leave it out, or stream")
+    fields.refuse_others()
+    asked.texts.append(None)
+    require_none(problems)
+    return asked
+
+
+def _common(fields: Fields, is_chat: bool = False) -> Asked:
+    """What completions and chats share, with one request."""
+    name = ModelName("")
+    try:
+        name = names.read(fields.text(names.FIELD))
+    except InvalidRequest as error:
+        fields.problems += error.problems
+    asked = Asked(is_chat, name, [pb.GenerateRequest()], [], {})
+    request = asked.requests[0]
+    asked.stream = fields.flag("stream")
+    options = fields.table("stream_options")
+    if options is not None:
+        inside = Fields(options, fields.problems, "stream_options")
+        asked.include_usage = inside.flag("include_usage")
+        if inside.flag("continuous_usage_stats"):
+            asked.beyond.append("stream_options.continuous_usage_stats")
+        inside.refuse_others()
+        if not asked.stream:
+            fields.wrong("stream_options", "needs stream", "set stream to true, or leave it out")
+    asked.request_id = fields.text("request_id")
+    request.request_id = asked.request_id
+    priority = fields.whole("priority")
+    if priority is not None and not -(1 << 31) <= priority < 1 << 31:
+        fields.wrong("priority", f"{priority} is out of range", "use a smaller number")
+    elif priority:  # 0 is what every request has
+        request.priority = priority
+    fields.text("user")  # OpenAI's name for the client's own user, which changes no answer
+    for name_, reason in _NOT_SERVED.items():
+        fields.refuse(name_, reason, unless=False)
+    beyond = _BEYOND | _BEYOND_CHAT if is_chat else _BEYOND
+    for name_, usual in beyond.items():
+        value = fields.take(name_)
+        if value is not None and value != usual:
+            asked.beyond.append(name_)
+            asked.for_app[name_] = value
+    _check_for_app(fields, asked)
+    for name_ in _FOR_APP:
+        if (value := fields.take(name_)) is not None:
+            asked.for_app[name_] = value
+    return asked
+
+
+# Fields that are checked here and obeyed by vLLM's app as they are.
+_FOR_APP = (
+    *("model", "stream", "stream_options", "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "top_logprobs"),
+    *("stop_token_ids", "bad_words", "min_tokens", "ignore_eos", "skip_special_tokens", "prompt_logprobs"),
+    *("messages", "tools"),
+)
+
+
+def _check_for_app(fields: Fields, asked: Asked) -> None:
+    """Checks what only vLLM's app obeys, where the app itself admits too much. Whether the model has a token is checked
+    later."""
+    for name in ("stream_interval", "thinking_token_budget"):
+        value = asked.for_app.get(name)
+        if value is not None and not (is_whole(value) and -1 <= value < _MOST):
+            fields.wrong(name, "is out of range", f"use a whole number below {_MOST}, or leave it out")
+    template_values = asked.for_app.get("chat_template_kwargs", {})
+    if not is_table(template_values):
+        fields.wrong("chat_template_kwargs", "is not an object", "send an object, or leave it out")
+    elif "chat_template" in template_values:
+        fields.wrong("chat_template_kwargs.chat_template", _NOT_SERVED["chat_template"], "leave it out")
+    elif _has_large_number(template_values):
+        fields.wrong("chat_template_kwargs", "has a number of more than 64 bits", "send a smaller one")
+    for name, most in (("allowed_token_ids", MAX_LOGIT_BIASES), ("logprob_token_ids", MAX_LOGPROBS)):
+        ids = asked.for_app.get(name)
+        if ids is None:
+            continue
+        if not (isinstance(ids, list) and all(map(is_whole, ids)) and all(token >= 0 for token in ids)):
+            fields.wrong(name, "is not a list of token ids", "send ids of the model's tokens, or leave it out")
+        elif len(ids) > most:
+            fields.wrong(name, f"has {len(ids)} ids", f"use at most {most}")
+
+
+def _has_large_number(value: Any) -> bool:
+    """Whether a number in a value of JSON does not fit in 64 bits: vLLM's processes could not pass it on."""
+    if isinstance(value, dict | list):
+        return any(map(_has_large_number, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
+
+
+def _require_choice_of_tokens(fields: Fields, asked: Asked, params: pb.SamplingParams) -> None:
+    """Refuses what could exclude every token together with `allowed_token_ids`."""
+    if not asked.for_app.get("allowed_token_ids"):
+        return
+    others = {
+        "bad_words": bool(params.bad_words),
+        "min_tokens": params.min_tokens > 0,
+        asked.renamed.get(FORM, ""): params.HasField("structured_output"),
+    }
+    for name, is_sent in others.items():
+        if is_sent:
+            fields.wrong("allowed_token_ids", f"could exclude every token with {name}", "leave one of them out")
+
+
+def _sampling(fields: Fields, asked: Asked) -> pb.SamplingParams:
+    form_field: list[str] = []
+    params = read_sampling(fields, form_field)
+    if form_field:
+        asked.renamed[FORM] = form_field[0]
+    if "stop" in asked.for_app:
+        asked.for_app["stop"] = list(dict.fromkeys(params.stop))  # vLLM's app counts repeated ones
+    _require_choice_of_tokens(fields, asked, params)
+    max_tokens = fields.take("max_tokens")
+    if max_tokens is not None and not asked.is_chat:
+        asked.for_app["max_tokens"] = max_tokens
+    return params
+
+
+def _max_tokens(fields: Fields, asked: Asked, params: pb.SamplingParams) -> None:
+    """A chat's limit on tokens: what the context has room for, unless the client says otherwise."""
+    newer = fields.whole("max_completion_tokens")
+    if newer is None:
+        if not params.HasField("max_tokens"):
+            params.max_tokens = (1 << 31) - 1
+        return
+    if params.HasField("max_tokens") and params.max_tokens != newer:
+        fields.wrong("max_tokens", "differs from max_completion_tokens", "send one of them")
+    set_number(fields, params, "max_tokens", newer, "max_completion_tokens")
+    asked.renamed["sampling.max_tokens"] = "max_completion_tokens"
+
+
+def _prompts(fields: Fields) -> list[Any]:
+    """The prompts: texts, and lists of token ids."""
+    prompt = fields.take("prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(map(is_whole, prompt)):
+            return [prompt]
+        if len(prompt) > MAX_PROMPTS:
+            fields.wrong("prompt", f"has {len(prompt)} prompts", f"use at most {MAX_PROMPTS}")
+            return []
+        if all(map(is_text, prompt)) or all(isinstance(ids, list) and all(map(is_whole, ids)) for ids in prompt):
+            return prompt
+    fields.wrong("prompt", "is no prompt", "send a text, token ids, or a list of either")
+    return []
+
+
+def _ids(fields: Fields, request: pb.GenerateRequest, ids: list[int]) -> None:
+    request.prompt_token_ids.SetInParent()
+    wrong = next((token for token in ids if not 0 <= token < 1 << 32), None)
+    if wrong is None:
+        request.prompt_token_ids.ids.extend(ids)
+    else:
+        fields.wrong("prompt", f"{wrong} is not in the vocabulary", "use ids of the model's tokens")
+
+
+def _message(fields: Fields, message: pb.Message) -> None:
+    message.role = fields.text("role")
+    content = fields.take("content")
+    if isinstance(content, list):
+        message.content = "\n".join(_parts(fields, content))
+    elif isinstance(content, str):
+        message.content = content
+    elif content is not None:
+        fields.wrong("content", "is neither a text nor a list of parts", "send a text")
+    message.reasoning_content = fields.text("reasoning_content") or fields.text("reasoning")
+    fields.take("reasoning")
+    message.tool_call_id = fields.text("tool_call_id")
+    for i, call in enumerate(fields.entries("tool_calls", is_table, "a list of calls")):
+        inside = Fields(call, fields.problems, fields.path(f"tool_calls[{i}]"))
+        _require_function(inside)
+        inside.take("index")
+        function = Fields(inside.table("function") or {}, fields.problems, inside.path("function"))
+        message.tool_calls.add(id=inside.text("id"), name=function.text("name"), arguments=function.text("arguments"))
+        function.refuse_others()
+        inside.refuse_others()
+    fields.refuse_others()
+
+
+def _parts(fields: Fields, content: list[Any]) -> list[str]:
+    texts = []
+    for i, part in enumerate(content):
+        if (
+            isinstance(part, dict)
+            and set(part) == {"type", "text"}
+            and part["type"] == "text"
+            and is_text(part["text"])
+        ):
+            texts.append(part["text"])
+        else:
+            fields.wrong(f"content[{i}]", _TEXT_PART, "send text")
+    return texts
+
+
+def _tool(fields: Fields, tool: pb.Tool) -> None:
+    _require_function(fields)
+    function = Fields(fields.table("function") or {}, fields.problems, fields.path("function"))
+    tool.name, tool.description = function.text("name"), function.text("description")
+    parameters = function.table("parameters")
+    if parameters is not None:
+        tool.parameters = json.dumps(parameters)
+    function.flag("strict")
+    function.refuse_others()
+    fields.refuse_others()
+
+
+def _require_function(fields: Fields) -> None:
+    if fields.text("type", "function") != "function":
+        fields.wrong("type", "is not function", "send a function: no other kind is served")
+
+
+def _tool_choice(fields: Fields, asked: Asked) -> None:
+    """Which tools the model may or must call; with tools, OpenAI's default is `auto`."""
+    has_tools = bool(asked.requests[0].tools)
+    choice = fields.take("tool_choice")
+    asked.tool_choice = ("auto" if has_tools else "none") if choice is None else choice
+    parallel = fields.take("parallel_tool_calls")
+    if parallel is not None and has_tools:
+        asked.for_app["parallel_tool_calls"] = parallel
+    if not (choice is None or isinstance(choice, str | dict)):
+        fields.wrong("tool_choice", "is neither a text nor an object", "use none, auto, required or a function")
+    elif asked.tool_choice != "none" and not has_tools:
+        fields.wrong("tool_choice", "there are no tools", "send tools, or leave it out")
+    elif has_tools:
+        asked.for_app["tool_choice"] = asked.tool_choice
+        asked.renamed.setdefault(FORM, "tools")  # a call that must be made has a form
+        must_call = asked.tool_choice not in ("none", "auto")
+        if must_call and asked.for_app.get("allowed_token_ids"):
+            fields.wrong("tool_choice", "a call has a form of its own", "leave allowed_token_ids out")
+        if must_call and asked.requests[0].sampling.HasField("structured_output"):
+            remedy = "use auto or none, or leave the form of the answer out"
+            fields.wrong("tool_choice", "a call has a form of its own", remedy)
