@@ -15,7 +15,20 @@ from tests.docs.pages import PAGES, ROOT, Block, blocks, inline_code, name
 from tools.docs.commands import CHECK, MODULES, parser_of, subparsers
 
 OTHER_PROGRAMS = {
-    *("buf", "curl", "deploy/try_install.sh", "docker", "helm", "hf", "jupyter", "kubectl", "lm-eval", "pip", "source", "vllm"),
+    *(
+        "buf",
+        "curl",
+        "deploy/try_install.sh",
+        "docker",
+        "helm",
+        "hf",
+        "jupyter",
+        "kubectl",
+        "lm-eval",
+        "pip",
+        "source",
+        "vllm",
+    ),
 }
 # vLLM's own, which loraf-serve and vllm serve pass through, and accelerate's.
 OTHER_OPTIONS = {
