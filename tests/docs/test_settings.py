@@ -28,6 +28,11 @@ def is_of_accelerate(content: dict[str, Any]) -> bool:
     return "distributed_type" in content
 
 
+def is_of_lm_eval(content: dict[str, Any]) -> bool:
+    """Tests of lm-evaluation-harness run these (tests/loraf_serve/http/)."""
+    return "output_type" in content
+
+
 def lay_out(folder: Path, content: Any) -> None:
     """Writes a record into each file that the settings name."""
     if isinstance(content, dict | list):
@@ -54,7 +59,10 @@ def settings_of(block: Block) -> dict[str, Any]:
     return content if "model" in content else SMALLEST | content
 
 
-@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+SETTINGS = [block for block in blocks("yaml") if not is_of_lm_eval(yaml.safe_load(block.text))]
+
+
+@pytest.mark.parametrize("block", SETTINGS, ids=str)
 def test_settings_of_a_page_load(block, tmp_path):
     if is_of_accelerate(yaml.safe_load(block.text)):
         (tmp_path / "accelerate.yaml").write_text(block.text, encoding="utf-8")

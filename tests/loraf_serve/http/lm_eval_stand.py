@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.docs.pages import blocks
 from tests.source_tree import ROOT
 from tests.tools import needs
 
@@ -18,6 +19,15 @@ PYTHON = ROOT / ".tools" / "lm-eval" / "bin" / "python"
 RUNS = Path(__file__).with_name("lm_eval_runs.py")
 
 requires_lm_eval = pytest.mark.skipif(not PYTHON.exists(), reason=needs("lm-eval"))
+
+
+def write_tasks(folder: Path) -> None:
+    """Writes the tasks that docs/how-to/evaluate-with-lm-eval.md shows, `shout` and `choose`, into `folder/lm-eval`."""
+    for block in blocks("yaml"):
+        if block.page.name == "evaluate-with-lm-eval.md":
+            file = folder / block.text.splitlines()[0].removeprefix("# ")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(block.text, encoding="utf-8")
 
 
 def write_json_lines(file: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """lm-evaluation-harness counts as many right answers as `loraf-train eval`, by HTTP and by both exports.
 
-The page `docs/how-to/evaluate-with-lm-eval.md` describes these ways.
+The ways and the task are those of `docs/how-to/evaluate-with-lm-eval.md`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from loraf.base_model import resolve
 from loraf_serve.adapters.adapter_spec import check_adapters
 from loraf_serve.backends.merged import MergedBackend
 from loraf_train.cli import main
-from tests.loraf_serve.http.lm_eval_stand import requires_lm_eval, run_lm_eval, write_json_lines
+from tests.loraf_serve.http.lm_eval_stand import requires_lm_eval, run_lm_eval, write_json_lines, write_tasks
 from tests.loraf_serve.http.stand import both_doors
 
 pytestmark = requires_lm_eval
@@ -47,31 +47,7 @@ adapter: {rank: 16, sparsity: 0.5}
 calibration: {steps: 2}
 training: {learning_rate: 1e-2, batch_size: 10, epochs: 25, max_length: 64, dropout: 0}
 tasks:
-  - {name: shout, alpha: 32, data: {train: train.jsonl, eval: eval.jsonl}, metric: exact_match, max_new_tokens: 12}
-"""
-SHOUT = r"""
-task: shout
-dataset_path: json
-dataset_kwargs: {data_files: {test: eval.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: prompt
-doc_to_target: completion
-generation_kwargs: {until: [], max_gen_toks: 12, temperature: 0}
-metric_list:
-  - {metric: exact_match, regexes_to_ignore: ['\A\s+|\s+\Z'], aggregation: mean, higher_is_better: true}
-""".lstrip()
-PICK = """\
-task: pick
-dataset_path: json
-dataset_kwargs: {data_files: {test: eval.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: prompt
-doc_to_choice: ["KITTEN!", "RIVER!"]
-doc_to_target: 0
-target_delimiter: ""
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+  - {name: shout, alpha: 32, data: {train: train.jsonl, eval: eval.jsonl}, metric: exact_match}
 """
 WAYS = ("server tokenizes", "client tokenizes", "chat", "merged", "peft")
 
@@ -83,9 +59,9 @@ def folder(tmp_path_factory) -> Path:
     records = [{"prompt": f"Shout: {word}\n", "completion": f"{word.upper()}!"} for word in WORDS]
     write_json_lines(folder / "train.jsonl", records[:LEARNED])
     write_json_lines(folder / "eval.jsonl", records)
-    for name, text in {"tasks.yaml": SETTINGS, "lm-eval/shout.yaml": SHOUT, "lm-eval/pick.yaml": PICK}.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+    write_json_lines(folder / "choose.jsonl", [{**records[0], "choices": ["KITTEN!", "RIVER!"], "label": 0}])
+    write_tasks(folder)
+    (folder / "tasks.yaml").write_text(SETTINGS, encoding="utf-8")
     assert main(["run", str(folder / "tasks.yaml")]) == 0
     for form in ("merged", "peft"):
         command = ["export", str(folder / "ckpt"), "--tasks", "shout", "--format", form, "--dtype", "float32"]
@@ -134,8 +110,7 @@ def answers(folder) -> dict[str, dict]:
             "likelihoods": {
                 "model": "local-completions",
                 "model_args": {**completions, **local},
-                "tasks": ["pick"],
-                "limit": 1,
+                "tasks": ["choose"],
             },
         }
         results = run_lm_eval(folder, [{"tasks": ["shout"], **run} for run in runs.values()])

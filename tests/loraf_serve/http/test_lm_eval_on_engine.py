@@ -12,34 +12,21 @@ import pytest
 
 from loraf_train.cli import main
 from tests.loraf_serve.http.engine_stand import on_engine
-from tests.loraf_serve.http.lm_eval_stand import requires_lm_eval, run_lm_eval, write_json_lines
+from tests.loraf_serve.http.lm_eval_stand import requires_lm_eval, run_lm_eval, write_json_lines, write_tasks
 from tests.loraf_serve.vllm_engines import shared
 
 pytestmark = [shared("mistral"), requires_lm_eval]
 SET = "math:0.5+nlu"
 QUESTIONS = ("Is water wet?", "Is fire cold?", "7 times 6?", "The fox jumps", "over the lazy dog", "x", "a b c", "no")
 CHOICES = ("A", "B", "C", "D")
-TASK = """\
-task: pick
-dataset_path: json
-dataset_kwargs: {data_files: {test: eval.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: question
-doc_to_choice: choices
-doc_to_target: label
-target_delimiter: ""
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
 
 
 @pytest.fixture(scope="module")
 def answers(vllm_pool, tmp_path_factory) -> dict[str, dict]:
     folder: Path = tmp_path_factory.mktemp("lm-eval")
-    (folder / "lm-eval").mkdir()
-    (folder / "lm-eval" / "pick.yaml").write_text(TASK, encoding="utf-8")
-    records = [{"question": q, "choices": CHOICES, "label": i % len(CHOICES)} for i, q in enumerate(QUESTIONS)]
-    write_json_lines(folder / "eval.jsonl", records)
+    write_tasks(folder)
+    records = [{"prompt": q, "choices": CHOICES, "label": i % len(CHOICES)} for i, q in enumerate(QUESTIONS)]
+    write_json_lines(folder / "choose.jsonl", records)
     engine = vllm_pool.get("mistral", "resident")
     command = ["export", str(engine.adapter.path), "--tasks", SET, "--format", "merged", "--model", str(engine.folder)]
     assert main([*command, "--out", str(folder / "merged")]) == 0
@@ -54,7 +41,7 @@ def answers(vllm_pool, tmp_path_factory) -> dict[str, dict]:
             "merged": {"model": "hf", "model_args": {"pretrained": "merged", **hf}, "device": "cpu"},
             "merged base": {"model": "hf", "model_args": {"pretrained": str(engine.folder), **hf}, "device": "cpu"},
         }
-        results = run_lm_eval(folder, [{"tasks": ["pick"], **run} for run in runs.values()])
+        results = run_lm_eval(folder, [{"tasks": ["choose"], **run} for run in runs.values()])
     return dict(zip(runs, results, strict=True))
 
 
