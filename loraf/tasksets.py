@@ -33,6 +33,13 @@ def name_problem(name: str, kind: str = "task", *, field: str = "name", file: st
     return None
 
 
+def _number(text: str) -> float:
+    """Raises ValueError: it is no number as JSON writes one. Python also reads 1_0, and digits of any script."""
+    if not text.isascii() or "_" in text:
+        raise ValueError(text)
+    return float(text)
+
+
 def read_pairs(text: str) -> tuple[list[tuple[str, float]], list[Problem]]:
     """Splits `math:0.5+nlu` into names and weights, and lists the weights that are not numbers. Checks no name."""
     pairs: list[tuple[str, float]] = []
@@ -40,7 +47,7 @@ def read_pairs(text: str) -> tuple[list[tuple[str, float]], list[Problem]]:
     for i, part in enumerate(text.split("+")):
         name, colon, weight = (piece.strip() for piece in part.partition(":"))
         try:
-            pairs.append((name, float(weight) if colon else 1.0))
+            pairs.append((name, _number(weight) if colon else 1.0))
         except ValueError:
             pairs.append((name, 1.0))  # so that the name is checked too
             remedy = "write name:number, for example math:0.5"

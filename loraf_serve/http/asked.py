@@ -24,7 +24,14 @@ from loraf_serve.http.fields import (
     require_none,
     set_number,
 )
-from loraf_serve.limits import MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_PROMPTS
+from loraf_serve.limits import (
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    MAX_TOOL_CALLS,
+    MAX_TOOLS,
+)
 from loraf_serve.request import names
 from loraf_serve.request.names import ModelName
 from loraf_serve.request.structured_output import FIELD as FORM
@@ -109,7 +116,7 @@ class Asked:
         return field_of(field, {"prompt_token_ids.ids": prompt, "prompt": prompt, **_RENAMED, **self.renamed})
 
 
-_RENAMED = {"messages.messages": "messages", "adapter": names.FIELD, "task_selection": names.FIELD}
+_RENAMED = {"prompts": "prompt", "messages.messages": "messages", "adapter": names.FIELD, "task_selection": names.FIELD}
 
 
 def read_completion(values: Mapping[str, Any]) -> Asked:
@@ -163,11 +170,9 @@ def read_chat(values: Mapping[str, Any]) -> Asked:
     elif fields.whole("top_logprobs"):
         fields.wrong("top_logprobs", "needs logprobs", "set logprobs to true")
     request.messages.SetInParent()
-    for i, message in enumerate(
-        fields.entries("messages", lambda value: isinstance(value, dict), "a list of messages")
-    ):
+    for i, message in enumerate(fields.entries("messages", is_table, "a list of messages", MAX_MESSAGES)):
         _message(Fields(message, problems, f"messages[{i}]"), request.messages.messages.add())
-    for i, tool in enumerate(fields.entries("tools", is_table, "a list of tools")):
+    for i, tool in enumerate(fields.entries("tools", is_table, "a list of tools", MAX_TOOLS)):
         _tool(Fields(tool, problems, f"tools[{i}]"), request.tools.add())
     _tool_choice(fields, asked)
     asked.apply_task_template = fields.flag(_TEMPLATE)
@@ -178,6 +183,9 @@ def read_chat(values: Mapping[str, Any]) -> Asked:
     fields.refuse_others()
     asked.texts.append(None)
     require_none(problems)
+    # Null counts as not sent; vLLM's app would refuse it.
+    sent = asked.for_app["messages"]
+    asked.for_app["messages"] = [{name: v for name, v in message.items() if v is not None} for message in sent]
     return asked
 
 
@@ -213,11 +221,14 @@ def _common(fields: Fields, is_chat: bool = False) -> Asked:
     beyond = _BEYOND | _BEYOND_CHAT if is_chat else _BEYOND
     for name_, usual in beyond.items():
         value = fields.take(name_)
-        if value is not None and value != usual:
+        if isinstance(usual, bool | str) and not isinstance(value, type(usual) | None):
+            what = "true or false" if isinstance(usual, bool) else "a text"
+            fields.wrong(name_, f"is not {what}", f"send {what}, or leave it out")
+        elif value is not None and value != usual:
             asked.beyond.append(name_)
             asked.for_app[name_] = value
     _check_for_app(fields, asked)
-    for name_ in _FOR_APP:
+    for name_ in (*_FOR_APP, *(_FOR_APP_CHAT if is_chat else ())):
         if (value := fields.take(name_)) is not None:
             asked.for_app[name_] = value
     return asked
@@ -226,9 +237,20 @@ def _common(fields: Fields, is_chat: bool = False) -> Asked:
 # Fields that are checked here and obeyed by vLLM's app as they are.
 _FOR_APP = (
     *("model", "stream", "stream_options", "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "top_logprobs"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs"),
     *("stop_token_ids", "bad_words", "min_tokens", "ignore_eos", "skip_special_tokens", "prompt_logprobs"),
-    *("messages", "tools"),
+)
+_FOR_APP_CHAT = ("top_logprobs", "messages", "tools")
+# Arguments with which vLLM's app itself calls the template.
+_TEMPLATE_ARGUMENTS = (
+    "self",
+    "messages",
+    "conversation",
+    "model_config",
+    "tokenizer",
+    "tools",
+    "documents",
+    "tokenize",
 )
 
 
@@ -242,6 +264,8 @@ def _check_for_app(fields: Fields, asked: Asked) -> None:
     template_values = asked.for_app.get("chat_template_kwargs", {})
     if not is_table(template_values):
         fields.wrong("chat_template_kwargs", "is not an object", "send an object, or leave it out")
+    elif taken := sorted({*_TEMPLATE_ARGUMENTS} & template_values.keys()):
+        fields.wrong(f"chat_template_kwargs.{taken[0]}", "is not a value of the template's own", "leave it out")
     elif "chat_template" in template_values:
         fields.wrong("chat_template_kwargs.chat_template", _NOT_SERVED["chat_template"], "leave it out")
     elif _has_large_number(template_values):
@@ -283,7 +307,8 @@ def _sampling(fields: Fields, asked: Asked) -> pb.SamplingParams:
     if form_field:
         asked.renamed[FORM] = form_field[0]
     if "stop" in asked.for_app:
-        asked.for_app["stop"] = list(dict.fromkeys(params.stop))  # vLLM's app counts repeated ones
+        # vLLM's app admits four; the engine gets those of the validated request.
+        asked.for_app["stop"] = list(params.stop)[:1]
     _require_choice_of_tokens(fields, asked, params)
     max_tokens = fields.take("max_tokens")
     if max_tokens is not None and not asked.is_chat:
@@ -333,7 +358,9 @@ def _ids(fields: Fields, request: pb.GenerateRequest, ids: list[int]) -> None:
 def _message(fields: Fields, message: pb.Message) -> None:
     message.role = fields.text("role")
     content = fields.take("content")
-    if isinstance(content, list):
+    if isinstance(content, list) and fields.is_too_long("content", content, MAX_MESSAGES):
+        pass
+    elif isinstance(content, list):
         message.content = "\n".join(_parts(fields, content))
     elif isinstance(content, str):
         message.content = content
@@ -342,7 +369,7 @@ def _message(fields: Fields, message: pb.Message) -> None:
     message.reasoning_content = fields.text("reasoning_content") or fields.text("reasoning")
     fields.take("reasoning")
     message.tool_call_id = fields.text("tool_call_id")
-    for i, call in enumerate(fields.entries("tool_calls", is_table, "a list of calls")):
+    for i, call in enumerate(fields.entries("tool_calls", is_table, "a list of calls", MAX_TOOL_CALLS)):
         inside = Fields(call, fields.problems, fields.path(f"tool_calls[{i}]"))
         _require_function(inside)
         inside.take("index")
@@ -391,7 +418,9 @@ def _tool_choice(fields: Fields, asked: Asked) -> None:
     choice = fields.take("tool_choice")
     asked.tool_choice = ("auto" if has_tools else "none") if choice is None else choice
     parallel = fields.take("parallel_tool_calls")
-    if parallel is not None and has_tools:
+    if not isinstance(parallel, bool | None):
+        fields.wrong("parallel_tool_calls", "is not true or false", "send true or false, or leave it out")
+    elif parallel is not None and has_tools:
         asked.for_app["parallel_tool_calls"] = parallel
     if not (choice is None or isinstance(choice, str | dict)):
         fields.wrong("tool_choice", "is neither a text nor an object", "use none, auto, required or a function")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, TypeVar
 
 from loraf.errors import Problem
 from loraf_serve.errors import InvalidRequest
+from loraf_serve.limits import MAX_BAD_WORDS, MAX_CHOICES, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, MAX_STOPS
 from loraf_serve.request.structured_output import FIELD as FORM
 from loraf_serve.v1 import generation_pb2 as pb
 
 T = TypeVar("T")
+
+MOST_PROBLEMS = 20
+"""Of one body. More would cost time, and nobody reads them."""
 
 _WHOLE = ("max_tokens", "min_tokens", "top_k", "seed", "n", "prompt_logprobs")
 _NUMBERS = (
@@ -19,6 +24,7 @@ _NUMBERS = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 _FLAGS = ("ignore_eos", "skip_special_tokens")
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")  # two ways to write one id would be two biases
 
 
 class Fields:
@@ -36,8 +42,10 @@ class Fields:
         self.problems = problems
 
     def wrong(self, name: str, message: str, remedy: str) -> None:
-        """Notes what is wrong with a field."""
+        """Notes what is wrong with a field. Raises InvalidRequest: there are MOST_PROBLEMS already."""
         self.problems.append(Problem(message, self.path(name), remedy=remedy))
+        if len(self.problems) >= MOST_PROBLEMS:
+            raise InvalidRequest(self.problems)
 
     def path(self, name: str) -> str:
         """The path of a field in the body."""
@@ -68,9 +76,18 @@ class Fields:
         """An object; None if it was not sent, or is none."""
         return self._typed(name, is_table, "an object", None)
 
-    def entries(self, name: str, holds: Callable[[Any], bool], what: str) -> list[Any]:
-        """A list whose entries all pass `holds`."""
-        return self._typed(name, lambda value: isinstance(value, list) and all(map(holds, value)), what, [])
+    def entries(self, name: str, holds: Callable[[Any], bool], what: str, most: int) -> list[Any]:
+        """A list of at most `most` entries, all of which pass `holds`."""
+        values = self._typed(name, lambda value: isinstance(value, list), what, list[Any]())
+        if self.is_too_long(name, values, most) or not values:
+            return []
+        return self._typed(name, lambda value: all(map(holds, value)), what, [])
+
+    def is_too_long(self, name: str, values: Sized, most: int) -> bool:
+        """Whether there are more than `most` values, which is noted. To be asked before they are looked at."""
+        if len(values) > most:
+            self.wrong(name, f"has {len(values)} entries", f"use at most {most}")
+        return len(values) > most
 
     def _typed(self, name: str, holds: Callable[[Any], bool], what: str, default: T) -> T:
         value = self.take(name)
@@ -132,25 +149,37 @@ def read_sampling(fields: Fields, form_field: list[str]) -> pb.SamplingParams:
                 fields.wrong(name, "is not true or false", "send true or false, or leave it out")
     stop = fields.take("stop")
     stop = [stop] if isinstance(stop, str) else stop
-    if stop is not None and not (isinstance(stop, list) and all(map(is_text, stop))):
+    if isinstance(stop, list) and fields.is_too_long("stop", stop, MAX_STOPS):
+        pass
+    elif stop is not None and not (isinstance(stop, list) and all(map(is_text, stop))):
         fields.wrong("stop", "is neither a text nor a list of texts", "send texts, or leave it out")
     else:
         params.stop.extend(stop or ())
-    params.bad_words.extend(fields.entries("bad_words", is_text, "a list of texts"))
-    for token in fields.entries("stop_token_ids", is_whole, "a list of token ids"):
+    params.bad_words.extend(fields.entries("bad_words", is_text, "a list of texts", MAX_BAD_WORDS))
+    for token in fields.entries("stop_token_ids", is_whole, "a list of token ids", MAX_STOP_TOKEN_IDS):
         if 0 <= token < 1 << 32:
             params.stop_token_ids.append(token)
         else:
             fields.wrong("stop_token_ids", f"{token} is not in the vocabulary", "use ids of the model's tokens")
-    for token, bias in (fields.table("logit_bias") or {}).items():
-        if not (token.isascii() and token.isdecimal() and int(token) < 1 << 32):
+    _read_biases(fields, params)
+    _read_form(fields, params, form_field)
+    return params
+
+
+def _read_biases(fields: Fields, params: pb.SamplingParams) -> None:
+    biases = fields.table("logit_bias") or {}
+    if fields.is_too_long("logit_bias", biases, MAX_LOGIT_BIASES):
+        return
+    for token, bias in biases.items():
+        if not _TOKEN_ID.fullmatch(token) or int(token) >= 1 << 32:
             fields.wrong("logit_bias", f"{token[:40]!r} is not a token id", "use ids of the model's tokens")
         elif not _is_number(bias):
             fields.wrong(f"logit_bias[{token}]", "is not a number", "use a value from -100 to 100")
         else:
-            params.logit_bias[int(token)] = bias
-    _read_form(fields, params, form_field)
-    return params
+            try:
+                params.logit_bias[int(token)] = bias
+            except (ValueError, OverflowError):
+                fields.wrong(f"logit_bias[{token}]", "is out of range", "use a value from -100 to 100")
 
 
 def set_number(fields: Fields, params: pb.SamplingParams, name: str, value: float | None, field: str = "") -> None:
@@ -221,6 +250,8 @@ def _read_structured(
     inside.refuse_others()
     form = params.structured_output
     form_field.append(f"structured_outputs.{name}")
+    if name == "choice" and isinstance(value, list) and inside.is_too_long(name, value, MAX_CHOICES):
+        return
     if name == "choice" and isinstance(value, list) and all(map(is_text, value)):
         form.choice.texts.extend(value)
     elif name == "json" and isinstance(value, dict):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -184,11 +184,28 @@ class _Form:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(position.chosen.text)
         return {
-            "tokens": [position.chosen.text for position in positions],
+            "tokens": [named[0] for named in _named(positions)],
             "token_logprobs": [_finite(position.chosen.logprob) for position in positions],
-            "top_logprobs": [{token.text: _finite(token.logprob) for token in p.top} for p in positions],
+            "top_logprobs": [named[1] for named in _named(positions)],
             "text_offset": offsets,
         }
+
+
+def _named(positions: Sequence[pb.PositionLogprobs]) -> Iterator[tuple[str, dict[str, float]]]:
+    """At each position the chosen token's name, and name → log-probability of the most likely ones and the chosen one.
+
+    Each has a name of its own: parts of characters have no text, and all but one would be lost in an object of JSON.
+    """
+    for position in positions:
+        by_name: dict[str, float] = {}
+        chosen = ""
+        tokens = {token.token_id: token for token in (*position.top, position.chosen)}
+        for token in tokens.values():
+            name = token.text if token.text and token.text not in by_name else f"token_id:{token.token_id}"
+            by_name[name] = _finite(token.logprob)
+            if token.token_id == position.chosen.token_id:
+                chosen = name
+        yield chosen, by_name
 
 
 def _entry(token: pb.TokenLogprob) -> dict[str, Any]:

@@ -7,14 +7,15 @@ leads here (`Host`), or by a call of another origin (`Origin`).
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from urllib.parse import urlsplit
 
 from loraf_serve.addresses import is_local
 from loraf_serve.http.errors import HttpRefusal
 
 OPTION = "--http-allowed-origin"
+_HOST = re.compile(r"(\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:[0-9]{1,5})?")
 _SAFE_SITES = ("", "same-origin", "none")
 _CORS = (
     ("access-control-allow-methods", "GET, POST"),
@@ -76,7 +77,8 @@ class Origins:
         return [("access-control-allow-origin", origin), ("vary", "Origin"), *_CORS]
 
     def _is_here(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname or ""
+        written = _HOST.fullmatch(host)
+        name = (written["address"] or written["name"]).lower() if written else ""
         if name in ("localhost", self._host):
             return True
         try:

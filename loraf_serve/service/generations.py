@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from contextlib import ExitStack, aclosing, contextmanager
 from functools import partial
 
-from loraf.errors import UnknownTask
+from loraf.errors import Problem, UnknownTask
 from loraf_serve.adapters.library import AdapterLibrary
 from loraf_serve.adapters.registry import Registry
 from loraf_serve.backends.backend import Backend, BackendUnavailable, GenerationRequest, Output
@@ -70,7 +70,13 @@ class Generations:
 
         Raises:
             NotServing, QueueFull, RateLimited: no request is admitted now, or not that many.
+            InvalidRequest: there are never places for that many prompts.
         """
+        most = min(self._admission.limit, permissions.in_flight or self._admission.limit)
+        if prompts > most:
+            remedy = f"send at most {most} prompts in a request"
+            message = f"has {prompts} prompts, and at most {most} requests may be in flight"
+            raise InvalidRequest(Problem(message, "prompts", remedy=remedy))
         visible = partial(access.visible, permissions=permissions)
         with ExitStack() as held:
             for _ in range(prompts):

@@ -135,8 +135,9 @@ def main() -> None:
 
     lines = sys.stdin
     info = xgrammar.TokenizerInfo.deserialize_json(lines.readline())
-    # Without a cache, so that forms leave nothing behind. Threads would make little faster and use time unseen.
-    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    # With the cache, as in the engine: some forms cannot be compiled with it. Each form has a process of its own, so
+    # that it leaves nothing behind. Threads would make little faster and use time unseen.
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()

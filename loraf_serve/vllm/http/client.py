@@ -123,6 +123,7 @@ class EngineForApp:
         service counts tokens while they are generated."""
         params.output_kind = RequestOutputKind.DELTA
         params.max_tokens = request.sampling.max_tokens
+        params.stop = list(request.sampling.stop)
         if params.structured_outputs is not None and form is None:  # of a tool that must be called
             wanted = form_of(params.structured_outputs)
             form = await self._backend.checked_form(wanted, request.sampling.stop_token_ids)

@@ -163,6 +163,16 @@ def test_fields_that_only_vllms_app_knows_are_obeyed(both):
     assert chat() != chat(add_generation_prompt=False)
 
 
+def test_sixteen_stops_as_over_grpc(both):
+    """vLLM's app admits four."""
+    whole = both.openai.completions.create(model="main", prompt="x", max_tokens=40, temperature=0).choices[0].text
+    stops = [f"never {i}" for i in range(15)] + [whole[3:5]]
+    answer = both.openai.completions.create(
+        model="main", prompt="x", max_tokens=40, temperature=0, stop=stops, extra_body={}
+    )
+    assert answer.choices[0].text == whole[: whole.index(whole[3:5])] and answer.choices[0].finish_reason == "stop"
+
+
 def test_slots_answer_through_the_same_app(vllm_pool):
     engine = vllm_pool.get("mistral", "slots")
     texts = ("math", "nlu:0.5+math", "code", "math+nlu", "nlu", "base")  # more sets than slots

@@ -345,7 +345,7 @@ def test_what_a_token_may_not_use_does_not_exist_for_it(guarded):
 def test_limits_of_a_token(guarded):
     with pytest.raises(openai.PermissionDeniedError, match="priority"):
         guarded.openai.completions.create(model="trio", prompt="x", extra_body={"priority": 1})
-    with pytest.raises(openai.RateLimitError, match="3 requests in flight"):
+    with pytest.raises(openai.BadRequestError, match="4 prompts, and at most 3 requests"):
         guarded.openai.completions.create(model="trio", prompt=["x"] * 4)
     urgent = guarded.client(URGENT)
     assert urgent.completions.create(model="trio", prompt="x", max_tokens=60, extra_body={"priority": 1}).choices

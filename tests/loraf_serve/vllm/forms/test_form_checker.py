@@ -113,6 +113,24 @@ def test_new_forms_beyond_a_limit_are_refused_until_others_are_tried(monkeypatch
     asyncio.run(asyncio.wait_for(life(), 30))
 
 
+def test_what_xgrammar_cannot_compile_in_the_engine_is_refused_before_it() -> None:
+    """Such a repetition is compiled without XGrammar's cache, which the engine has, and not with it."""
+
+    async def life() -> str:
+        checker = FormChecker(TOKENIZER, VOCAB_SIZE)
+        try:
+            texts = {
+                most: {"type": "array", "items": {"type": "string", "pattern": f"^[a-z]{{1,{most}}}$"}}
+                for most in (8, 300)
+            }
+            assert await checker.check(StructuredOutput("json_schema", json.dumps(texts[8])), STOP)
+            return await refusal(checker, StructuredOutput("json_schema", json.dumps(texts[300])))
+        finally:
+            await checker.stop()
+
+    assert "sampling.structured_output.json_schema" in asyncio.run(asyncio.wait_for(life(), 150))
+
+
 def test_nothing_of_the_working_directory_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("re", "regex", "torch", "xgrammar", "loraf_serve"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
