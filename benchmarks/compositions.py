@@ -88,7 +88,9 @@ class Peft:
         from peft import LoraConfig, PeftModel, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        base = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        ).eval()
         if folders is None:
             torch.manual_seed(0)
             config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights=False)
@@ -96,7 +98,9 @@ class Peft:
             for name in NAMES[1:]:
                 self.model.add_adapter(name, config)
         else:
-            self.model = PeftModel.from_pretrained(base, folders[NAMES[0]], adapter_name=NAMES[0])
+            self.model = PeftModel.from_pretrained(
+                base, folders[NAMES[0]], NAMES[0], trust_remote_code=False, use_safetensors=True
+            )
             for name in NAMES[1:]:
                 self.model.load_adapter(folders[name], adapter_name=name)
         self.model.eval()

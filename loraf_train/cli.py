@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # records may hold characters that the terminal cannot show
             stream.reconfigure(errors="replace")
+    # On some CPUs it warns, whenever it is imported, that it could download a faster kernel.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     options = build_parser().parse_args(arguments)
     command: Command = options.command
     try:

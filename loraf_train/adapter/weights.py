@@ -10,7 +10,8 @@ from torch import nn
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a layer's weight is in bitsandbytes' four bits."""
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    # Only a parameter of its own: our layers show their base's weight, in a form that notices its use.
+    return getattr(module._parameters.get("weight"), "quant_state", None) is not None
 
 
 def weight_of(linear: nn.Linear) -> torch.Tensor:

@@ -18,7 +18,7 @@ from loraf import manifest as manifests
 from loraf.manifest import positions_per_matrix
 from loraf_train.settings.config import RunConfig
 from loraf_train.settings.loading import load
-from loraf_train.trainer.loop import split_batch
+from loraf_train.trainer.order import split_batch
 from tests.loraf_train.command_line import run
 from tests.records import PAPER_SETS, ROOT, SAMPLE, data_folder, lay_out, made_up
 from tests.tools import needs

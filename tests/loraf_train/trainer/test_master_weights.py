@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraf_train.trainer import loop
+from loraf_train.trainer import arguments, loop
 from loraf_train.trainer.master_weights import MasterAdamW
 from tests.loraf_train import toys
 from tests.standins import make_model
@@ -78,7 +78,7 @@ def test_bfloat16_follows_float32(model_folder, exact):
 
 
 def test_without_float32_copies_it_does_not(model_folder, exact, monkeypatch):
-    monkeypatch.setattr(loop, "MasterAdamW", lambda p, lr, decay: torch.optim.AdamW(p, lr=lr, weight_decay=decay))
+    monkeypatch.setattr(arguments, "MasterAdamW", lambda p, lr, decay: torch.optim.AdamW(p, lr=lr, weight_decay=decay))
     expected, expected_losses = exact
     change, losses = trained(model_folder, torch.bfloat16)
     assert (change != 0).double().mean() < 0.05 and agreement(change, expected) < 0.3
