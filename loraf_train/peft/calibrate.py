@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from loraf.errors import ConfigError, Problem
 from loraf_train.adapter.masks import feasible
 from loraf_train.adapter.trainable_base import attached
+from loraf_train.data.examples import IGNORED
 from loraf_train.peft.batches import Batch, examples_of, labelled_tokens, moved, rounds
 from loraf_train.peft.finish import finish_others
 from loraf_train.peft.model import LorafModel, tuner_of
@@ -103,7 +104,7 @@ def calibrate(
             value = loss(model, batch)
             value.backward()  # type: ignore[no-untyped-call]  # of torch
             _average(values, labelled_tokens(batch))
-            _require_finite(float(value.detach()), phase, step + 1, learning_rate)
+            _require_finite(float(value.detach()), phase, step + 1, learning_rate, labelled_tokens(batch))
             penalty.add_gradient(step, steps)
             kind.step()
             kind.zero_grad()
@@ -159,8 +160,12 @@ def _average(values: list[nn.Parameter], weight: int) -> None:
         distributed.all_reduce(parameter.grad)
 
 
-def _require_finite(loss: float, phase: str, step: int, learning_rate: float) -> None:
+def _require_finite(loss: float, phase: str, step: int, learning_rate: float, labelled: int) -> None:
     if not math.isfinite(loss):
+        if not labelled:
+            message = f"{phase}: the batch of step {step} has no label to learn, all are {IGNORED}"
+            remedy = "label the tokens of the answers, and see that they are not cut off"
+            raise ConfigError(Problem(message, "dataloader", remedy=remedy))
         remedy = f"use a learning rate below {learning_rate:g}"
         raise ConfigError(Problem(f"{phase}: the loss is {loss} at step {step}", remedy=remedy))
 

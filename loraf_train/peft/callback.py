@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from loraf_train.peft.batches import examples_of, rounds
 from loraf_train.peft.calibrate import calibrate
 from loraf_train.peft.model import tuner_of
 from loraf_train.peft.protect import Guard, protect
+from loraf_train.peft.resume import require_same_run
 from loraf_train.retention.extent import EXAMPLES
+
+_LOADED = "default"  # the adapter whose values the Trainer loads at the end of a training
 
 
 class LorafCallback(TrainerCallback, ExportableState):
@@ -35,6 +39,16 @@ class LorafCallback(TrainerCallback, ExportableState):
         self._trainer = trainer
         self._steps, self._learning_rate, self._optimizer = steps, learning_rate, optimizer
         self._guard: Guard | None = None
+        load = trainer._load_from_checkpoint
+
+        def checked(folder: str, model: nn.Module | None = None) -> None:
+            loaded = trainer.model if model is None else model
+            assert loaded is not None
+            require_same_run(tuner_of(loaded), Path(folder))
+            load(folder, model)
+
+        # No event of a callback comes before the values are loaded.
+        trainer._load_from_checkpoint = checked  # type: ignore[method-assign, assignment]
 
     def on_train_begin(
         self,
@@ -54,6 +68,10 @@ class LorafCallback(TrainerCallback, ExportableState):
         tuner = tuner_of(model)
         adapter = tuner.active_task()
         task = tuner.states[adapter]
+        if args.load_best_model_at_end and adapter != _LOADED:
+            message = f"the Trainer would look for the values of {adapter!r} where those of {_LOADED!r} are stored"
+            remedy = "leave it out, and load the best checkpoint by `loraf_train.peft.load_tasks` after the training"
+            raise ConfigError(Problem(message, "load_best_model_at_end", remedy=remedy))
         if not tuner.is_calibrated(adapter):
             rate = self._learning_rate or args.learning_rate
             calibrate(

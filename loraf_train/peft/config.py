@@ -28,6 +28,8 @@ _SETTINGS: dict[str, tuple[type[SettingsModel], str]] = {
     "dropout": (TrainingConfig, "dropout"),
     "retention": (RetentionConfig, "budget"),
 }
+SHARED = ("r", "seed", "init_std", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_RANK, _SEED = 64, 0
 _OPTIONAL = ("alpha", "retention")
 _NOT_KEPT = ("modules_to_save", "trainable_token_indices")  # a checkpoint has no place for them
 
@@ -38,10 +40,10 @@ class LorafConfig(PeftConfig):
 
     Args:
         task_name: name of the task in the checkpoint; by default the adapter's name.
-        r: rank of every adapter. All tasks of a model have the same.
+        r: rank of every adapter, by default 64. All tasks of a model have the same.
         alpha: scales the task's update, ΔW = (alpha / r)·B·A; by default r.
         sparsity: share of each B that stays zero.
-        seed: of the frozen A. All tasks of a model have the same.
+        seed: of the frozen A, by default 0. All tasks of a model have the same.
         target_modules: linear layers that get an adapter, as in LoraConfig: ends of names, a regular expression, or
             "all-linear". All tasks of a model have the same; by default the projections that `loraf-train` takes.
         dropout: on the adapter's input, while the task trains; calibration has none.
@@ -58,10 +60,10 @@ class LorafConfig(PeftConfig):
     """
 
     task_name: str | None = None
-    r: int = 64
+    r: int = None  # type: ignore[assignment]  # None: left out, see __post_init__
     alpha: float | None = None
     sparsity: float = 0.9
-    seed: int = 0
+    seed: int = None  # type: ignore[assignment]  # None: left out
     target_modules: list[str] | set[str] | str | None = None
     dropout: float = 0.05
     retention: float | None = 0.2
@@ -78,12 +80,20 @@ class LorafConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # of PEFT
         self.peft_type = loraf_type()
+        self._given = {name for name in SHARED if getattr(self, name) is not None}
+        self.r = _RANK if self.r is None else self.r
+        self.seed = _SEED if self.seed is None else self.seed
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
         self._folder: Path | None = None
         self._write: Callable[[str], None] | None = None
         self.check()
+
+    def left_out(self, name: str) -> bool:
+        """Whether a field that all tasks of a model share has its default because nothing was given for it."""
+        default = {"r": _RANK, "seed": _SEED}.get(name)
+        return name not in self._given and getattr(self, name) == default
 
     @property
     def scaling(self) -> float:
@@ -97,7 +107,7 @@ class LorafConfig(PeftConfig):
             value = getattr(self, name)
             try:
                 if value is not None or name not in _OPTIONAL:
-                    model.model_validate({key: value})
+                    model.model_validate({key: value}, strict=True)  # "16" and 8.0 would be taken for numbers
             except ValidationError:
                 remedy = f"use {expects(model.model_fields[key])}{', or None' * (name == 'retention')}"
                 problems.append(Problem(f"{value!r} cannot be used", name, _WHERE, remedy))

@@ -12,7 +12,7 @@ from torch import nn
 from loraf.errors import ConfigError, Problem
 from loraf_train.adapter.trainable_base import attached
 from loraf_train.peft.batches import Batch, examples_of
-from loraf_train.peft.config import LorafConfig
+from loraf_train.peft.config import SHARED, LorafConfig
 from loraf_train.peft.model import LorafModel, tuner_of
 from loraf_train.peft.protect import retention_of
 from loraf_train.sequence.phases import TRAINING_SEED, seeds_of
@@ -58,10 +58,9 @@ def next_task(
 
 
 def inherit(config: LorafConfig, first: LorafConfig) -> None:
-    """Takes over what all tasks of a model share, where a configuration has the default."""
-    default = LorafConfig()
-    for key in ("r", "seed", "init_std", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
-        if getattr(config, key) == getattr(default, key):
+    """Takes over what all tasks of a model share, where a configuration says nothing of it."""
+    for key in SHARED:
+        if config.left_out(key):
             setattr(config, key, getattr(first, key))
 
 
@@ -76,7 +75,7 @@ def finish_task(model: nn.Module, data: Iterable[Batch] | None = None, adapter: 
         adapter: None: the active one.
 
     Raises:
-        ConfigError: it has not been calibrated, or its values are not finite.
+        ConfigError: it has not been calibrated, its values are not finite, or the data hold no labels.
     """
     tuner = tuner_of(model)
     adapter = tuner.active_task() if adapter is None else adapter
@@ -88,7 +87,14 @@ def finish_task(model: nn.Module, data: Iterable[Batch] | None = None, adapter: 
         remedy = "calibrate and train it, or call model.delete_adapter"
         raise ConfigError(Problem(message, remedy=remedy))
     if data is not None:
-        state.examples = [example for batch in data for example in examples_of(batch)]
+        examples = [example for batch in data for example in examples_of(batch)]
+        if not examples:
+            message = f"holds nothing that task {state.name!r} could have learned, so nothing would protect it"
+            remedy = (
+                "pass batches with input_ids and labels, or leave it out: then those that calibrate has seen are used"
+            )
+            raise ConfigError(Problem(message, "data", remedy=remedy))
+        state.examples = examples
     gather(tuner, adapter)
     rounded(state.name, {m: layer.task(adapter) for m, layer in tuner.layers().items()}, _dtype(state.config))
     state.is_finished = True

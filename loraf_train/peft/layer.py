@@ -199,6 +199,12 @@ class LorafLayer(nn.Module, BaseTunerLayer):
         if len(names) > 1:
             self.select(dict.fromkeys(self.with_earlier(names), 1.0))
 
+    def enable_adapters(self, enabled: bool) -> None:
+        chosen = self.loraf_set
+        super().enable_adapters(enabled)  # of PEFT, which activates the adapters again
+        if chosen is not None:
+            self.loraf_set = chosen
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
         self._freeze(self.loraf_tasks)
@@ -244,11 +250,28 @@ class LorafLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.training and torch.is_grad_enabled() and not self.disable_adapters:
+            self._require_trained()
         used = None if self.disable_adapters or self.merged else self._used()
         if used is None:
             y: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return y
         return adapt(x, used.values, _View(self.linear, self.loraf_a, self.training, used))
+
+    def _require_trained(self) -> None:
+        """Raises ConfigError if the active task is to be trained, but is not what is computed with."""
+        if not self.merged and self.loraf_set is None:
+            return
+        names = [name for name in self.active_adapters if name in self.loraf_tasks]
+        if not any(self.task(name).values.requires_grad for name in names):
+            return
+        if self.merged:
+            remedy = "call unmerge_adapter before training, or model.eval() to use the model"
+            raise ConfigError(
+                Problem("the adapters are merged, so the active task would not be trained", remedy=remedy)
+            )
+        remedy = "call `select_tasks(model, None)` before training, or model.eval() to use the set"
+        raise ConfigError(Problem("a task set is selected, so the active task would not be trained", remedy=remedy))
 
     # --- merging --------------------------------------------------------------------------------------------------
 
@@ -277,6 +300,9 @@ class LorafLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraf_tasks]
         if not names:
             return
+        if self.disable_adapters:
+            remedy = "leave disable_adapter first; `model.unload()` gives the base model"
+            raise ConfigError(Problem("the adapters are switched off, so there is nothing to merge", remedy=remedy))
         if is_quantised(self.linear):
             remedy = "load the base without quantization, and merge there"
             raise ConfigError(Problem("a quantised weight cannot hold ΔW", self.module_name, remedy=remedy))

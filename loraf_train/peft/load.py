@@ -15,6 +15,7 @@ from loraf.errors import ConfigError, Problem
 from loraf.hub import checkpoint_folder
 from loraf_train.peft.config import LorafConfig
 from loraf_train.peft.model import LorafModel, tuner_of
+from loraf_train.peft.own_weights import require_own_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,6 +36,7 @@ def load_tasks(
     Raises:
         CheckpointError, CorruptCheckpoint, UnknownTask: see `Checkpoint.open`; or it has no tasks.
         BaseMismatch: the tasks were trained for another base model.
+        ConfigError: the model in memory has other weights than its folder.
     """
     path = checkpoint_folder(folder, tasks=tasks, statistics=True)
     names = None
@@ -48,7 +50,9 @@ def load_tasks(
         raise ConfigError(Problem("has no tasks", file=str(path), remedy="train one with get_peft_model instead"))
     name = str(getattr(model, "name_or_path", "") or "")
     if not allow_other_base:
-        base_model.require_same_base(manifest.base_model, base_model.resolve(name), path)
+        base = base_model.resolve(name)
+        base_model.require_same_base(manifest.base_model, base, path)
+        require_own_weights(model, base)
     peft_model: Any = None
     for task in manifest.tasks:
         config = LorafConfig(

@@ -40,6 +40,7 @@ from loraf_train.adapter.weights import computes_in
 from loraf_train.data.examples import Example
 from loraf_train.peft.config import LorafConfig
 from loraf_train.peft.layer import LorafLayer, joined
+from loraf_train.peft.own_values import require_own_values
 from loraf_train.settings.parts import PROJECTIONS
 
 REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that it adds with the same configuration
@@ -350,7 +351,7 @@ class LorafModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Rounds the values of a task that is loaded to be used, as those of the checkpoint are."""
+        """Checks the values, and rounds those of a task that is loaded to be used, as the checkpoint's are."""
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -360,6 +361,11 @@ class LorafModel(BaseTuner):
                 name: value.to(dtype).to(value.dtype) if name.endswith(".values") else value
                 for name, value in remapped.items()
             }
+        tuner = tuner_of(model)
+        state = tuner.tasks.get(adapter_name)
+        if state is not None:
+            taken = tuner.taken(adapter_name)
+            require_own_values(adapter_name, state.name, state.is_finished, tuner.layers(), taken, remapped)
         return remapped
 
 

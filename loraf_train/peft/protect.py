@@ -92,6 +92,12 @@ class Guard:
             return
         self._handle.remove()
         self._handle = None
+        if self.retention.is_protecting and self._done < self._steps:
+            message = (
+                f"task {self._state.name!r} was protected for {self._steps} steps and trained for {self._done}: the "
+                "protection sets in gradually, so earlier tasks may change beyond the budget; pass the steps you take"
+            )
+            warnings.warn(message, UserWarning, stacklevel=2)
         if self.retention.is_protecting:
             self._state.record["retention"] = self.retention.record
 

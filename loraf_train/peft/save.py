@@ -25,11 +25,10 @@ from loraf.errors import CheckpointError, ConfigError, Problem
 from loraf.folder_lock import locked
 from loraf.manifest import BaseModel
 from loraf.sparse import SparseB
-from loraf_train.adapter.weights import is_quantised
 from loraf_train.peft.finish import gather
 from loraf_train.peft.model import LorafModel, TaskState
+from loraf_train.peft.own_weights import require_own_weights
 from loraf_train.processes import group
-from loraf_train.sequence.base_checks import build_without_weights
 
 _DEFAULT = "default"  # PEFT saves the adapter of this name into the folder itself, others into folders of their own
 _OTHER_FOLDER = "choose another folder"
@@ -95,7 +94,7 @@ def _described(tuner: LorafModel) -> BaseModel:
         raise ConfigError(Problem(message, "model", remedy=remedy))
     folder = base_model.resolve(name, config.revision)
     described = base_model.describe(_short(name, folder), folder, config.revision)
-    _require_own_weights(tuner, folder)
+    require_own_weights(tuner.model, folder)
     return described
 
 
@@ -190,30 +189,3 @@ def _record(tuner: LorafModel, state: TaskState) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def _require_own_weights(tuner: LorafModel, folder: Path) -> None:
-    """Checks that the model in memory is the one in its folder: of that architecture, with these layers and weights.
-
-    Raises:
-        ConfigError: it is not, such as a model that something was merged into.
-    """
-    there = dict(build_without_weights(folder).named_modules())
-    for name, layer in tuner.layers().items():
-        module = there.get(name)
-        if module is None or getattr(module, "out_features", None) != layer.out_features:
-            message = f"{type(tuner.model).__name__} has a layer {name} that the model in {folder} does not have"
-            remedy = "load the model with AutoModelForCausalLM.from_pretrained"
-            raise ConfigError(Problem(message, "model", remedy=remedy))
-    rows = base_model.sampled_rows(folder, [f"{name}.weight" for name in tuner.layers()])
-    for name, (numbers, sample) in rows.items():
-        layer = tuner.layers()[name.removesuffix(".weight")]
-        if is_quantised(layer.linear):
-            continue
-        own = layer.unmerged_weight.detach()[numbers, : sample.shape[1]].cpu()
-        # In float16 small weights lose digits, so that rounding them again may give a neighbour.
-        near = own.dtype == torch.float16 and torch.allclose(own.float(), sample.float(), rtol=2**-7, atol=1e-6)
-        if not near and not torch.equal(own.to(torch.bfloat16), sample):
-            message = f"{name} has other values than in {folder}, so the checkpoint would belong to no stored model"
-            remedy = "save the model as it was before get_peft_model, and load it from there"
-            raise ConfigError(Problem(message, "model", remedy=remedy))

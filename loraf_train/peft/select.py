@@ -22,6 +22,7 @@ def select_tasks(model: nn.Module, text: str | None) -> None:
 
     Raises:
         SelectionError, UnknownTask: the text is not a set of the model's tasks.
+        ConfigError: the adapters are merged or switched off.
     """
     tuner = tuner_of(model)
     layers = tuner.layers()
@@ -31,6 +32,8 @@ def select_tasks(model: nn.Module, text: str | None) -> None:
         return
     if any(layer.merged for layer in layers.values()):
         raise ConfigError(Problem("the adapters are merged", remedy="call unmerge_adapter first"))
+    if any(layer.disable_adapters for layer in layers.values()):
+        raise ConfigError(Problem("the adapters are switched off", remedy="leave disable_adapter first"))
     adapters = {tuner.states[name].name: name for name in tuner.in_order()}
     written = parse(text)
     if written.kind == AS_TRAINED:

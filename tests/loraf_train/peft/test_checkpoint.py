@@ -234,6 +234,9 @@ def test_a_tied_head_is_merged_without_its_embedding(tmp_path):
     plain.save_pretrained(path)
     model = toys.trained(path, target_modules=["lm_head", "q_proj"])
     expected, embedding = toys.logits(model), model.get_input_embeddings().weight.clone()
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "out")
+    model.unmerge_adapter()
     merged = model.merge_and_unload()
     torch.testing.assert_close(toys.logits(merged), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(merged.get_input_embeddings().weight, embedding)
@@ -245,3 +248,24 @@ def test_the_projections_are_those_of_a_run(folder, saved):
     targets = find_targets(base, toys.TARGETS)
     for name, a in projections(Checkpoint.open(saved[1]), targets).items():
         assert torch.equal(a, tuner_of(saved[0]).layers()[name].loraf_a)
+
+
+@pytest.mark.parametrize("changed", ["embed_tokens.weight", "k_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_base_that_was_changed_anywhere_is_neither_saved_nor_given_tasks(folder, saved, tmp_path, changed):
+    model, base = toys.trained(folder), toys.base(folder)
+    for one in (model, base):
+        weight = [weight for name, weight in one.named_parameters() if name.endswith(changed)][-1]
+        with torch.no_grad():
+            weight.mul_(1.5)
+    with pytest.raises(ConfigError, match=f"{changed} has other values than in"):
+        model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ConfigError, match=f"{changed} has other values than in"):
+        load_tasks(base, saved[1])
+    assert load_tasks(base, saved[1], allow_other_base=True).active_adapters == ["two"]
+
+
+def test_a_base_with_a_resized_vocabulary_is_not_saved(folder, saved):
+    base = toys.base(folder)
+    base.resize_token_embeddings(base.config.vocab_size + 8)
+    with pytest.raises(ConfigError, match=r"embed_tokens.weight of shape .* that the model in .* does not have"):
+        load_tasks(base, saved[1])

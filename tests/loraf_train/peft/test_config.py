@@ -142,3 +142,9 @@ def test_other_models_than_causal_ones_are_refused(folder, kind):
         model = torch.nn.Sequential(OrderedDict(q_proj=torch.nn.Linear(4, 4)))
     with pytest.raises(ConfigError, match="not a causal language model"):
         get_peft_model(model, toys.config(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("fields", [{"r": 8.0}, {"alpha": "16"}, {"r": "8"}, {"dropout": "0.1"}])
+def test_numbers_of_another_type_are_refused(fields):
+    with pytest.raises(ConfigError, match=f"{next(iter(fields))}: .* cannot be used"):
+        LorafConfig(**fields)

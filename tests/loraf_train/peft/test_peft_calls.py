@@ -303,3 +303,18 @@ def test_adapters_of_another_method_are_refused(folder):
 
     with pytest.raises(ValueError, match="different peft types"):
         toys.trained(folder).add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
+
+
+def test_a_selected_set_outlives_disable_adapter(folder):
+    model = toys.trained(folder)
+    select_tasks(model, "one:0.5")
+    selected = toys.logits(model)
+    with model.disable_adapter():
+        assert torch.equal(toys.logits(model), toys.logits(toys.base(folder)))
+        with pytest.raises(ConfigError, match="switched off"):
+            select_tasks(model, "one")
+        with pytest.raises(ConfigError, match="nothing to merge"):
+            model.merge_and_unload()
+    assert torch.equal(toys.logits(model), selected)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(toys.logits(model), selected)

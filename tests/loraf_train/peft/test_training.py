@@ -353,3 +353,54 @@ def test_two_tasks_of_one_name_are_refused(folder):
 def test_an_untrained_task_cannot_be_followed_by_another(folder):
     with pytest.raises(ConfigError, match="has not been trained"):
         next_task(toys.adapted(folder), toys.config("two"))
+
+
+def masked(batch):
+    return batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+
+@pytest.mark.parametrize("kind", ["empty", "unlabelled", "masked"])
+def test_data_that_hold_nothing_to_learn_do_not_switch_protection_off(folder, kind):
+    batch = toys.batches(3)[0]
+    unlabelled = {name: value for name, value in batch.items() if name != "labels"}
+    data = {"empty": [], "unlabelled": [unlabelled], "masked": [masked(batch)]}[kind]
+    model = toys.trained(folder)
+    with pytest.raises(ConfigError, match="data: holds nothing that task 'one' could have learned"):
+        next_task(model, toys.config("two"), data)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_calibration_without_labels_says_so(folder):
+    with pytest.raises(ConfigError, match="no label to learn"):
+        calibrate(toys.adapted(folder), [masked(toys.batches(3)[0])], steps=1)
+
+
+def test_training_with_a_set_selected_is_refused(folder):
+    from loraf_train.peft import select_tasks
+
+    model = toys.trained(folder).train()
+    select_tasks(model, "base")
+    with pytest.raises(ConfigError, match=r"task set is selected.*select_tasks\(model, None\)"):
+        model(**toys.batches(3)[0])
+    select_tasks(model, None)
+    model(**toys.batches(3)[0]).loss.backward()
+
+
+@pytest.mark.parametrize("given", [{"r": 64}, {"seed": 0}])
+def test_a_default_that_was_given_is_not_replaced(folder, given):
+    from loraf_train.peft import LorafConfig
+
+    model = toys.trained(folder, seed=5)
+    (field,) = given
+    with pytest.raises(ConfigError, match=rf"{field}: is {given[field]}, but the model's first task has"):
+        next_task(model, LorafConfig(task_name="two", sparsity=0.75, **given))
+
+
+def test_a_training_shorter_than_its_protection_is_reported(folder):
+    model = two_tasks(folder)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    guard = protect(model, optimizer, steps=1000)
+    model.train()(**toys.batches(50)[0]).loss.backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="protected for 1000 steps and trained for 1"):
+        guard.remove()

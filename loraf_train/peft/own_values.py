@@ -1,0 +1,76 @@
+"""Keeps values that are loaded into an adapter to the task that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from loraf.errors import ConfigError, Problem
+from loraf.sparse import SparseB
+from loraf_train.peft.layer import LorafLayer
+
+_HERE = ".loraf_tasks."
+
+
+def require_own_values(
+    adapter: str,
+    task_name: str,
+    is_finished: bool,
+    layers: Mapping[str, LorafLayer],
+    taken: Mapping[str, Sequence[SparseB]],
+    stored: Mapping[str, torch.Tensor],
+) -> None:
+    """Checks values that are about to be loaded into an adapter.
+
+    Args:
+        task_name, is_finished: of the adapter's task.
+        layers: of the model, by module.
+        taken: module → B of the other tasks.
+        stored: the values, by the names that the model gives them.
+
+    Raises:
+        ConfigError: their layers or shapes differ, they are another task's, or they would change a finished one.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in stored.items():
+        module, inside, rest = key.partition(_HERE)
+        if inside:
+            found.setdefault(module.removeprefix("base_model.model."), {})[rest.rsplit(".", 1)[-1]] = tensor
+    problems = []
+    if found.keys() != layers.keys():
+        remedy = "use the target_modules that the stored task was trained with"
+        message = f"the values for adapter {adapter!r} are of other layers"
+        problems.append(Problem(message, "target_modules", remedy=remedy))
+    for name in [name for name in found if name in layers]:
+        task = layers[name].task(adapter)
+        if any(t.shape != getattr(task, k).shape for k, t in found[name].items() if k in ("positions", "values")):
+            remedy = "use the r and sparsity that the stored task was trained with"
+            message = f"the values for adapter {adapter!r} have other shapes in {name}"
+            problems.append(Problem(message, "r, sparsity", remedy=remedy))
+            break
+    if problems:
+        raise ConfigError(problems)
+    for name, tensors in found.items():
+        task, positions = layers[name].task(adapter), tensors.get("positions")
+        if positions is None:
+            continue
+        positions = positions.cpu()
+        if task.is_calibrated and not torch.equal(positions, task.positions.cpu()):
+            message = f"what is loaded into it are the values of another task than {task_name!r}"
+            remedy = "load each task into its own adapter: one of several has its folder inside the checkpoint's"
+            raise ConfigError(Problem(message, f"adapter {adapter!r}", remedy=remedy))
+        values = tensors.get("values")
+        is_fixed = task.is_calibrated and is_finished
+        if (
+            is_fixed
+            and values is not None
+            and not torch.equal(values.cpu().float(), task.values.detach().cpu().float())
+        ):
+            message = f"task {task_name!r} is finished, and other values would replace its own"
+            remedy = "load the finished tasks that these values were stored with"
+            raise ConfigError(Problem(message, f"adapter {adapter!r}", remedy=remedy))
+        if not task.is_calibrated and any(bool(torch.isin(positions, b.positions).any()) for b in taken[name]):
+            message = f"task {task_name!r} has positions that another task of the model owns"
+            remedy = "load it beside the tasks that it was trained with"
+            raise ConfigError(Problem(message, f"adapter {adapter!r}", remedy=remedy))
