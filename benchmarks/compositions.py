@@ -277,7 +277,7 @@ async def main(rounds: int) -> dict[str, object]:
         if rounds:
             import vllm
 
-            result["versions"]["vllm"] = vllm.__version__  # type: ignore[index]
+            result["versions"]["vllm"] = vllm.__version__  # type: ignore[index]  # a dict among other values
             seconds = [shared.compose(mix, f"mix{i}") for i, mix in enumerate(mixes(BATCH))]
             result["peft: seconds to make a mix"] = statistics.median(seconds)
             engine = Ours("resident", model, False, "float32", kind="resident")

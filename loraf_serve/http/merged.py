@@ -183,10 +183,11 @@ class _Form:
         for position in positions:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(position.chosen.text)
+        named = list(_named(positions))
         return {
-            "tokens": [named[0] for named in _named(positions)],
+            "tokens": [chosen for chosen, _ in named],
             "token_logprobs": [_finite(position.chosen.logprob) for position in positions],
-            "top_logprobs": [named[1] for named in _named(positions)],
+            "top_logprobs": [by_name for _, by_name in named],
             "text_offset": offsets,
         }
 

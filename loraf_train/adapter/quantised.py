@@ -40,7 +40,7 @@ def four_bit(dtype: torch.dtype) -> Any:
     """
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # of transformers
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -53,7 +53,7 @@ def machine_problem(file: str, device: torch.device) -> Problem | None:
     try:
         from bitsandbytes.nn.modules import Linear4bit
 
-        layer = Linear4bit(  # type: ignore[no-untyped-call]
+        layer = Linear4bit(  # type: ignore[no-untyped-call]  # of bitsandbytes
             64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4"
         )
         layer.load_state_dict({"weight": torch.eye(64)})

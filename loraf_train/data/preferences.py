@@ -52,7 +52,7 @@ class PreferenceForm(Form):
         return any(form.wrote_date for form in self._inner.values())
 
     @property
-    def losses(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
+    def losses(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]  # as above
         return self._inner[CHOSEN].losses
 
     def on(self, today: date) -> Form:
