@@ -43,11 +43,16 @@ def byte_tokenizer():
     return fast
 
 
-def make_model(architecture: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def make_model(
+    architecture: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, context: int = 1024
+) -> Path:
     """Saves a random two-layer model with its tokenizer into `folder`.
 
     Weights are several times larger than at a usual initialization, so that the output depends on the prompt and on the
     adapter.
+
+    Args:
+        context: the most tokens of a prompt and its answer.
     """
     import transformers
 
@@ -64,7 +69,7 @@ def make_model(architecture: str, folder: Path, seed: int = 0, dtype: torch.dtyp
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=context,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

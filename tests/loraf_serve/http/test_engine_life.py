@@ -80,7 +80,7 @@ def test_the_deadline_ends_a_request(vllm_pool):
 def test_requests_of_both_doors_are_counted_together(vllm_pool):
     engine = vllm_pool.get("mistral", "resident")
     with on_engine(engine, max_queue=2) as both, Client(both.grpc.address, retries=0) as client:
-        stream = client.stream("x", max_tokens=900, ignore_eos=True)
+        stream = client.stream("x", max_tokens=900, n=8, ignore_eos=True)
         next(stream)
         with pytest.raises(openai.RateLimitError) as full:
             both.openai.completions.create(model="main", prompt=["x", "y"])

@@ -18,10 +18,12 @@ from tests.loraf_serve.vllm_engines import COMMON
 from tests.standins import make_model, random_checkpoint
 
 TOKEN = "operator-0123456789abcdef"
+LONG = 1 << 16  # tokens; more than a minute at a millisecond each
 
 
 def test_tokens_metrics_and_the_death_of_the_engine(tmp_path: Path) -> None:
-    model = make_model("mistral", tmp_path / "model")
+    # So long that no answer is complete when the engine dies: this process may not run for a second while it makes one.
+    model = make_model("mistral", tmp_path / "model", context=LONG)
     random_checkpoint(tmp_path / "ckpt", model)
     (tmp_path / "tokens").write_text(f"{TOKEN} name=operator\n")
     (tmp_path / "tokens").chmod(0o600)
@@ -43,7 +45,7 @@ def test_tokens_metrics_and_the_death_of_the_engine(tmp_path: Path) -> None:
         text = urllib.request.urlopen(request).read().decode()
         assert "loraf_requests_total{" in text and "vllm:" in text and "lora_requests_info" not in text
 
-        stream = server.client.stream(prompt_token_ids=[1, 5], max_tokens=100_000, ignore_eos=True)
+        stream = server.client.stream(prompt_token_ids=[1, 5], max_tokens=LONG - 2, ignore_eos=True)
         next(stream)
         process = psutil.Process(server._process.pid)
         family = process.children(recursive=True)
