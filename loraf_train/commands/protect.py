@@ -44,7 +44,8 @@ def protect(folder: Path, path: Path, overrides: Sequence[str], again: bool) -> 
     manifests.read(folder)
     with locked(folder, "loraf-train protect"):
         output = f"output={json.dumps(str(folder.absolute()), ensure_ascii=False)}"
-        prepared = prepare(path, [*overrides, output])
+        # No task is trained here, and damaged statistics are what this command mends.
+        prepared = prepare(path, [*overrides, output, "retention=off"])
         problems = _problems(prepared)
         if problems:
             raise ConfigError(problems)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loraf import base_model
-from loraf.errors import BaseMismatch, ConfigError, Problem
+from loraf.checkpoint import Checkpoint
+from loraf.errors import BaseMismatch, CheckpointError, ConfigError, Problem
 from loraf.manifest import Manifest
 from loraf_train.adapter.masks import PlannedTask, shortage
 from loraf_train.sequence.provenance import (
@@ -40,6 +41,23 @@ def obstacles(config: RunConfig, folder: Path, shapes: Shapes, existing: Manifes
     if existing.modules.keys() == shapes.keys():  # otherwise it is reported as a conflict
         problems += capacity(config, shapes, existing)
     return problems
+
+
+def damage(config: RunConfig, existing: Manifest) -> list[Problem]:
+    """Files of the checkpoint that are missing or were changed, where a task still to be trained needs them."""
+    if all(task.name in existing.task_names for task in config.tasks):
+        return []
+    try:
+        checkpoint = Checkpoint.open(config.output)
+    except CheckpointError as error:
+        return list(error.problems)
+    if config.retention is None:
+        return []
+    try:
+        checkpoint.verify_statistics()
+    except CheckpointError as error:
+        return list(error.problems)
+    return []
 
 
 def capacity(config: RunConfig, shapes: Shapes, existing: Manifest | None = None) -> list[Problem]:

@@ -98,9 +98,10 @@ def survey(
     existing = _existing(config, problems) if into_checkpoint else None
     if model is not None:
         if into_checkpoint:
-            from loraf_train.sequence.conflicts import obstacles  # imports torch, which takes seconds
+            from loraf_train.sequence.conflicts import damage, obstacles  # imports torch, which takes seconds
 
             problems += obstacles(config, model.folder, model.modules, existing)
+            problems += damage(config, existing) if existing else []
         if tokenizer is not None:
             problems += oversized(config, model, tokenizer, data)
     warnings = _warnings(config, model, data)

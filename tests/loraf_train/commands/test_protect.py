@@ -83,3 +83,32 @@ def test_a_task_whose_earlier_tasks_are_gone_is_refused(copied, capsys):
     (copied / "tasks.yaml").write_text(head + rest[rest.index("  - name: truth") :])
     status, _, err = run(capsys, *PROTECT)
     assert status == 2 and "task 'truth' was trained on top of upper, which this checkpoint does not have" in err
+
+
+def test_damaged_statistics_are_found_before_anything_is_trained_and_protect_mends_them(copied, capsys):
+    run(capsys, *PROTECT)
+    (copied / "tasks.yaml").write_text((copied / "tasks.yaml").read_text() + THIRD)
+    upper, truth = (copied / f"ckpt/statistics/{name}.safetensors" for name in ("upper", "truth"))
+    upper.unlink()
+    damaged = truth.read_bytes()
+    truth.write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
+    on = ("--set", "retention={budget: 0.1}")
+    for command in (("check",), ("run", "--no-eval")):
+        status, out, err = run(capsys, command[0], "tasks.yaml", *on, *command[1:])
+        text = out + err
+        assert status == 2 and "upper.safetensors: cannot be read" in text and "truth.safetensors: was changed" in text
+        assert text.count("loraf-train protect") == 2 and "Traceback" not in text
+        assert manifests.read(copied / "ckpt").task_names == ("upper", "truth")
+        # Nothing is protected then, so they are not read.
+        assert run(capsys, "check", "tasks.yaml", "--set", "retention=off")[0] == 0
+    status, out, _ = run(capsys, *PROTECT, *on)
+    assert status == 0 and out.count("statistics in") == 2
+    assert run(capsys, "check", "tasks.yaml", *on)[0] == 0
+
+
+def test_a_damaged_task_is_found_before_another_is_trained(copied, capsys):
+    (copied / "ckpt/tasks/truth.safetensors").write_bytes(b"no tensors")
+    assert run(capsys, "check", "tasks.yaml")[0] == 0  # nothing is left to train on top of it
+    (copied / "tasks.yaml").write_text((copied / "tasks.yaml").read_text() + THIRD)
+    status, out, err = run(capsys, "check", "tasks.yaml")
+    assert status == 2 and "truth.safetensors" in out + err and "Traceback" not in out + err
