@@ -257,7 +257,7 @@ def _comparison(
 
 def _results(comparison: Comparison, model: BaseModelShape, runs: list[Run]) -> Results:
     from loraf_train.compare.methods import ALL
-    from loraf_train.compare.numbers import numbers
+    from loraf_train.compare.report.numbers import numbers
     from loraf_train.compare.results import Results, ScoredTask
     from loraf_train.scoring.evaluate import higher_is_better
 
@@ -301,9 +301,9 @@ def _environment(model: PreTrainedModel, methods: Sequence[str]) -> dict[str, An
 
 
 def _show(results: Results, folder: Path, out: Console) -> None:
-    from loraf_train.compare.pictures import draw
+    from loraf_train.compare.report.pictures import draw
+    from loraf_train.compare.report.tables import markdown, show
     from loraf_train.compare.results import write
-    from loraf_train.compare.tables import markdown, show
 
     show(results, out)
     write(folder / RESULTS, results)

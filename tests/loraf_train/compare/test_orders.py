@@ -8,9 +8,9 @@ import math
 import pytest
 
 from loraf.errors import ConfigError
-from loraf_train.compare import pictures, tables
 from loraf_train.compare.by_place import ByPlace
-from loraf_train.compare.numbers import numbers
+from loraf_train.compare.report import pictures, tables
+from loraf_train.compare.report.numbers import numbers
 from loraf_train.compare.results import (
     ALONE,
     BASE,
@@ -28,8 +28,8 @@ from loraf_train.compare.results import (
 )
 from loraf_train.compare.statistics import AT_THE_END, Statistics
 from tests.loraf_train import compared
-from tests.loraf_train.compare.test_tables import read as read_table
-from tests.loraf_train.compare.test_tables import titles
+from tests.loraf_train.compare.report.test_tables import read as read_table
+from tests.loraf_train.compare.report.test_tables import titles
 
 A, B = (ScoredTask(name, "exact_match", True, {name: 10}) for name in "ab")
 

@@ -14,7 +14,7 @@ import matplotlib
 import pytest
 
 from loraf.errors import ConfigError
-from loraf_train.compare import bars, maps, pictures
+from loraf_train.compare.report import bars, maps, pictures
 from loraf_train.compare.results import BASE, Results, ScoredTask
 from loraf_train.compare.statistics import Statistics
 from tests.loraf_train import compared
@@ -261,7 +261,7 @@ def test_the_same_results_give_the_same_bytes_under_any_settings(drawn, tmp_path
     """In another process, and here under other settings, which stay as they were."""
     code = (
         "import sys; from pathlib import Path; from tests.loraf_train import compared\n"
-        "from loraf_train.compare import pictures\n"
+        "from loraf_train.compare.report import pictures\n"
         "for results in (compared.single(3), compared.sequence(3)): pictures.draw(results, Path(sys.argv[1]))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "other")], check=True, timeout=300)

@@ -10,7 +10,7 @@ import re
 import pytest
 from rich.console import Console
 
-from loraf_train.compare import tables
+from loraf_train.compare.report import tables
 from loraf_train.compare.results import BASE, SO_FAR, Results, Run, RunScore, ScoredTask
 from loraf_train.compare.statistics import JUST_TRAINED, Statistics
 from loraf_train.terminal.tables import PLAIN_WIDTH

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from loraf_train.compare import sheets_place
-from loraf_train.compare.cells import BASE_ROW, Cell, MethodRows, Sheet, examples, head, number, runs, task_set
+from loraf_train.compare.report import sheets_place
+from loraf_train.compare.report.cells import BASE_ROW, Cell, MethodRows, Sheet, examples, head, number, runs, task_set
 from loraf_train.compare.results import BASE
 from loraf_train.compare.statistics import AT_THE_END, JUST_TRAINED, Estimate, Statistics
 from loraf_train.terminal import tables

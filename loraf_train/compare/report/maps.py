@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraf_train.compare import canvas
 from loraf_train.compare.by_place import ByPlace
-from loraf_train.compare.cells import BASE_ROW, examples, model_name, place_name, runs
+from loraf_train.compare.report import canvas
+from loraf_train.compare.report.cells import BASE_ROW, examples, model_name, place_name, runs
 from loraf_train.compare.results import BASE, Run
 from loraf_train.compare.statistics import Statistics
 from loraf_train.grading.builtin import LOWER_IS_BETTER

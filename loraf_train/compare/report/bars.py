@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraf_train.compare import canvas
 from loraf_train.compare.by_place import ByPlace
-from loraf_train.compare.cells import BASE_ROW, examples, model_name, runs, task_set
+from loraf_train.compare.report import canvas
+from loraf_train.compare.report.cells import BASE_ROW, examples, model_name, runs, task_set
 from loraf_train.compare.results import BASE, ScoredTask
 from loraf_train.compare.statistics import Estimate, Statistics
 from loraf_train.grading.builtin import LOWER_IS_BETTER

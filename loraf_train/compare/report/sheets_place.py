@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from loraf_train.compare.by_place import ALONE, ByPlace
-from loraf_train.compare.cells import BASE_ROW, Cell, MethodRows, Sheet, number, place_name, runs
+from loraf_train.compare.report.cells import BASE_ROW, Cell, MethodRows, Sheet, number, place_name, runs
 from loraf_train.compare.results import Results
 from loraf_train.compare.statistics import Statistics
 from loraf_train.terminal import tables

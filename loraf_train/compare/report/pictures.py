@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraf_train.compare import bars, canvas, maps
+from loraf_train.compare.report import bars, canvas, maps
 from loraf_train.compare.results import Results
 from loraf_train.compare.statistics import Statistics
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraf_train.compare.cells import Cell, model_name
+from loraf_train.compare.report.cells import Cell, model_name
+from loraf_train.compare.report.sheets import preface, sheets
 from loraf_train.compare.results import Results
-from loraf_train.compare.sheets import preface, sheets
 from loraf_train.terminal import tables
 
 if TYPE_CHECKING:

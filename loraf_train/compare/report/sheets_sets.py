@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loraf_train.compare.cells import Cell, Sheet, examples, head, number, runs
+from loraf_train.compare.report.cells import Cell, Sheet, examples, head, number, runs
 from loraf_train.compare.results import ALONE, PAIR, ScoredTask
 from loraf_train.compare.statistics import AT_THE_END, Estimate, Statistics, over_seeds
 from loraf_train.terminal import tables

@@ -1,7 +1,7 @@
 """The contents of a comparison's tables, before they are formatted for a terminal or as Markdown.
 
     single      Table 1 of the paper: a score per evaluation set for each method, each task trained alone
-    sequence    loraf_train.compare.sheets_sequence, sheets_place and sheets_sets
+    sequence    loraf_train.compare.report.sheets_sequence, sheets_place and sheets_sets
     both        drift of the base, cost, settings
 
 Every number comes with its task set, its number of seeds, and its number of examples.
@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 from loraf.units import size_text
-from loraf_train.compare import sheets_place, sheets_sequence, sheets_sets
-from loraf_train.compare.cells import (
+from loraf_train.compare.report import sheets_place, sheets_sequence, sheets_sets
+from loraf_train.compare.report.cells import (
     BASE_ROW,
     Cell,
     MethodRows,
