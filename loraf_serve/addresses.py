@@ -13,6 +13,7 @@ DEFAULT_PORT = 50051
 DEFAULT_ADDRESS = f"{DEFAULT_HOST}:{DEFAULT_PORT}"
 
 
+_OWN_PORTS = {"http": 80, "https": 443}
 _SOCKETS = ("unix:", "unix-abstract:")  # gRPC's schemes for Unix sockets, which have no port
 
 
@@ -33,6 +34,10 @@ def is_origin(text: str) -> bool:
     """Whether a text is an origin of web pages, as browsers write it: scheme, host and port."""
     parts = urlsplit(text)
     is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    try:
+        is_web = is_web and parts.port != _OWN_PORTS.get(parts.scheme)  # which browsers leave out
+    except ValueError:
+        return False
     return is_web and text == f"{parts.scheme}://{parts.netloc}".lower()
 
 

@@ -145,7 +145,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from loraf_serve.chat.run import chat
     from loraf_serve.client import AsyncClient
 
-    task_set = f"as_trained={arguments.as_trained}" if arguments.as_trained else "base" if arguments.base else "all"
+    task_set = f"as_trained={arguments.as_trained}" if arguments.as_trained else "base" if arguments.base else ""
     if arguments.tasks:
         task_set = str(arguments.tasks)
     client = _client(AsyncClient, arguments)

@@ -50,9 +50,12 @@ class Registry:
         """A copy with other named sets of the operator."""
         return Registry(self, operator_sets, self._tasks)
 
-    def limited_to(self, tasks: frozenset[str] | None) -> Registry:
-        """A copy for a client that may use these tasks only; None for all."""
-        return self if tasks is None else Registry(self, self.operator_sets, tasks)
+    def limited_to(self, tasks: frozenset[str] | None, adapters: frozenset[str] | None = None) -> Registry:
+        """A copy for a client that may use these tasks and adapters only; None for all."""
+        if tasks is None and adapters is None:
+            return self
+        seen = (adapter for adapter in self if adapters is None or adapter.name in adapters)
+        return Registry(seen, self.operator_sets, tasks)
 
     def is_hidden(self, task: str) -> bool:
         """Whether the client may not know of a task of this name."""

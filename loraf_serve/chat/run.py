@@ -13,11 +13,13 @@ from loraf_serve.chat.asking import Asker
 from loraf_serve.chat.conversation import Conversation, Turn
 from loraf_serve.chat.keyboard import Keyboard
 from loraf_serve.chat.screen import Answering, Screen
-from loraf_serve.client import AsyncClient, ServiceError
+from loraf_serve.client import AsyncClient, PermissionDenied, ServiceError
 from loraf_serve.client.set_arguments import adapter_named
 from loraf_serve.v1.adapter_pb2 import Adapter
 
 T = TypeVar("T")
+_ALL = "all"
+_TASKS = "task_selection"  # the field of a refusal that is about tasks
 # What a question, a command or an option can fail with; none of it ends the chat.
 _FAILURES = (ServiceError, LorafError, OSError, TypeError, ValueError)
 
@@ -28,7 +30,7 @@ def chat(client: AsyncClient, adapter: str, task_set: str, request: Mapping[str,
     Args:
         client: is closed at the end.
         adapter: its name; "" for the only one.
-        task_set: to begin with.
+        task_set: to begin with; "" for all tasks, or those that the client's token may use.
         request: sampling and priority, as arguments of `request_of`.
         system: instructions before the first turn; "": none.
 
@@ -64,7 +66,8 @@ class _Chat:
         self._conversation = Conversation(system)
         self._screen = Screen()
         info = self._wait(client.server_info())
-        self._chosen = self._choose(task_set)
+        self._chosen = self._choose(task_set or _ALL)
+        self._is_default = not task_set
         self._keyboard = Keyboard(self._words)
         self._screen.note(f"{info.model} on {client.address}, backend {info.backend}")
         for line in sets.described(self._adapter):
@@ -116,7 +119,12 @@ class _Chat:
 
         messages = self._conversation.messages(question)
         try:
-            answer = self._wait(self._asker.ask(self._chosen, messages, show, self._screen.note))
+            try:
+                answer = self._wait(self._asker.ask(self._chosen, messages, show, self._screen.note))
+            except PermissionDenied as error:
+                if _TASKS not in error.message or not self._choose_what_is_allowed():
+                    raise
+                answer = self._wait(self._asker.ask(self._chosen, messages, show, self._screen.note))
         except KeyboardInterrupt:
             if not self._keyboard.is_terminal:
                 raise
@@ -166,7 +174,7 @@ class _Chat:
 
     def _tasks(self, text: str) -> None:
         if text:
-            self._chosen = self._choose(text)
+            self._chosen, self._is_default = self._choose(text), False
             return
         self._read_adapter()
         self._show([*sets.described(self._adapter), f"answers now: {self._chosen.text}"])
@@ -181,6 +189,15 @@ class _Chat:
     def _choose(self, text: str) -> sets.ChosenSet:
         self._read_adapter()
         return sets.choose(text, self._adapter)
+
+    def _choose_what_is_allowed(self) -> bool:
+        """Chooses the tasks that the client's token may use, if it was not the user who has chosen all of them."""
+        if not self._is_default or self._chosen.text != _ALL:
+            return False
+        allowed = "+".join(task.name for task in self._adapter.tasks) if self._adapter else ""
+        self._is_default, self._chosen = False, self._choose(allowed or "base")
+        self._screen.note(f"this token may not use every task: {self._chosen.text} answers")
+        return True
 
     def _read_adapter(self) -> None:
         """Adapters are loaded and replaced while a chat goes on."""

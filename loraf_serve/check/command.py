@@ -13,9 +13,9 @@ from loraf.errors import ConfigError, LorafError, Problem
 from loraf_serve import choose_backend
 from loraf_serve.adapters.checkpoint_folder import read_values
 from loraf_serve.adapters.registry import Registry
-from loraf_serve.addresses import DEFAULT_HOST, address_of, is_socket
+from loraf_serve.addresses import address_of, is_socket
 from loraf_serve.backends.backend import ServedAdapter
-from loraf_serve.check import memory, sizes
+from loraf_serve.check import http, memory, sizes
 from loraf_serve.check.memory import Plan
 from loraf_serve.check.report import Result
 from loraf_serve.service.server_options import ServerOptions
@@ -49,6 +49,8 @@ def check(start: Start) -> Result:
         plan = _plan(start, decision, size)
     except LorafError as error:
         problems += error.problems
+    if options.http_port is not None:
+        problems += http.problems(options, decision.name if decision else "")
     if plan is not None:
         problems += plan.problems()
         over = memory.adapter_memory_problem(plan, options.adapter_memory)
@@ -100,8 +102,9 @@ def _address_problems(options: ServerOptions) -> list[Problem]:
     """The problem of each address on which nothing can listen now."""
     addresses = [(options.host, options.port, "--host, --port")]
     if options.metrics_port is not None:
-        host = DEFAULT_HOST if is_socket(options.host) else options.host
-        addresses.append((host, options.metrics_port, "--host, --metrics-port"))
+        addresses.append((options.http_host, options.metrics_port, "--host, --metrics-port"))
+    if options.http_port is not None:
+        addresses.append((options.http_host, options.http_port, "--host, --http-port"))
     problems = []
     for host, port, field in addresses:
         if not _is_free(host, port):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraf.errors import ConfigError, Problem
 from loraf.units import size_text
+from loraf_serve.addresses import address_of
 from loraf_serve.check.memory import Plan
 from loraf_serve.check.sizes import ModelSize
 from loraf_serve.choose_backend import Decision
@@ -89,6 +90,9 @@ class Result:
         tls = "TLS" if self.options.tls_cert else "no TLS"
         tokens = "tokens" if self.options.token_file else "no tokens"
         lines.append(_line("listens on", f"{self.options.address}, {tls}, {tokens}"))
+        if url := _url(self.options):
+            pages = ", ".join(("its own page", *self.options.http_allowed_origin))
+            lines.append(_line("", f"{url}, OpenAI's API, for programs and {pages}"))
         return lines + [_line("not checked", text) for text in NOT_CHECKED]
 
     def to_json(self) -> str:
@@ -99,6 +103,7 @@ class Result:
             "problems": [asdict(problem) for problem in self.problems],
             "model": self.model,
             "address": options.address if options else None,
+            "http": _url(options) if options else None,
             "tls": bool(options and options.tls_cert),
             "tokens": bool(options and options.token_file),
             "architecture": self.size.architecture if self.size else None,
@@ -119,6 +124,13 @@ class Result:
                 "uses": [asdict(use) for use in self.plan.uses],
             }
         return json.dumps(content, ensure_ascii=False)
+
+
+def _url(options: ServerOptions) -> str | None:
+    """Of the HTTP door, if there is one."""
+    if options.http_port is None:
+        return None
+    return f"{'https' if options.tls_cert else 'http'}://{address_of(options.http_host, options.http_port)}"
 
 
 def _adapter(adapter: ServedAdapter, registry: Registry) -> dict[str, Any]:

@@ -7,21 +7,25 @@ body ──▶ asked ──▶ Generations: admission, lease ──▶ names, ac
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from loraf.errors import LorafError, Problem
+from loraf.errors import ConfigError, LorafError, Problem, one_line
 from loraf_serve.adapters.registry import Registry
 from loraf_serve.backends.backend import Backend, GenerationRequest
 from loraf_serve.backends.fallback import Fallback
 from loraf_serve.errors import DeadlineExceeded, InvalidRequest, ReadsTooSlowly
 from loraf_serve.http import merged
-from loraf_serve.http.asked import Asked, read_chat, read_completion
-from loraf_serve.http.errors import HttpRefusal, OnlyVllm, renamed
+from loraf_serve.http.asked import PROMPT_LOGPROBS, TASK_TEMPLATE, Asked, read_completion
+from loraf_serve.http.chats import read_chat
+from loraf_serve.http.errors import HttpRefusal, OnlyVllm
 from loraf_serve.http.exchange import ClientGone, Exchange
-from loraf_serve.request import selection
+from loraf_serve.http.mistakes import Mistakes
+from loraf_serve.http.models import for_client
+from loraf_serve.request import names, selection
 from loraf_serve.request.structured_output import FIELD as FORM
+from loraf_serve.request.validation import request_id_problem
 from loraf_serve.security.allowance import Allowance
 from loraf_serve.security.permissions import Permissions
 from loraf_serve.service import access
@@ -34,7 +38,6 @@ PROMPT_HEADER = "loraf-prompt"
 """A header of answers to chats with `apply_task_template`: what has become of the message."""
 
 _RUN_VLLM = ("resident", "slots")  # names of backends
-_TEMPLATE = "apply_task_template"
 
 
 class Answering:
@@ -50,7 +53,8 @@ class Answering:
         self._app: EngineApp | None = None
 
     async def open(self) -> None:
-        """Makes vLLM's app, if the backend runs vLLM. Raises ConfigError: there is no such parser of tools."""
+        """Makes vLLM's app, if the backend runs vLLM. Raises ConfigError: it cannot be made of the installed vLLM, or
+        there is no such parser of tools."""
         backend = self._inside.backend
         await asyncio.to_thread(self._make_app, backend.current if isinstance(backend, Fallback) else backend)
 
@@ -58,8 +62,13 @@ class Answering:
         self._app = None
         if backend.name in _RUN_VLLM:
             from loraf_serve.vllm.engine.vllm_backend import VllmBackend
-            from loraf_serve.vllm.http.app import EngineApp
 
+            try:
+                from loraf_serve.vllm.http.app import EngineApp
+            except ImportError as error:
+                message = f"vLLM's app cannot be imported ({one_line(error)})"
+                remedy = "serve without it, or with --backend merged"
+                raise ConfigError(Problem(message, "--http-port", remedy=remedy)) from None
             assert isinstance(backend, VllmBackend)
             self._app = EngineApp(backend, self._tool_parser)
 
@@ -81,17 +90,18 @@ class Answering:
         await self._answer(exchange, permissions, read_chat(await exchange.read_object()))
 
     async def _answer(self, exchange: Exchange, permissions: Permissions, asked: Asked) -> None:
-        if asked.request_id:
+        if asked.request_id and not request_id_problem(asked.request_id):  # which validation tells
             exchange.call.request_id = asked.request_id
         deadline = self._inside.options.default_deadline
+        mistakes = Mistakes(asked.problems, partial(self._named, asked.field_of, permissions))
         try:
             async with asyncio.timeout(deadline) as timeout:
                 generations = self._inside.generations
-                with generations.entered(asked.name.adapter, permissions, len(asked.requests)) as (
-                    registry,
-                    allowances,
+                with (
+                    generations.entered(asked.name.adapter, permissions, len(asked.requests)) as (registry, allowances),
+                    exchange.connection.held(),
                 ):
-                    await self._admitted(exchange, permissions, asked, registry, allowances)
+                    await self._admitted(exchange, permissions, asked, mistakes, registry, allowances)
         except (ClientGone, ReadsTooSlowly, HttpRefusal):
             raise
         except TimeoutError:
@@ -100,33 +110,50 @@ class Answering:
             raise
         except Exception as error:
             shown = await self._inside.generations.shown(error, permissions)
-            raise renamed(shown, asked.field_of) if isinstance(shown, LorafError) else shown from None
+            if isinstance(shown, LorafError) and error is not mistakes.told:
+                shown = self._named(asked.field_of, permissions, shown)
+            raise shown from None
+
+    def _named(self, field_of: Callable[[str], str], permissions: Permissions, error: LorafError) -> LorafError:
+        """What the client may know of an error, in the names that it knows."""
+        return for_client(error, self._inside.library.registry, permissions, field_of)
 
     async def _admitted(
         self,
         exchange: Exchange,
         permissions: Permissions,
         asked: Asked,
+        mistakes: Mistakes,
         registry: Registry,
         allowances: Sequence[Allowance],
     ) -> None:
         """Answers a request that has its places."""
+        generations = self._inside.generations
         app = await self._settled_app()
         for request in asked.requests:
-            asked.name.select(request, registry, permissions)
-        self._require_served(asked, app)
+            with mistakes.gathered(is_unread=True):
+                asked.name.select(request, registry, permissions)
+            if mistakes.is_unread(names.FIELD):  # the rest is looked at as if it was the base model that is asked
+                request.task_selection.base.SetInParent()
+                request.apply_task_template = False
+        self._note_unserved(asked, app, mistakes)
         if asked.is_chat:
-            self._choose_template(exchange, asked, registry)
+            with mistakes.gathered(is_unread=True):
+                self._choose_template(exchange, asked, registry)
         if app and asked.requests[0].WhichOneof("input") == "messages":
-            await self._rendered_by_app(exchange, permissions, asked, registry, allowances[0], app)
+            await self._rendered_by_app(exchange, permissions, asked, mistakes, registry, allowances[0], app)
             return
         valid = []
         for place, request in enumerate(asked.requests):
             asked.place = place
-            valid.append(await self._inside.generations.validated(request, registry, permissions))
+            with mistakes.gathered():
+                valid.append(await generations.validated(request, registry, permissions))
+            if mistakes.are_enough:
+                break
+        mistakes.require_none()
         for prompt, allowance in zip(valid, allowances, strict=True):
-            self._inside.generations.begin(prompt, allowance)
-        self._inside.generations.note_request(exchange.call, valid, partial(_prompt_text, asked))
+            generations.begin(prompt, allowance)
+        generations.note_request(exchange.call, valid, partial(_prompt_text, asked))
         if app:
             from loraf_serve.http import relay
 
@@ -139,6 +166,7 @@ class Answering:
         exchange: Exchange,
         permissions: Permissions,
         asked: Asked,
+        mistakes: Mistakes,
         registry: Registry,
         allowance: Allowance,
         app: EngineApp,
@@ -148,8 +176,10 @@ class Answering:
 
         generations = self._inside.generations
         access.require_asked(asked.requests[0], permissions)
-        unrendered = await generations.validator.read_unrendered(asked.requests[0], registry)
-        access.require_selected(unrendered.task_set, permissions)
+        with mistakes.gathered():
+            unrendered = await generations.validator.read_unrendered(asked.requests[0], registry)
+            access.require_selected(unrendered.task_set, permissions)
+        mistakes.require_none()
 
         def rendered(token_ids: Sequence[int]) -> GenerationRequest:
             valid = generations.validator.rendered(unrendered, token_ids)
@@ -159,27 +189,30 @@ class Answering:
 
         await relay.answer(self._inside, exchange, asked, app, [allowance], [], unrendered, rendered)
 
-    def _require_served(self, asked: Asked, app: EngineApp | None) -> None:
-        """Raises what only vLLM's app can do and there is none; tokens that the model does not have."""
+    def _note_unserved(self, asked: Asked, app: EngineApp | None, mistakes: Mistakes) -> None:
+        """Notes what only vLLM's app can do and there is none; tokens that the model does not have."""
         problems = []
         if app is None:
             backend = self._inside.backend.name
             beyond = list(asked.beyond)
             if asked.is_chat:
-                beyond += ["tool_choice"] if asked.tool_choice != "none" else []
+                beyond += ["tools"] if asked.tool_choice != "none" else []
                 last = asked.requests[0].messages.messages[-1:]
                 if last and last[0].role == "assistant" and asked.continues:
                     beyond = [name for name in beyond if name not in _CONTINUE]
                 elif last and last[0].role == "assistant":
                     beyond.append("messages")  # gRPC's way would continue it
-            for request in asked.requests[:1]:
-                beyond += ["prompt_logprobs"] if request.sampling.HasField("prompt_logprobs") else []
-                if request.sampling.HasField("structured_output") and backend == "merged":
-                    beyond.append(asked.field_of(FORM))
+            params = asked.requests[0].sampling
+            if params.HasField("prompt_logprobs") and PROMPT_LOGPROBS not in asked.renamed:
+                beyond.append("prompt_logprobs")
+            if params.HasField("structured_output") and backend == "merged":
+                beyond.append(asked.field_of(FORM))
+                for request in asked.requests:
+                    request.sampling.ClearField("structured_output")  # nothing more is told of it
             remedy = "leave it out, or serve with --backend resident or slots"
             message = f"the {backend} backend cannot do this; vLLM's app can"
             if beyond:
-                raise OnlyVllm(Problem(message, field, remedy=remedy) for field in dict.fromkeys(beyond))
+                mistakes.add(OnlyVllm(Problem(message, field, remedy=remedy) for field in dict.fromkeys(beyond)))
         elif asked.tool_choice not in (None, "none") and not app.has_tool_parser:
             remedy = "use none, or start the server with --tool-call-parser"
             problems.append(Problem("the server does not read calls of tools", "tool_choice", remedy=remedy))
@@ -190,7 +223,7 @@ class Answering:
                 remedy = f"use ids from 0 to {size - 1}"
                 problems.append(Problem(f"{wrong} is not in the vocabulary", name, remedy=remedy))
         if problems:
-            raise InvalidRequest(problems)
+            mistakes.add(InvalidRequest(problems))
 
     def _choose_template(self, exchange: Exchange, asked: Asked, registry: Registry) -> None:
         """Makes a prompt of a chat's only message, if that is asked for.
@@ -202,13 +235,13 @@ class Answering:
         has_template = bool(self._inside.backend.tokenizer.chat_template)
         if not asked.apply_task_template:
             if not has_template:
-                remedy = f"set {_TEMPLATE} to send one message in the task's own template, or use /v1/completions"
+                remedy = f"set {TASK_TEMPLATE} to send one message in the task's own template, or use /v1/completions"
                 raise InvalidRequest(Problem("the model has no chat template", "messages", remedy=remedy))
             return
         messages = request.messages.messages
         if len(messages) != 1 or messages[0].role != "user" or request.tools:
             message, remedy = "takes one message of the user, and no tools", "leave it out, or send one message"
-            raise InvalidRequest(Problem(message, _TEMPLATE, remedy=remedy))
+            raise InvalidRequest(Problem(message, TASK_TEMPLATE, remedy=remedy))
         only_task = selection.read(request, registry, [])[2]
         text = messages[0].content
         if only_task is not None:

@@ -7,7 +7,6 @@ A field that nobody obeys is refused, not left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,16 +20,12 @@ from loraf_serve.http.fields import (
     is_text,
     is_whole,
     read_sampling,
-    require_none,
     set_number,
 )
 from loraf_serve.limits import (
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
-    MAX_MESSAGES,
     MAX_PROMPTS,
-    MAX_TOOL_CALLS,
-    MAX_TOOLS,
 )
 from loraf_serve.request import names
 from loraf_serve.request.names import ModelName
@@ -72,9 +67,10 @@ _NOT_SERVED = {
     "functions": "functions have been replaced by tools",
     "function_call": "function_call has been replaced by tool_choice",
 }
-_TEMPLATE = "apply_task_template"
+TASK_TEMPLATE = "apply_task_template"
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+PROMPT_LOGPROBS = "sampling.prompt_logprobs"
 _MOST = 1 << 20  # tokens
-_TEXT_PART = "only parts of type text are served"
 
 
 @dataclass
@@ -93,6 +89,7 @@ class Asked:
         renamed: fields of `requests` → fields of the body, where they differ.
         continues: the client asks that a last message of the assistant be continued, as over gRPC.
         place: of the request in `requests` that is being validated.
+        problems: fields that could not be read; there is a request also then, without them.
     """
 
     is_chat: bool
@@ -109,38 +106,46 @@ class Asked:
     renamed: dict[str, str] = field(default_factory=dict)
     continues: bool = False
     place: int = 0
+    problems: list[Problem] = field(default_factory=list)
 
     def field_of(self, field: str) -> str:
         """A field of the request at `place` → the field of the body that it was read from."""
         prompt = "prompt" if len(self.requests) == 1 else f"prompt[{self.place}]"
-        return field_of(field, {"prompt_token_ids.ids": prompt, "prompt": prompt, **_RENAMED, **self.renamed})
+        prompts = dict.fromkeys(("prompt_token_ids.ids", "prompt_token_ids", "prompt", "input"), prompt)
+        return field_of(field, prompts | _RENAMED | self.renamed)
 
 
-_RENAMED = {"prompts": "prompt", "messages.messages": "messages", "adapter": names.FIELD, "task_selection": names.FIELD}
+_RENAMED = {
+    "prompts": "prompt",
+    "messages.messages": "messages",
+    "adapter": names.FIELD,
+    "task_selection": names.FIELD,
+}
 
 
 def read_completion(values: Mapping[str, Any]) -> Asked:
-    """Reads the body of /v1/completions. Raises InvalidRequest: everything that is wrong with it."""
-    problems: list[Problem] = []
-    fields = Fields(values, problems)
-    asked = _common(fields)
+    """Reads the body of /v1/completions. Raises InvalidRequest: it has MOST_PROBLEMS mistakes."""
+    fields = Fields(values, [])
+    asked = read_common(fields)
     params = asked.requests[0].sampling
-    params.CopyFrom(_sampling(fields, asked))
+    params.CopyFrom(read_params(fields, asked))
     set_number(fields, params, "logprobs", fields.whole("logprobs"))
     prompts = _prompts(fields)
-    template = asked.requests[0].apply_task_template = fields.flag(_TEMPLATE)
+    template = asked.requests[0].apply_task_template = fields.flag(TASK_TEMPLATE)
     echo = values.get("echo") is True
     if echo:
         if template:
-            fields.wrong("echo", f"does not go with {_TEMPLATE}", "leave one of them out")
+            fields.wrong("echo", f"does not go with {TASK_TEMPLATE}", "leave one of them out")
         if params.HasField("logprobs") and not params.HasField("prompt_logprobs"):
             params.prompt_logprobs = params.logprobs
+            asked.renamed[PROMPT_LOGPROBS] = "logprobs"
         if params.HasField("max_tokens") and params.max_tokens == 0:
             params.max_tokens = 1  # as vLLM's app does: it generates one token and leaves it out
     if asked.stream and values.get("prompt_logprobs") is not None:
         fields.wrong("prompt_logprobs", "is not sent in pieces", "leave it out, or stream")
     fields.refuse_others()
-    first = asked.requests.pop()
+    first = asked.requests[0]
+    asked.requests = [] if prompts else [first]
     for prompt in prompts:
         request = pb.GenerateRequest()
         request.CopyFrom(first)
@@ -150,53 +155,18 @@ def read_completion(values: Mapping[str, Any]) -> Asked:
             _ids(fields, request, prompt)
         asked.requests.append(request)
         asked.texts.append(prompt if isinstance(prompt, str) else None)
-    require_none(problems)
     asked.for_app["prompt"] = [0]  # those of `requests` are used
     return asked
 
 
-def read_chat(values: Mapping[str, Any]) -> Asked:
-    """Reads the body of /v1/chat/completions. Raises InvalidRequest: everything that is wrong with it."""
-    problems: list[Problem] = []
-    fields = Fields(values, problems)
-    asked = _common(fields, is_chat=True)
-    request = asked.requests[0]
-    params = request.sampling
-    params.CopyFrom(_sampling(fields, asked))
-    _max_tokens(fields, asked, params)
-    if fields.flag("logprobs"):
-        set_number(fields, params, "logprobs", fields.whole("top_logprobs") or 0, "top_logprobs")
-        asked.renamed["sampling.logprobs"] = "top_logprobs"
-    elif fields.whole("top_logprobs"):
-        fields.wrong("top_logprobs", "needs logprobs", "set logprobs to true")
-    request.messages.SetInParent()
-    for i, message in enumerate(fields.entries("messages", is_table, "a list of messages", MAX_MESSAGES)):
-        _message(Fields(message, problems, f"messages[{i}]"), request.messages.messages.add())
-    for i, tool in enumerate(fields.entries("tools", is_table, "a list of tools", MAX_TOOLS)):
-        _tool(Fields(tool, problems, f"tools[{i}]"), request.tools.add())
-    _tool_choice(fields, asked)
-    asked.apply_task_template = fields.flag(_TEMPLATE)
-    asked.continues = values.get("continue_final_message") is True and values.get("add_generation_prompt") is False
-    fields.refuse("add_special_tokens", "the chat template writes the special tokens", unless=False)
-    if asked.stream and values.get("prompt_logprobs") is not None:
-        fields.wrong("prompt_logprobs", "is not sent in pieces", "leave it out, or stream")
-    fields.refuse_others()
-    asked.texts.append(None)
-    require_none(problems)
-    # Null counts as not sent; vLLM's app would refuse it.
-    sent = asked.for_app["messages"]
-    asked.for_app["messages"] = [{name: v for name, v in message.items() if v is not None} for message in sent]
-    return asked
-
-
-def _common(fields: Fields, is_chat: bool = False) -> Asked:
+def read_common(fields: Fields, is_chat: bool = False) -> Asked:
     """What completions and chats share, with one request."""
     name = ModelName("")
     try:
         name = names.read(fields.text(names.FIELD))
     except InvalidRequest as error:
         fields.problems += error.problems
-    asked = Asked(is_chat, name, [pb.GenerateRequest()], [], {})
+    asked = Asked(is_chat, name, [pb.GenerateRequest()], [], {}, problems=fields.problems)
     request = asked.requests[0]
     asked.stream = fields.flag("stream")
     options = fields.table("stream_options")
@@ -257,10 +227,12 @@ _TEMPLATE_ARGUMENTS = (
 def _check_for_app(fields: Fields, asked: Asked) -> None:
     """Checks what only vLLM's app obeys, where the app itself admits too much. Whether the model has a token is checked
     later."""
-    for name in ("stream_interval", "thinking_token_budget"):
+    for name, least in (("stream_interval", 1), ("thinking_token_budget", -1)):
         value = asked.for_app.get(name)
-        if value is not None and not (is_whole(value) and -1 <= value < _MOST):
-            fields.wrong(name, "is out of range", f"use a whole number below {_MOST}, or leave it out")
+        if value is not None and not (is_whole(value) and least <= value < _MOST):
+            fields.wrong(name, "is out of range", f"use a whole number from {least} to {_MOST - 1}, or leave it out")
+    if asked.for_app.get("reasoning_effort", _EFFORTS[0]) not in _EFFORTS:
+        fields.wrong("reasoning_effort", "is not one of the efforts", f"use {', '.join(_EFFORTS)}, or leave it out")
     template_values = asked.for_app.get("chat_template_kwargs", {})
     if not is_table(template_values):
         fields.wrong("chat_template_kwargs", "is not an object", "send an object, or leave it out")
@@ -278,6 +250,8 @@ def _check_for_app(fields: Fields, asked: Asked) -> None:
             fields.wrong(name, "is not a list of token ids", "send ids of the model's tokens, or leave it out")
         elif len(ids) > most:
             fields.wrong(name, f"has {len(ids)} ids", f"use at most {most}")
+    if asked.for_app.get("logprob_token_ids") and fields.take("logprobs") in (None, False):
+        fields.wrong("logprob_token_ids", "needs logprobs", "set logprobs, or leave it out")
 
 
 def _has_large_number(value: Any) -> bool:
@@ -301,7 +275,8 @@ def _require_choice_of_tokens(fields: Fields, asked: Asked, params: pb.SamplingP
             fields.wrong("allowed_token_ids", f"could exclude every token with {name}", "leave one of them out")
 
 
-def _sampling(fields: Fields, asked: Asked) -> pb.SamplingParams:
+def read_params(fields: Fields, asked: Asked) -> pb.SamplingParams:
+    """The parameters of sampling."""
     form_field: list[str] = []
     params = read_sampling(fields, form_field)
     if form_field:
@@ -314,19 +289,6 @@ def _sampling(fields: Fields, asked: Asked) -> pb.SamplingParams:
     if max_tokens is not None and not asked.is_chat:
         asked.for_app["max_tokens"] = max_tokens
     return params
-
-
-def _max_tokens(fields: Fields, asked: Asked, params: pb.SamplingParams) -> None:
-    """A chat's limit on tokens: what the context has room for, unless the client says otherwise."""
-    newer = fields.whole("max_completion_tokens")
-    if newer is None:
-        if not params.HasField("max_tokens"):
-            params.max_tokens = (1 << 31) - 1
-        return
-    if params.HasField("max_tokens") and params.max_tokens != newer:
-        fields.wrong("max_tokens", "differs from max_completion_tokens", "send one of them")
-    set_number(fields, params, "max_tokens", newer, "max_completion_tokens")
-    asked.renamed["sampling.max_tokens"] = "max_completion_tokens"
 
 
 def _prompts(fields: Fields) -> list[Any]:
@@ -353,85 +315,3 @@ def _ids(fields: Fields, request: pb.GenerateRequest, ids: list[int]) -> None:
         request.prompt_token_ids.ids.extend(ids)
     else:
         fields.wrong("prompt", f"{wrong} is not in the vocabulary", "use ids of the model's tokens")
-
-
-def _message(fields: Fields, message: pb.Message) -> None:
-    message.role = fields.text("role")
-    content = fields.take("content")
-    if isinstance(content, list) and fields.is_too_long("content", content, MAX_MESSAGES):
-        pass
-    elif isinstance(content, list):
-        message.content = "\n".join(_parts(fields, content))
-    elif isinstance(content, str):
-        message.content = content
-    elif content is not None:
-        fields.wrong("content", "is neither a text nor a list of parts", "send a text")
-    message.reasoning_content = fields.text("reasoning_content") or fields.text("reasoning")
-    fields.take("reasoning")
-    message.tool_call_id = fields.text("tool_call_id")
-    for i, call in enumerate(fields.entries("tool_calls", is_table, "a list of calls", MAX_TOOL_CALLS)):
-        inside = Fields(call, fields.problems, fields.path(f"tool_calls[{i}]"))
-        _require_function(inside)
-        inside.take("index")
-        function = Fields(inside.table("function") or {}, fields.problems, inside.path("function"))
-        message.tool_calls.add(id=inside.text("id"), name=function.text("name"), arguments=function.text("arguments"))
-        function.refuse_others()
-        inside.refuse_others()
-    fields.refuse_others()
-
-
-def _parts(fields: Fields, content: list[Any]) -> list[str]:
-    texts = []
-    for i, part in enumerate(content):
-        if (
-            isinstance(part, dict)
-            and set(part) == {"type", "text"}
-            and part["type"] == "text"
-            and is_text(part["text"])
-        ):
-            texts.append(part["text"])
-        else:
-            fields.wrong(f"content[{i}]", _TEXT_PART, "send text")
-    return texts
-
-
-def _tool(fields: Fields, tool: pb.Tool) -> None:
-    _require_function(fields)
-    function = Fields(fields.table("function") or {}, fields.problems, fields.path("function"))
-    tool.name, tool.description = function.text("name"), function.text("description")
-    parameters = function.table("parameters")
-    if parameters is not None:
-        tool.parameters = json.dumps(parameters)
-    function.flag("strict")
-    function.refuse_others()
-    fields.refuse_others()
-
-
-def _require_function(fields: Fields) -> None:
-    if fields.text("type", "function") != "function":
-        fields.wrong("type", "is not function", "send a function: no other kind is served")
-
-
-def _tool_choice(fields: Fields, asked: Asked) -> None:
-    """Which tools the model may or must call; with tools, OpenAI's default is `auto`."""
-    has_tools = bool(asked.requests[0].tools)
-    choice = fields.take("tool_choice")
-    asked.tool_choice = ("auto" if has_tools else "none") if choice is None else choice
-    parallel = fields.take("parallel_tool_calls")
-    if not isinstance(parallel, bool | None):
-        fields.wrong("parallel_tool_calls", "is not true or false", "send true or false, or leave it out")
-    elif parallel is not None and has_tools:
-        asked.for_app["parallel_tool_calls"] = parallel
-    if not (choice is None or isinstance(choice, str | dict)):
-        fields.wrong("tool_choice", "is neither a text nor an object", "use none, auto, required or a function")
-    elif asked.tool_choice != "none" and not has_tools:
-        fields.wrong("tool_choice", "there are no tools", "send tools, or leave it out")
-    elif has_tools:
-        asked.for_app["tool_choice"] = asked.tool_choice
-        asked.renamed.setdefault(FORM, "tools")  # a call that must be made has a form
-        must_call = asked.tool_choice not in ("none", "auto")
-        if must_call and asked.for_app.get("allowed_token_ids"):
-            fields.wrong("tool_choice", "a call has a form of its own", "leave allowed_token_ids out")
-        if must_call and asked.requests[0].sampling.HasField("structured_output"):
-            remedy = "use auto or none, or leave the form of the answer out"
-            fields.wrong("tool_choice", "a call has a form of its own", remedy)

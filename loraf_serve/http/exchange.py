@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from loraf.errors import Problem
 from loraf_serve.errors import InvalidRequest, ReadsTooSlowly
+from loraf_serve.http.connections import connection_of
 from loraf_serve.http.errors import JSON, ErrorAnswer, HttpRefusal
 from loraf_serve.observe.call import Call
 from loraf_serve.request.json_text import NotJsonError, read_object
@@ -49,6 +50,7 @@ class Exchange:
 
     Attributes:
         headers: of the request, names in lower case; the first of each name.
+        connection: that the request came over.
         call: what observers see of it.
         answered: the answer has begun.
         gone: is set when the client has closed the connection; watched once the body has been read.
@@ -60,6 +62,7 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers = headers_of(scope)
+        self.connection = connection_of(scope)
         self.call = call
         self.answered = False
         self.gone = asyncio.Event()

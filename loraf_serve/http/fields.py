@@ -47,6 +47,11 @@ class Fields:
         if len(self.problems) >= MOST_PROBLEMS:
             raise InvalidRequest(self.problems)
 
+    def is_wrong(self, name: str) -> bool:
+        """Whether something about a field has been noted, or about a part of it."""
+        path = self.path(name)
+        return any(p.field == path or p.field.startswith((f"{path}.", f"{path}[")) for p in self.problems)
+
     def path(self, name: str) -> str:
         """The path of a field in the body."""
         return f"{self._where}.{name}" if self._where else name
@@ -270,6 +275,7 @@ def field_of(field: str, renamed: Mapping[str, str]) -> str:
     Args:
         renamed: fields that are called otherwise, by the beginning of their path; the first that fits counts.
     """
+    field = _OF_FUNCTION.sub(r"\1.function.\2", field)
     for beginning, name in renamed.items():
         if field == beginning or field.startswith((f"{beginning}.", f"{beginning}[")):
             rest = field[len(beginning) :]
@@ -277,10 +283,6 @@ def field_of(field: str, renamed: Mapping[str, str]) -> str:
     return field.removeprefix("sampling.")
 
 
+# What stands in a tool over gRPC, and in the tool's function here.
+_OF_FUNCTION = re.compile(r"(tools\[\d+\]|tool_calls\[\d+\])\.(name|description|parameters|arguments)")
 _WHOLLY = ("adapter", "task_selection", FORM)  # nothing below them is a field of the body
-
-
-def require_none(problems: list[Problem]) -> None:
-    """Raises InvalidRequest if there are problems."""
-    if problems:
-        raise InvalidRequest(problems)

@@ -73,6 +73,7 @@ class Gate:
         client_id = exchange.headers.get(REQUEST_ID, "")
         if client_id and not request_id_problem(client_id):
             call.request_id = client_id
+        self._require_one_length(exchange)
         self._origins.require(exchange.headers, exchange.scope.get("scheme", "http"))
         origin = exchange.headers.get("origin", "")
         if self._origins.is_foreign(origin):  # and allowed
@@ -80,6 +81,21 @@ class Gate:
             if exchange.method == "OPTIONS" and "access-control-request-method" in exchange.headers:
                 return None
         return self._routes.find(exchange.method, exchange.path)
+
+    @staticmethod
+    def _require_one_length(exchange: Exchange) -> None:
+        """Raises HttpRefusal: a proxy and this server could disagree on where the request ends, and could take what
+        follows for another client's request."""
+        if "transfer-encoding" not in exchange.headers:
+            return
+        message = remedy = ""
+        if "content-length" in exchange.headers:
+            message, remedy = "stands beside Content-Length", "send one of them"
+        elif exchange.scope["http_version"] != "1.1":
+            message, remedy = "is not of HTTP/1.0", "send Content-Length"
+        if message:
+            headers = (("connection", "close"),)
+            raise HttpRefusal(HTTPStatus.BAD_REQUEST, message, "INVALID_ARGUMENT", "Transfer-Encoding", remedy, headers)
 
     async def _observed(self, exchange: Exchange, call: Call, route: Route) -> None:
         observers = self._inside.observers
@@ -120,6 +136,7 @@ class Gate:
         tokens = self._inside.tokens
         permissions = tokens.permissions_of(exchange.headers.get("authorization")) if tokens else _ALL
         call.client = permissions.client
+        exchange.connection.trust()
         return permissions
 
 

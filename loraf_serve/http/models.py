@@ -6,7 +6,8 @@ A list cannot name every set: it has the base, each adapter with all of its task
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -16,6 +17,7 @@ from loraf.errors import LorafError
 from loraf.tasksets import TaskSet
 from loraf_serve.adapters.registry import Registry
 from loraf_serve.backends.backend import ServedAdapter
+from loraf_serve.errors import PermissionDenied
 from loraf_serve.http.errors import renamed
 from loraf_serve.http.exchange import Exchange
 from loraf_serve.http.fields import field_of
@@ -48,9 +50,9 @@ class Models:
         try:
             adapter, task_set = self._resolve(name, registry, permissions)
         except LorafError as error:
-            shown = access.without_other_tasks(error, permissions)
             fields = dict.fromkeys(("adapter", "task_selection"), names.FIELD)
-            raise renamed(shown, lambda field: field_of(field, fields)) from None
+            every = self._inside.library.registry
+            raise for_client(error, every, permissions, lambda field: field_of(field, fields)) from None
         card = self._card(name, None if adapter is None or task_set.is_base else adapter.name)
         await exchange.send_json(card | {"root": names.name_of(adapter, task_set)})
 
@@ -108,6 +110,24 @@ class Models:
             "parent": parent,
             "max_model_len": self._inside.backend.max_model_len,
         }
+
+
+def for_client(
+    error: LorafError, registry: Registry, permissions: Permissions, field_of: Callable[[str], str]
+) -> LorafError:
+    """What the client may know of an error. Where its token does not allow a model, the remedy names some that it does.
+
+    Args:
+        registry: every adapter.
+        field_of: a field of a gRPC request → the field of this request that it was read from.
+    """
+    shown = renamed(access.without_other_tasks(error, permissions), field_of)
+    if not isinstance(shown, PermissionDenied):
+        return shown
+    remedy = f"it may use: {names.choices(access.visible(registry, permissions), permissions.tasks)}"
+    return PermissionDenied(
+        replace(problem, remedy=remedy) if problem.field == names.FIELD else problem for problem in shown.problems
+    )
 
 
 def _json(message: Message) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import mimetypes
+import re
 from functools import cache
 from http import HTTPStatus
 from importlib import resources
 
+from loraf.errors import Problem
 from loraf_serve.http.errors import HttpRefusal
 from loraf_serve.http.exchange import Exchange
 from loraf_serve.security.permissions import Permissions
@@ -19,6 +21,8 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_USED = re.compile(r"page/([a-z]+\.[a-z]+)")
+_IMPORTED = re.compile(r'from "\./([a-z]+\.js)"')
 _HEADERS = (("content-security-policy", _POLICY), ("cache-control", "no-cache"))
 
 
@@ -39,6 +43,20 @@ async def _send(exchange: Exchange, name: str) -> None:
     suffix = name[name.rfind(".") :]
     kind = _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
     await exchange.send(body, kind, headers=_HEADERS)
+
+
+def problems() -> list[Problem]:
+    """What is missing of the page in this installation."""
+    files = _files()
+    if _INDEX in files:
+        used = {_INDEX, *_USED.findall(files[_INDEX].decode())}
+        used.update(name for text in files.values() for name in _IMPORTED.findall(text.decode("utf-8", "replace")))
+    else:
+        used = {_INDEX}
+    return [
+        Problem(f"the page's file {name} is missing", "--http-port", remedy="install loraf again, with its page")
+        for name in sorted(used - files.keys())
+    ]
 
 
 @cache

@@ -178,7 +178,8 @@ async function connect() {
 /** Shows a view; what it leaves open is as at the first visit. */
 async function restore(wanted) {
   running?.abort()
-  adapter = adapters.find((each) => each.name === wanted.adapter) ?? adapters[0] ?? null
+  const usual = adapters.find((each) => each.tasks.length) ?? adapters[0] // a token may be for none of an adapter's tasks
+  adapter = adapters.find((each) => each.name === wanted.adapter) ?? usual ?? null
   byId("adapter").value = adapter?.name ?? ""
   pinned = []
   mix.clear("not asked yet")

@@ -29,7 +29,8 @@ export class Mixer {
     this.rows = new Map(this.tasks.map((name, place) => [name, this.row(name, place)]))
     const sliders = byId("sliders")
     sliders.replaceChildren(...[...this.rows.values()].map((row) => row.element))
-    if (!this.tasks.length) sliders.append(make("p", { textContent: "No adapter is loaded: the base model answers." }))
+    const why = adapter ? "This token may use no task of the adapter" : "No adapter is loaded"
+    if (!this.tasks.length) sliders.append(make("p", { textContent: `${why}: the base model answers.` }))
     this.presets(adapter)
     this.refresh()
   }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from loraf import set_text
 from loraf.errors import Problem, SelectionError, UnknownTask
@@ -26,6 +27,7 @@ from loraf_serve.v1 import generation_pb2 as pb
 
 BASE = "base"
 FIELD = "model"
+_MOST_CHOICES = 20  # of a remedy
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,13 @@ class ModelName:
         """
         selection = request.task_selection
         if self.is_base or (not self.text and not len(registry)):
-            request.adapter = next((adapter.name for adapter in registry), "")
+            request.adapter = ""
             selection.base.SetInParent()
             return
         if self.adapter:
             permissions.require_adapter(self.adapter, self.field)
             if self.adapter not in registry:
-                names = ", ".join((BASE, *(adapter.name for adapter in registry)))
-                remedy = f"choose from: {names}; tasks follow an @, as in NAME@TASK:0.5+TASK"
+                remedy = f"choose from: {choices(registry, permissions.tasks)}"
                 raise UnknownTask(Problem(f"there is no model {self.text!r}", self.field, remedy=remedy))
         request.adapter = self.adapter
         if self.written is None:
@@ -120,6 +121,19 @@ def listed(registry: Registry, tasks: frozenset[str] | None) -> Iterator[tuple[s
         alone = [task for task in adapter.tasks if tasks is None or task in tasks]
         for name in (*alone, *registry.sets_of(adapter)):
             yield f"{adapter.name}@{name}", adapter
+
+
+def choices(registry: Registry, tasks: frozenset[str] | None) -> str:
+    """Names that a client may send, as a remedy lists them.
+
+    Args:
+        registry, tasks: as of `listed`.
+    """
+    if tasks is None:
+        names = [BASE, *(adapter.name for adapter in registry)]
+        return f"{', '.join(names)}; tasks follow an @, as in NAME@TASK:0.5+TASK"
+    names = [BASE, *(name for name, _ in islice(listed(registry, tasks), _MOST_CHOICES))]
+    return f"{', '.join(names)}; weights follow a colon, as in NAME@TASK:0.5+TASK"
 
 
 def name_of(adapter: ServedAdapter | None, task_set: TaskSet) -> str:

@@ -24,18 +24,22 @@ def read(
     Mistakes are appended to `errors`, with fields as paths in the request: InvalidRequest, UnknownTask (an adapter or a
     task), DigestMismatch. The returned values are meaningless then.
     """
+    is_base = request.task_selection.WhichOneof("selection") == "base"
     try:
-        adapter = registry.find(request.adapter)
+        # The base model is the same whatever adapters there are.
+        is_any = is_base and not request.adapter and len(registry) > 1
+        adapter = None if is_any else registry.find(request.adapter)
     except (InvalidRequest, UnknownTask) as error:
         errors.append(error)
         _check_form(request, errors)
         return None, TaskSet(), None
     if request.adapter_digest and request.adapter_digest != (adapter.digest if adapter else ""):
-        message = f"adapter {adapter.name!r} has digest {adapter.digest}" if adapter else "no adapter is loaded"
+        missing = "no adapter is named" if len(registry) else "no adapter is loaded"
+        message = f"adapter {adapter.name!r} has digest {adapter.digest}" if adapter else missing
         remedy = "use the digest that is served, or leave the field out"
         errors.append(DigestMismatch(Problem(message, "adapter_digest", remedy=remedy)))
     if adapter is None:
-        if request.task_selection.WhichOneof("selection") != "base":
+        if not is_base:
             message = "no adapter is loaded, so there are no tasks to select"
             errors.append(InvalidRequest(Problem(message, "task_selection", remedy="select base")))
         return None, TaskSet(), None

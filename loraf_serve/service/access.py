@@ -18,10 +18,7 @@ from loraf_serve.v1 import generation_pb2 as pb
 
 def visible(registry: Registry, permissions: Permissions) -> Registry:
     """The adapters that the client may use; the others do not exist for it."""
-    for adapter in registry:
-        if not permissions.may_use(adapter.name):
-            registry = registry.without(adapter.name)
-    return registry.limited_to(permissions.tasks)
+    return registry.limited_to(permissions.tasks, permissions.adapters)
 
 
 def require_asked(request: pb.GenerateRequest | pb.StreamGenerateRequest, permissions: Permissions) -> None:
@@ -77,27 +74,32 @@ def metrics_reader(tokens: Tokens) -> Callable[[str | None], None]:
 
 
 def shown(adapter: adapter_pb2.Adapter, permissions: Permissions) -> adapter_pb2.Adapter:
-    """The description of an adapter without tasks, and sets with tasks, that the client may not use."""
+    """The description of an adapter without tasks that the client may not use."""
     allowed = permissions.tasks
     if allowed is None:
         return adapter
     description = adapter_pb2.Adapter()
     description.CopyFrom(adapter)
-    del description.tasks[:], description.sets[:]
+    del description.tasks[:]
     for task in adapter.tasks:
         if task.name in allowed:
             description.tasks.append(task)
             description.tasks[-1].trained_with[:] = [name for name in task.trained_with if name in allowed]
-    description.sets.extend(named for named in adapter.sets if allowed.issuperset(task.name for task in named.tasks))
     return description
 
 
 def without_other_tasks(error: LorafError, permissions: Permissions) -> LorafError:
-    """The error, without the names of tasks and sets that the client may not use."""
+    """The error, without the names of tasks that the client may not use."""
     if permissions.tasks is None:
         return error
     remedy = f"this token may use: {', '.join(sorted(permissions.tasks))}"
     return type(error)(
-        replace(problem, remedy=remedy) if problem.remedy.startswith("choose from") else problem
+        replace(problem, remedy=remedy)
+        if problem.remedy.startswith("choose from") and problem.field not in _NAME_NO_TASK
+        else problem
         for problem in error.problems
     )
+
+
+# Fields whose problems list adapters and models: what the client may not use is not among them.
+_NAME_NO_TASK = ("adapter", "name", "model", "lora_name")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraf.errors import Problem
-from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT, address_of, is_local, is_origin
+from loraf_serve.addresses import DEFAULT_HOST, DEFAULT_PORT, address_of, is_local, is_origin, is_socket
 from loraf_serve.security.tls_files import TlsFiles
 
 DEFAULT_MAX_QUEUE = 1024  # requests
@@ -80,6 +80,11 @@ class ServerOptions:
         return address_of(self.host, self.port)
 
     @property
+    def http_host(self) -> str:
+        """Where HTTP is served, of metrics too: the host, or this machine if that is a Unix socket."""
+        return DEFAULT_HOST if is_socket(self.host) else self.host
+
+    @property
     def tls(self) -> TlsFiles | None:
         """The TLS files; None without TLS."""
         if not (self.tls_cert and self.tls_key):
@@ -103,7 +108,7 @@ class ServerOptions:
             check(not (number and what), option, f"{number} is the port of {what}", "use another port")
             taken.setdefault(number, option)
         for origin in self.http_allowed_origin:
-            remedy = "write it as https://host or https://host:port"
+            remedy = "write it as browsers do: https://host, or https://host:port for a port that is not the usual one"
             check(is_origin(origin), "--http-allowed-origin", f"{origin!r} is not an origin", remedy)
         for option, value in (
             ("--http-allowed-origin", self.http_allowed_origin),

@@ -170,5 +170,5 @@ def listed(library: AdapterLibrary, permissions: Permissions) -> adapter_pb2.Lis
 
 def described(adapter: ServedAdapter, library: AdapterLibrary, permissions: Permissions) -> adapter_pb2.Adapter:
     """A loaded adapter, as far as a client may know of it."""
-    sets = library.registry.sets_of(adapter).values()
+    sets = access.visible(library.registry, permissions).sets_of(adapter).values()
     return access.shown(messages.adapter(adapter, library.resident_bytes(adapter), sets), permissions)

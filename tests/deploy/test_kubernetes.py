@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import fields, replace
 from functools import cache
 
 import kubernetes_validate
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from loraf_serve import cli, client_cli
+from loraf_serve.service.server_options import ServerOptions
 from tests.docs.pages import ROOT
 from tests.tools import needs
 from tools import chart
@@ -23,6 +25,11 @@ VARIANTS = {
     "secured": SECRETS,
     "monitored": {**SECRETS, "metrics": {"serviceMonitor": True, "tokenSecret": "my-token"}},
     "without metrics": {"metrics": {"enabled": False}},
+    "with HTTP": {
+        **SECRETS,
+        "http": {"enabled": True, "allowedOrigins": ["https://app.example.org", "https://b:8443"]},
+    },
+    "with HTTP, open": {"http": {"enabled": True}},
     "on a GPU": {
         "model": "org/model",
         "adapters": ["prod=/adapters/ckpt@math+nlu", 'odd="name"'],
@@ -93,9 +100,25 @@ def test_the_server_takes_its_arguments_and_drains_in_time(by_kind):
     assert pod["terminationGracePeriodSeconds"] >= arguments.drain_delay + arguments.grace + 30
     ports = {port["name"]: port["containerPort"] for port in container(by_kind)["ports"]}
     assert ports["grpc"] == arguments.port and ports.get("metrics") == arguments.metrics_port
+    assert ports.get("http") == arguments.http_port
     published = {port["name"]: port["targetPort"] for port in by_kind["Service"]["spec"]["ports"]}
     assert published == {name: name for name in ports}
     assert arguments.log_texts is False
+
+
+def test_http_is_served_where_the_values_say_so():
+    def options(name: str) -> ServerOptions:
+        arguments, _ = cli.parser().parse_known_args(container(manifests(name))["args"])
+        files = {"tls_cert": None, "tls_key": None, "insecure": True}  # they are not on this machine
+        return replace(ServerOptions(**{f.name: getattr(arguments, f.name) for f in fields(ServerOptions)}), **files)
+
+    assert options("defaults").http_port is None
+    assert options("committed").http_port == options("with HTTP").http_port == 8000
+    assert options("with HTTP, open").http_allowed_origin == []
+    assert options("with HTTP").http_allowed_origin == ["https://app.example.org", "https://b:8443"]
+    assert options("with HTTP").problems() == []
+    exposed = set(map(int, dict(instructions())["EXPOSE"].split()))
+    assert exposed == {port["containerPort"] for port in container(committed())["ports"]}
 
 
 def test_every_probe_asks_for_health(by_kind):

@@ -15,7 +15,6 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 
 from loraf.errors import ConfigError, Problem, one_line
 from loraf_serve.backends.backend import Sampling
-from loraf_serve.vllm import relied_on
 from loraf_serve.vllm.http import facts
 from loraf_serve.vllm.http.admitted import ADMITTED, Admitted
 from loraf_serve.vllm.http.client import EngineForApp
@@ -43,7 +42,8 @@ class EngineApp:
     """
 
     def __init__(self, backend: VllmBackend, tool_parser: str = ""):
-        _require_facts()
+        if broken := facts.problems():
+            raise ConfigError(broken)
         self.backend = backend
         self.has_tool_parser = bool(tool_parser)
         engine = EngineForApp(backend)
@@ -74,15 +74,12 @@ class EngineApp:
         await self._app(scope, receive, send)
 
 
-def _require_facts() -> None:
-    """Raises ConfigError: lists what no longer holds for the installed vLLM."""
-    remedy = "serve without it, or with --backend merged"
-    problems = [
-        Problem(f"no longer true of the installed vLLM: {statement}", "--http-port", remedy=remedy)
-        for statement in relied_on.broken(facts.FACTS)
-    ]
-    if problems:
-        raise ConfigError(problems)
+def tool_parsers() -> list[str]:
+    """vLLM's names of parsers for calls of tools."""
+    from vllm.tool_parsers import ToolParserManager
+
+    names: list[str] = ToolParserManager.list_registered()
+    return names
 
 
 def _app(engine: EngineForApp, tools: Mapping[str, Any]) -> FastAPI:

@@ -5,9 +5,20 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from loraf.errors import Problem
+from loraf_serve.vllm import relied_on
 from loraf_serve.vllm.relied_on import Facts, fact, parameters
 
 FACTS: Facts = {}
+
+
+def problems() -> list[Problem]:
+    """What no longer holds for the installed vLLM."""
+    remedy = "serve without it, or with --backend merged"
+    return [
+        Problem(f"no longer true of the installed vLLM: {statement}", "--http-port", remedy=remedy)
+        for statement in relied_on.broken(FACTS)
+    ]
 
 
 @fact(FACTS, "the routes of completions and chats ask app.state for their serving objects, and no router adds a prefix")
@@ -15,7 +26,8 @@ def _routes() -> bool:
     from vllm.entrypoints.openai.chat_completion import api_router as chats
     from vllm.entrypoints.openai.completion import api_router as completions
 
-    paths = {route.path for router in (chats.router, completions.router) for route in router.routes}  # type: ignore[attr-defined]
+    routes: list[Any] = [*chats.router.routes, *completions.router.routes]  # their type has no path
+    paths = {route.path for route in routes}
     asked = "state.openai_serving_completion" in inspect.getsource(completions.completion)
     asked = asked and "state.openai_serving_chat" in inspect.getsource(chats.chat)
     return asked and {"/v1/completions", "/v1/chat/completions"} <= paths

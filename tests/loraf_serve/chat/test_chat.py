@@ -192,3 +192,19 @@ def test_the_chat_goes_on_after_a_failure_of_the_server(chat):
         assert "secret" not in "".join(err)
         backend.failure_after = None
         assert chat(server, "b")[0] == 0
+
+
+def test_a_token_that_may_not_use_every_task_begins_with_those_that_it_may(chat, tmp_path):
+    token, file = "some-0123456789abcdef", tmp_path / "tokens"
+    file.write_text(f"{token} tasks=math,nlu")
+    token_file = tmp_path / "token"
+    token_file.write_text(token)
+    with serving(token_file=file) as server:
+        status, out, err = chat(server, "Hello", "And now?", options=("--token-file", str(token_file)))
+        assert (status, sets(server)) == (0, ["math+nlu", "math+nlu"]) and len(out) == 2
+        assert sum("may not use every task: math+nlu answers" in line for line in err) == 1
+        refused = ((("--tasks", "all"), ("Hello",)), ((), ("/tasks all", "Hello")), (("--priority", "1"), ("Hello",)))
+        for options, lines in refused:
+            status, out, err = chat(server, *lines, options=("--token-file", str(token_file), *options))
+            assert status == 1 and not out and any("PERMISSION_DENIED" in line for line in err)
+            assert not any("every task" in line for line in err)  # what was asked for stays

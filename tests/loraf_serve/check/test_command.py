@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers
 
-from loraf.errors import CorruptCheckpoint
+from loraf.errors import ConfigError, CorruptCheckpoint
 from loraf_serve import cli
 from loraf_serve.adapters.adapter_spec import AdapterSpec, open_adapter
-from loraf_serve.check import memory
+from loraf_serve.check import http, memory
 from loraf_serve.check.report import NOT_CHECKED
+from loraf_serve.http import page
+from loraf_serve.service.server_options import ServerOptions
+from loraf_serve.vllm.http import facts
 from tests.loraf_serve.damage import damaged, flip_a_bit
 from tests.loraf_serve.harness import checkpoint_folder, model_folder
+from tests.loraf_serve.http.stand import both_doors
 
 
 @pytest.fixture(autouse=True)
@@ -89,9 +96,10 @@ def test_options_are_refused_all_at_once_with_status_2(capsys):
 def test_damage_memory_address_and_limit_are_reported_all_at_once(capsys, monkeypatch, tmp_path):
     folder = damaged(tmp_path, flip_a_bit)
     monkeypatch.setattr(memory, "free_main_memory", lambda: 1_000_000)
-    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as taken_too:
-        port, metrics_port = (str(listening.getsockname()[1]) for listening in (taken, taken_too))
-        addresses = ("--port", port, "--metrics-port", metrics_port)
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        port, metrics_port, http_port = (str(listening.getsockname()[1]) for listening in taken)
+        addresses = ("--port", port, "--metrics-port", metrics_port, "--http-port", http_port)
         assert check("--adapter", str(folder), "--adapter-memory", "1kB", *addresses) == 2
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == "does not fit"
@@ -104,6 +112,7 @@ def test_damage_memory_address_and_limit_are_reported_all_at_once(capsys, monkey
         "more than the 1 kB allowed",
         f"--host, --port: cannot listen on 127.0.0.1:{port} → choose another address",
         f"--host, --metrics-port: cannot listen on 127.0.0.1:{metrics_port}",
+        f"--host, --http-port: cannot listen on 127.0.0.1:{http_port}",
     ):
         assert part in err
 
@@ -122,6 +131,65 @@ def test_tls_files_and_sockets_are_checked(capsys, tmp_path):
     assert check("--host", f"unix:{tmp_path}/s") == 0
     assert check("--host", f"unix:{tmp_path}/none/s") == 2
     assert "cannot listen on unix:" in capsys.readouterr().err
+
+
+# --- HTTP
+
+
+def test_the_http_door_is_described(capsys):
+    options = ("--http-port", "0", "--http-allowed-origin", "https://app.example.org")
+    assert check(*options) == 0
+    expected = "http://127.0.0.1:0, OpenAI's API, for programs and its own page, https://app.example.org"
+    assert expected in capsys.readouterr().out
+    assert check(*options, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["http"] == "http://127.0.0.1:0"
+    assert check("--json") == 0
+    assert json.loads(capsys.readouterr().out)["http"] is None
+
+
+def test_ports_origins_and_options_of_http_are_checked(capsys):
+    origins = (
+        "https://app.example.org/",
+        "*",
+        "https://app.example.org:443",
+        "http://app.example.org:80",
+        "https://a:b",
+    )
+    options = [word for origin in origins for word in ("--http-allowed-origin", origin)]
+    assert check("--port", "50123", "--http-port", "50123", *options) == 2
+    err = capsys.readouterr().err
+    assert "--http-port: 50123 is the port of gRPC" in err
+    assert all(f"--http-allowed-origin: {origin!r} is not an origin" in err for origin in origins)
+    assert check("--tool-call-parser", "hermes") == 2
+    assert "--tool-call-parser: is about HTTP → give --http-port too" in capsys.readouterr().err
+
+
+def test_a_page_with_missing_files_is_told_at_the_check_and_at_the_start(capsys, monkeypatch):
+    files = dict(page._files())
+    assert page.problems() == [] and {"index.html", "main.js", "sets.js"} <= files.keys()
+    for name in ("sets.js", "style.css"):
+        del files[name]
+    monkeypatch.setattr(page, "_files", lambda: files)
+    assert check("--http-port", "0") == 2
+    err = capsys.readouterr().err
+    assert all(f"--http-port: the page's file {name} is missing" in err for name in ("sets.js", "style.css"))
+    assert check() == 0
+    with pytest.raises(ConfigError, match=r"the page's file sets\.js is missing"), both_doors():
+        pass
+    monkeypatch.setattr(page, "_files", dict)
+    assert [problem.message for problem in page.problems()] == ["the page's file index.html is missing"]
+
+
+def test_what_vllms_app_needs_is_checked(monkeypatch):
+    options = ServerOptions(http_port=0, tool_call_parser="hermes")
+    assert http.problems(options, "merged") == http.problems(options, "resident") == []
+    (unknown,) = http.problems(replace(options, tool_call_parser="nobody's"), "slots")
+    assert unknown.field == "--tool-call-parser" and "hermes" in unknown.remedy
+    monkeypatch.setitem(facts.FACTS, "water is wet", lambda: False)
+    monkeypatch.setitem(sys.modules, "loraf_serve.vllm.http.app", None)
+    broken, not_imported = http.problems(options, "resident")
+    assert "water is wet" in broken.message and "cannot be imported" in not_imported.message
+    assert broken.field == not_imported.field == "--http-port"
 
 
 def test_the_same_content_under_two_names_is_counted_once(capsys):

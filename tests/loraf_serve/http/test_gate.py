@@ -254,7 +254,10 @@ def test_observers_see_http_as_grpc():
 def test_an_unusable_request_id_is_not_taken(both, request_id):
     response = both.http.get("/v1/models", headers={b"X-Request-Id": request_id.encode("latin-1")})
     assert response.status_code == 200
-    assert both.post("/v1/completions", COMPLETION | {"request_id": "x" * 200}).status_code == 400
+    for unusable in (request_id, "x" * 3000):
+        refused = both.post("/v1/completions", COMPLETION | {"request_id": unusable})
+        assert refused.status_code == (200 if unusable == "\u00e9" else 400)
+        assert len(refused.headers["x-request-id"]) <= 3 * 128
 
 
 def test_a_client_that_reads_nothing_is_given_up(monkeypatch):
@@ -289,6 +292,7 @@ def test_an_answer_that_nobody_reads_takes_little_memory(monkeypatch):
 # --- tokens --------------------------------------------------------------------------------------------------------
 
 WHOLE, LIMITED, URGENT = "whole-0123456789abcdef", "limited-0123456789abc", "urgent-0123456789abcd"
+ONLY_NLU = "only-nlu-0123456789ab"
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +302,7 @@ def guarded(tmp_path_factory):
         f"{WHOLE} name=whole in-flight=3",
         f"{LIMITED} name=limited adapter=trio tasks=math",
         f"{URGENT} name=urgent priority tokens-per-minute=50",
+        f"{ONLY_NLU} name=only-nlu tasks=nlu",
     )
     file.write_text("\n".join(lines))
     with both_doors(adapters=two_adapters(), token_file=file, token=WHOLE) as doors:
@@ -340,6 +345,31 @@ def test_what_a_token_may_not_use_does_not_exist_for_it(guarded):
     report = httpx.get(f"{guarded.url}/loraf/v1/adapters/trio/report", headers=headers)
     assert report.status_code == 200 and "nlu" not in report.text
     assert httpx.get(f"{guarded.url}/v1/models/trio@nlu", headers=headers).status_code == 403
+
+
+def test_remedies_name_models_that_the_token_may_use(guarded):
+    limited, of_any_adapter = guarded.client(LIMITED), guarded.client(ONLY_NLU)
+    refusals = [
+        (limited, "trio", openai.PermissionDeniedError, "base, trio@math;"),
+        (limited, "pair", openai.PermissionDeniedError, "base, trio@math;"),
+        (limited, "trio@math+nlu", openai.PermissionDeniedError, "base, trio@math;"),
+        (of_any_adapter, "pair", openai.PermissionDeniedError, "base, trio@nlu, pair@nlu;"),
+        (of_any_adapter, "gpt-4", openai.NotFoundError, "base, trio@nlu, pair@nlu;"),
+        (of_any_adapter, "", openai.BadRequestError, "choose from: trio, pair"),
+        (of_any_adapter, "trio@maht", openai.APIStatusError, "base, trio@nlu, pair@nlu;"),
+    ]
+    for client, model, error, remedy in refusals:
+        with pytest.raises(error) as refused:
+            client.completions.create(model=model, prompt="x")
+        (problem,) = refused.value.body["problems"]
+        assert problem["field"] == "model" and remedy in problem["remedy"], problem
+        if model and "/" not in model:
+            with pytest.raises(error) as looked_up:
+                client.models.retrieve(model)
+            assert remedy in looked_up.value.body["problems"][0]["remedy"]
+        for name in remedy.removesuffix(";").split(", "):
+            if "@" in name:
+                assert client.completions.create(model=name, prompt="x", max_tokens=1).choices
 
 
 def test_limits_of_a_token(guarded):

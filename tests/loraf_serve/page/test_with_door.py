@@ -12,8 +12,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from loraf_serve import client_cli
+from loraf_serve.adapters.registry import Registry
 from tests.loraf_serve.fake_backend import FakeBackend, expected_text
-from tests.loraf_serve.harness import eventually
+from tests.loraf_serve.harness import eventually, two_adapters
 from tests.loraf_serve.http.stand import Both, both_doors
 from tests.tools import needs
 
@@ -110,3 +111,22 @@ def test_the_calls_give_the_answer_that_the_page_shows(page, capsys):
             pytest.skip(needs("curl"))
         run = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=30)
         assert json.loads(run.stdout)["choices"][0]["message"]["content"] == answer
+
+
+def test_it_begins_with_what_the_token_may_use(page, tmp_path):
+    file = tmp_path / "tokens"
+    file.write_text(f"{TOKEN} tasks=math")
+    trio, pair = two_adapters()
+    with both_doors(adapters=Registry([pair, trio]), token_file=file) as both:
+        page.goto(both.url)
+        page.fill("#token", TOKEN)
+        page.keyboard.press("Enter")
+        expect(page.locator("#mix-text")).to_have_text("math")
+        expect(page.locator("#adapter")).to_have_value("trio")
+        page.fill("#question", "Which?")
+        page.click("#send")
+        expect(page.locator("#said")).to_contain_text("2 of 2")
+        assert set(sent(both)) == {"math", "base"}
+        page.select_option("#adapter", "pair")
+        expect(page.locator("#sliders")).to_contain_text("This token may use no task of the adapter")
+        expect(page.locator("#mix-text")).to_have_text("base")

@@ -215,10 +215,12 @@ def test_an_empty_selection_is_refused(validator):
 
 def test_with_several_adapters_one_must_be_named(validator):
     several = two_adapters()
-    for selection in ({}, {"base": True}):
+    for selection in ({}, {"tasks": ["nlu"]}, {"as_trained": "nlu"}, {"named": "nlu"}):
         with pytest.raises(InvalidRequest, match="choose from: trio, pair") as error:
             read(validator, "x", registry=several, **selection)
         assert fields(error) == {"adapter"}
+    base = read(validator, "x", registry=several, base=True)  # the same beside each of them
+    assert base.adapter is None and base.task_set.is_base
     assert str(read(validator, "x", registry=several, adapter="pair").task_set) == "nlu+code"
     # `pair` was loaded without math, on top of which nlu was trained.
     with pytest.raises(UnknownTask, match="on top of math"):

@@ -147,6 +147,20 @@ def test_a_refusal_has_its_status(running, request_fields, code, says, method):
     assert len(running.backend.requests) == before
 
 
+@pytest.mark.parametrize("adapter", ["", "trio", "pair"])
+def test_the_base_model_needs_no_adapters_name(running, adapter):
+    """Several adapters are loaded, and it is the same beside each of them."""
+    base = pb.TaskSelection(base=pb.Base())
+    answer = running.generation.Generate(pb.GenerateRequest(adapter=adapter, prompt="x", task_selection=base))
+    assert answer.served_by.adapter == adapter and not answer.served_by.tasks
+    assert running.backend.requests[-1].task_set.is_base
+    wrong = pb.GenerateRequest(adapter="duo", prompt="x", task_selection=base)
+    assert failure(lambda: running.generation.Generate(wrong)).code() is CODES.NOT_FOUND
+    other = pb.GenerateRequest(adapter_digest="0" * 64, prompt="x", task_selection=base)
+    error = failure(lambda: running.generation.Generate(other))
+    assert error.code() is CODES.FAILED_PRECONDITION and "no adapter is named" in error.details()
+
+
 def test_every_violation_is_in_the_details(running):
     error = failure(lambda: running.generation.Generate(ask("", top_p=7.0, n=99, tasks=["nlu", "nlu"])))
     assert error.code() is CODES.INVALID_ARGUMENT
