@@ -31,6 +31,7 @@ LORAF_TRAIN = (
     "compare",
     "peft",
     "sequence",
+    "card",
     "terminal",
     "scoring",
     "retention",

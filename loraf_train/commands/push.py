@@ -9,7 +9,7 @@ from pathlib import Path
 from loraf import manifest as manifests
 from loraf.errors import ConfigError, Problem, one_line
 from loraf.hub import HUB_ID, checkpoint_folder, loaded_from_hub, split_revision
-from loraf_train.commands import card as model_card
+from loraf_train import card as model_card
 from loraf_train.terminal import tables
 
 
@@ -35,7 +35,7 @@ def card(source: str, write: bool, name: str | None, with_statistics: bool = Fal
         return 0
     path = folder / model_card.FILE_NAME
     try:
-        with open(path, "x", encoding="utf-8") as file:
+        with open(path, "w" if model_card.is_generated(path) else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         remedy = "delete it to generate a new one, or leave --write out and copy what you need"
@@ -97,7 +97,9 @@ def push(
             file=sys.stderr,
         )
     readme = folder / model_card.FILE_NAME
-    page: bytes | str = str(readme) if readme.is_file() else model_card.card(manifest, repository).encode()
+    page: bytes | str = str(readme)
+    if not readme.is_file() or model_card.is_generated(readme):
+        page = model_card.card(manifest, repository).encode()
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 

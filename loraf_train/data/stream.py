@@ -91,6 +91,12 @@ class ExampleStream(Sequence[Example]):
         """
         return DrawnExamples(self, seed, number, batch, limits)
 
+    def digest_of_first(self, seed: int, number: int, limits: Limits) -> bytes:
+        """Returns the SHA-256 of the first examples that a phase trains on, which are read for it."""
+        drawn = self.drawn(seed, number, number, limits)
+        drawn[number - 1]
+        return drawn.digests[number]
+
     def passes(self, seed: int, limits: Limits) -> Iterator[Example]:
         """Yields examples without end.
 
@@ -175,10 +181,15 @@ class DrawnExamples(Sequence[Example]):
                 del self.digests[next(iter(self.digests))]
         number, digest = self._expected or (0, b"")
         if number == self._read and digest != self._digest.digest():
-            message = f"task {self._task!r} was interrupted, and the records that it had read until then have changed"
-            remedy = "restore them, or delete the folder .resume in the checkpoint's to begin the task again"
-            raise ConfigError(Problem(message, "data.train", remedy=remedy))
+            raise have_changed(self._task)
         return example
+
+
+def have_changed(task: str) -> ConfigError:
+    """What is raised if a task goes on, and the records that it had read are others."""
+    message = f"task {task!r} was interrupted, and the records that it had read until then have changed"
+    remedy = "restore them, or delete the folder .resume in the checkpoint's to begin the task again"
+    return ConfigError(Problem(message, "data.train", remedy=remedy))
 
 
 def read_head(sources: Sequence[RecordSource], problems: list[Problem]) -> list[tuple[RecordSource, list[Record]]]:

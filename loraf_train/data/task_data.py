@@ -24,7 +24,7 @@ from loraf_train.data.doubts import find_doubts, find_empty
 from loraf_train.data.examples import EvaluationExample, EvaluationSet, Example, RecordText, digest_of, tokenize
 from loraf_train.data.form import Form, RecordFault
 from loraf_train.data.forms import TemplateForm, form_of
-from loraf_train.data.preferences import Pair, PreferenceForm, cut_pairs, find_doubtful, preference_form
+from loraf_train.data.preferences import Pair, PreferenceForm, cut_pairs, find_doubtful, no_pair_kept, preference_form
 from loraf_train.data.record_texts import NumberedRecord, texts_of
 from loraf_train.data.records import Faults, Record, read
 from loraf_train.data.stream import ExampleStream, read_head
@@ -169,7 +169,7 @@ def _load(
             texts = texts_of(form, source, records, faults, doubts)
             find_doubts(form, source, everything, faults, doubts)
             if isinstance(form, PreferenceForm):
-                find_doubtful(texts, faults, doubts)
+                find_doubtful(texts, faults, doubts, "it is not trained on")
             find_empty([t.number for t in texts if _has_empty_completion(form, t)], len(records), doubts)
             train += texts
         problems += faults.problems
@@ -192,7 +192,11 @@ def _load(
     max_length = task.training.max_length
     rejected: list[Example] = []
     if isinstance(form, PreferenceForm):
-        parts, rejected = cut_pairs([chosen for (chosen,) in sequences], others, train, max_length)
+        pairs = cut_pairs([chosen for (chosen,) in sequences], others, train, max_length)
+        parts, rejected = pairs.chosen, pairs.rejected
+        if not parts.kept:
+            return None, [no_pair_kept(pairs, task.name, max_length)]
+        warnings += pairs.warnings(max_length)
     else:
         parts = cut(sequences, train, max_length)
     if not parts.kept:
@@ -228,7 +232,7 @@ def _has_empty_completion(form: Form, text: RecordText) -> bool:
     if isinstance(form, ChatForm):
         return not all(form.graded_text(completion).strip() for _, completion in text.turns)
     if isinstance(form, PreferenceForm):
-        return not all(form.graded_text(completion).strip() for _, completion in (*text.turns, *text.rejected))
+        return not form.graded_text(text.turns[0][1]).strip()  # of the rejected one, `find_doubtful` tells
     return isinstance(form, TemplateForm) and not text.turns[-1][1].strip()
 
 
@@ -322,7 +326,7 @@ def _evaluation_texts(
             if form is not None:
                 find_doubts(form, source, everything, faults, doubts)
             if isinstance(form, PreferenceForm):
-                find_doubtful(texts, faults, doubts)
+                find_doubtful(texts, faults, doubts, "it counts half, whatever the model is")
             texts = _with_answers(form, texts, metric, choices, faults)
             _try_grade(task, form, [*texts[:1], *(t for t in texts[1:] if _has_unreadable(t.record))], faults)
             sets[name] = _EvaluationTexts(texts, choices)

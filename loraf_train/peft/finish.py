@@ -13,7 +13,7 @@ from loraf.errors import ConfigError, Problem
 from loraf_train.adapter.trainable_base import attached
 from loraf_train.peft.batches import Batch, examples_of
 from loraf_train.peft.config import SHARED, LorafConfig
-from loraf_train.peft.model import LorafModel, tuner_of
+from loraf_train.peft.model import LorafModel, TaskState, tuner_of
 from loraf_train.peft.protect import retention_of
 from loraf_train.sequence.phases import TRAINING_SEED, seeds_of
 from loraf_train.sequence.train_task import rounded
@@ -36,7 +36,8 @@ def next_task(
         adapter_name: None: the task's name.
 
     Raises:
-        ConfigError: the task in training has not been calibrated, or the new one does not fit beside the others.
+        ConfigError: the task in training has not been calibrated, or the new one does not fit beside the others; data
+            are given for a task that `finish_task` does not take them for.
     """
     tuner = tuner_of(model)
     if config.task_name is None:
@@ -47,9 +48,11 @@ def next_task(
     first = next(iter(tuner.tasks.values()), None)
     if first is not None:
         inherit(config, first.config)
+    if data is not None:
+        finish_task(model, data)
     for name, state in list(tuner.tasks.items()):
         if not state.is_finished:
-            finish_task(model, data if name in tuner.active_adapters else None, adapter=name)
+            finish_task(model, adapter=name)
     for name in [name for name, state in tuner.states.items() if state.copy_of is not None]:
         model.delete_adapter(name)
     adapter = adapter_name or config.task_name
@@ -67,7 +70,8 @@ def inherit(config: LorafConfig, first: LorafConfig) -> None:
 def finish_task(model: nn.Module, data: Iterable[Batch] | None = None, adapter: str | None = None) -> None:
     """Ends a task: its values are rounded to the stored dtype and stay, and later tasks are kept from disturbing it.
 
-    Idempotent. `next_task` and `calibrate` finish the tasks before; call it to name other data.
+    Idempotent. `next_task` and `calibrate` finish the tasks before; call it to name other data. A task that is finished
+    without statistics, such as one from a hub, gets them from data.
 
     Args:
         data: batches of the task's training, from which the statistics are gathered that protect it; None: those that
@@ -75,12 +79,15 @@ def finish_task(model: nn.Module, data: Iterable[Batch] | None = None, adapter: 
         adapter: None: the active one.
 
     Raises:
-        ConfigError: it has not been calibrated, its values are not finite, or the data hold no labels.
+        ConfigError: it has not been calibrated, its values are not finite, the data hold no labels, or they would not
+            be used: it has its statistics, or none since its retention is None.
     """
     tuner = tuner_of(model)
     adapter = tuner.active_task() if adapter is None else adapter
     state = tuner.states[adapter]
-    if state.is_finished:
+    if data is not None:
+        _require_wanted(state)
+    elif state.is_finished:
         return
     if not tuner.is_calibrated(adapter):
         message = f"task {state.name!r} has not been trained"
@@ -95,7 +102,11 @@ def finish_task(model: nn.Module, data: Iterable[Batch] | None = None, adapter: 
             )
             raise ConfigError(Problem(message, "data", remedy=remedy))
         state.examples = examples
+        state.gathered_at = {}
     gather(tuner, adapter)
+    if state.is_finished:
+        tuner.stand()
+        return
     rounded(state.name, {m: layer.task(adapter) for m, layer in tuner.layers().items()}, _dtype(state.config))
     state.is_finished = True
     if state.order is None:
@@ -104,6 +115,17 @@ def finish_task(model: nn.Module, data: Iterable[Batch] | None = None, adapter: 
         layer.task(adapter).is_frozen = True
         layer.task(adapter).values.requires_grad_(False)
     tuner.stand()
+
+
+def _require_wanted(state: TaskState) -> None:
+    """Raises ConfigError if a task's data would be ignored."""
+    message = ""
+    if state.config.retention is None:
+        message = f"nothing protects task {state.name!r}, whose retention is None, so these batches would not be used"
+    elif state.is_finished and state.statistics is not None:
+        message = f"task {state.name!r} is finished, with the statistics that protect it, so these would not be used"
+    if message:
+        raise ConfigError(Problem(message, "data", remedy="leave it out"))
 
 
 def finish_others(model: nn.Module, adapter: str) -> None:

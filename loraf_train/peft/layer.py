@@ -40,11 +40,12 @@ _NONE = -1  # in place of a position that is not chosen yet
 
 
 class TaskAdapter(TaskValues):
-    """A task's values and positions in one layer; both are in the state that PEFT saves.
+    """A task's values and positions in one layer, and what they were made with; all are in the state that PEFT saves.
 
     Args:
         weight, shape, scale, dropout: see TaskValues.
         k: number of positions.
+        made_with: see `own_values.made_with`.
 
     Attributes:
         trained_with: the adapters that it stands on.
@@ -52,9 +53,18 @@ class TaskAdapter(TaskValues):
         needs_guard: there are finished tasks to protect while it trains; `is_guarded`: they are protected.
     """
 
-    def __init__(self, weight: torch.Tensor, shape: tuple[int, int], k: int, scale: float, dropout: float):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        shape: tuple[int, int],
+        k: int,
+        scale: float,
+        dropout: float,
+        made_with: torch.Tensor,
+    ):
         super().__init__(weight, shape, torch.full((k,), _NONE), scale, dropout=dropout)
         self.register_buffer("positions", self.positions)  # now persistent
+        self.register_buffer("made_with", made_with.clone())
         self.trained_with: tuple[str, ...] = ()
         self.is_frozen = False
         self.needs_guard = self.is_guarded = False
@@ -183,10 +193,10 @@ class LorafLayer(nn.Module, BaseTunerLayer):
         assert isinstance(task, TaskAdapter)
         return task
 
-    def add_task(self, adapter: str, k: int, scale: float, dropout: float) -> None:
+    def add_task(self, adapter: str, k: int, scale: float, dropout: float, made_with: torch.Tensor) -> None:
         """Adds a task without positions yet."""
         self.loraf_tasks[adapter] = TaskAdapter(
-            self.linear.weight, (self.out_features, self.rank), k, scale, dropout
+            self.linear.weight, (self.out_features, self.rank), k, scale, dropout, made_with
         ).train(self.training)
 
     # --- which tasks are on ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from loraf_train.adapter.weights import computes_in
 from loraf_train.data.examples import Example
 from loraf_train.peft.config import LorafConfig
 from loraf_train.peft.layer import LorafLayer, joined
-from loraf_train.peft.own_values import require_own_values
+from loraf_train.peft.own_values import made_with, require_own_values
 from loraf_train.settings.parts import PROJECTIONS
 
 REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that it adds with the same configuration
@@ -224,7 +224,7 @@ class LorafModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
             target = layer
         k = positions_per_matrix(peft_config.sparsity, target.out_features, peft_config.r)
-        target.add_task(adapter_name, k, peft_config.scaling, peft_config.dropout)
+        target.add_task(adapter_name, k, peft_config.scaling, peft_config.dropout, made_with(peft_config))
 
     def _copy(self, adapter: str) -> None:
         """Makes an adapter a frozen copy of what the active task is before it trains, as TRL wants it for DPO."""
@@ -364,8 +364,8 @@ class LorafModel(BaseTuner):
         tuner = tuner_of(model)
         state = tuner.tasks.get(adapter_name)
         if state is not None:
-            taken = tuner.taken(adapter_name)
-            require_own_values(adapter_name, state.name, state.is_finished, tuner.layers(), taken, remapped)
+            layers, taken = tuner.layers(), tuner.taken(adapter_name)
+            require_own_values(adapter_name, state.name, state.config, state.is_finished, layers, taken, remapped)
         return remapped
 
 

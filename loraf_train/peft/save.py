@@ -27,6 +27,7 @@ from loraf.manifest import BaseModel
 from loraf.sparse import SparseB
 from loraf_train.peft.finish import gather
 from loraf_train.peft.model import LorafModel, TaskState
+from loraf_train.peft.model_card import write_card
 from loraf_train.peft.own_weights import require_own_weights
 from loraf_train.processes import group
 
@@ -45,6 +46,7 @@ def save_from_peft(tuner: LorafModel, adapter: str, folder: str) -> None:
     state.config.trained_with = [tuner.states[name].name for name in state.trained_with]
     of_trainer = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", root.name) is not None
     save_tasks(tuner, root, with_statistics=not of_trainer)
+    write_card(root)
 
 
 def save_tasks(tuner: LorafModel, folder: Path, with_statistics: bool = True) -> None:

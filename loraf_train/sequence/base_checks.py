@@ -167,6 +167,8 @@ def attention_problem(folder: Path, name: str, file: str = "") -> Problem | None
     remedy = "choose another, or leave it out for what transformers chooses"
     if name.startswith("flash_attention") and not torch.cuda.is_available():
         return Problem(f"{name} runs on GPUs, and torch sees none on this machine", ATTENTION, file, remedy)
+    if name == "flex_attention" and not torch.cuda.is_available():
+        return Problem(f"{name} trains on GPUs only, and torch sees none on this machine", ATTENTION, file, remedy)
     try:
         used = build_without_weights(folder, name).config._attn_implementation
     except ConfigError as error:

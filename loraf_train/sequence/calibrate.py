@@ -21,11 +21,14 @@ from loraf.sparse import SparseB
 from loraf_train.adapter.layer import EarlierTasks, LorafLinear
 from loraf_train.adapter.masks import feasible, top_k
 from loraf_train.adapter.trainable_base import TrainableBase, attached
+from loraf_train.data.stream import ExampleStream, have_changed
 from loraf_train.sequence.phases import calibration_phase
 from loraf_train.trainer import loop
 from loraf_train.trainer.penalty import NO_PENALTY, Penalty
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from loraf_train.data.examples import Example
     from loraf_train.data.preferences import Pair
     from loraf_train.settings.config import TaskConfig
@@ -74,6 +77,37 @@ def calibrate(
             penalty(layers),
         )
     return largest_changes(layers, candidates, task.sparsity, phase.name, phase.settings.learning_rate)
+
+
+def read_by_calibration(
+    model: PreTrainedModel, task: TaskConfig, examples: Sequence[Example] | Sequence[Pair], seed: int
+) -> bytes:
+    """Returns the SHA-256 of the streamed examples that calibration trains on; empty: they are not streamed.
+
+    Args:
+        examples: of the task.
+        seed: of the calibration.
+    """
+    if not isinstance(examples, ExampleStream):
+        return b""
+    assert task.calibration.batch_size is not None  # CalibrationConfig.resolved
+    return examples.digest_of_first(seed, task.calibration.steps * task.calibration.batch_size, loop.limits_of(model))
+
+
+def require_read(
+    model: PreTrainedModel,
+    task: TaskConfig,
+    examples: Sequence[Example] | Sequence[Pair],
+    seed: int,
+    calibrated_on: bytes,
+) -> None:
+    """Raises ConfigError if calibration would no longer read what it did when it chose the positions.
+
+    Args:
+        calibrated_on: what `read_by_calibration` returned then; empty: it is not known.
+    """
+    if calibrated_on and read_by_calibration(model, task, examples, seed) != calibrated_on:
+        raise have_changed(task.name)
 
 
 def largest_changes(

@@ -109,7 +109,8 @@ def _adapter_differences(config: RunConfig, manifest: Manifest, shapes: Shapes) 
         if recorded != configured:
             message = f"the checkpoint in {config.output} has {value_text(recorded)}"
             message += f", but the file says {value_text(configured)}"
-            yield Problem(message, field, str(config.file), f"set it to {value_text(recorded)}, or {_OTHER_OUTPUT}")
+            remedy = "leave it out" if recorded is None else f"set it to {value_text(recorded)}"
+            yield Problem(message, field, str(config.file), f"{remedy}, or {_OTHER_OUTPUT}")
 
 
 def _endings(modules: Mapping[str, Any]) -> list[str]:
@@ -143,9 +144,11 @@ def _task_differences(config: RunConfig, manifest: Manifest, index: int, task: T
         return
     defaults = {"recipe": FIRST_RECIPE, "objective": FIRST_OBJECTIVE, QUANTIZATION: None}
     configured = {**defaults, **settings(config, task)}
+    configured["data"] = {"streaming": False, **configured["data"]}
     recorded = recorded_settings(manifest.task(task.name))
     for field, before, now in differences(recorded, {key: configured.get(key) for key in recorded}):
         message = f"task {task.name!r} was trained with {value_text(before)}, but the file says {value_text(now)}"
-        remedy = f"set it to {value_text(before)}, give the task another name, or {_OTHER_OUTPUT}"
+        first = "leave it out" if before is None else f"set it to {value_text(before)}"
+        remedy = f"{first}, give the task another name, or {_OTHER_OUTPUT}"
         where = field if field in ("recipe", QUANTIZATION) else f"tasks[{index}].{field}"  # those that all tasks share
         yield Problem(message, where, str(config.file), remedy)

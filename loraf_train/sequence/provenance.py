@@ -76,6 +76,7 @@ def recorded_settings(task: Task) -> dict[str, Any]:
         **recorded,
         **of_every_task,
         **{part: {**values, **recorded.get(part, {})} for part, values in defaults.items()},
+        **({"data": {"streaming": False, **recorded["data"]}} if "data" in recorded else {}),
     }
 
 
@@ -111,8 +112,11 @@ def value_text(value: object) -> str:
     """A setting's value as messages show it."""
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(value_text, value))}]"
     if isinstance(value, dict):
-        return str(value.get("file") or value.get("dataset") or value)
+        pairs = ", ".join(f"{key}: {value_text(part)}" for key, part in value.items() if part is not None)
+        return str(value.get("file") or value.get("dataset") or f"{{{pairs}}}")
     return f"{value!r}" if isinstance(value, str) else f"{value}"

@@ -48,6 +48,7 @@ GENERAL = "general"  # in the provenance if the base model is protected: the dig
 DATE = "date"  # in the provenance if the prompts name one
 _LARGEST_RECORD = 1 << 24  # bytes
 _POSITIONS = "mask."  # prefix of the stored tensors' names; part of the format, like the fields of _Record
+_CALIBRATED_ON = "stream.calibration"  # the name of a tensor
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,12 @@ class State:
     Attributes:
         positions: module → (K,) int64 positions, ascending; None: calibration is not finished.
         snapshot: of the current phase; None: at its beginning.
+        calibrated_on: SHA-256 of the streamed examples that chose the positions; empty: none were streamed.
     """
 
     positions: dict[str, torch.Tensor] | None
     snapshot: loop.Snapshot | None
+    calibrated_on: bytes = b""
 
     @property
     def phase(self) -> str:
@@ -136,6 +139,7 @@ class ResumeStore:
         self.remarks: list[str] = []
         digest = self._load_newest()
         self._positions: dict[str, torch.Tensor] | None = self.state.positions if self.state else None
+        self._calibrated_on = self.state.calibrated_on if self.state else b""
         if not group.agree(int(digest[:15], 16), device):
             message = "the processes of this run do not see the same saved state of the task"
             remedy = "make the same folder visible to all of them, or delete it to start the task from the beginning"
@@ -199,9 +203,9 @@ class ResumeStore:
         """Returns the journal with which `loop.fit` resumes and saves this phase."""
         return _Journal(self, phase)
 
-    def save_positions(self, positions: Mapping[str, torch.Tensor]) -> None:
-        """Saves the result of calibration. Raises CheckpointError if it cannot be written."""
-        self._positions = dict(positions)
+    def save_positions(self, positions: Mapping[str, torch.Tensor], calibrated_on: bytes = b"") -> None:
+        """Saves the result of calibration, see `State`. Raises CheckpointError if it cannot be written."""
+        self._positions, self._calibrated_on = dict(positions), calibrated_on
         self.save(None)
 
     def is_due(self) -> bool:
@@ -224,6 +228,8 @@ class ResumeStore:
             raise unwritable(self._folder, error) from error
         positions = self._positions or {}
         tensors = {f"{_POSITIONS}{module}": p.to(torch.int32) for module, p in positions.items()}
+        if self._calibrated_on:
+            tensors[_CALIBRATED_ON] = torch.tensor(list(self._calibrated_on), dtype=torch.uint8)
         data = safetensors.torch.save(tensors | (snapshot.tensors if snapshot else {}))
         record = _Record(
             task=self._task,
@@ -357,8 +363,13 @@ def _state(folder: Path, record: _Record) -> State:
     except ValueError as error:
         raise ValueError(f"{record.tensors.path} is not a safetensors file: {error}") from None
     positions = {name.removeprefix(_POSITIONS): t.long() for name, t in stored.items() if name.startswith(_POSITIONS)}
+    digest = stored.pop(_CALIBRATED_ON, torch.empty(0, dtype=torch.uint8))
+    if digest.dtype != torch.uint8 or list(digest.shape) not in ([0], [hashlib.sha256().digest_size]):
+        raise ValueError(f"{_CALIBRATED_ON} is not a digest")
+    calibrated_on = bytes(digest.tolist())
     if not record.steps:
-        return State(positions, None)
+        return State(positions, None, calibrated_on)
     first_loss, last_loss = (math.nan if loss is None else loss for loss in (record.first_loss, record.last_loss))
     tensors = {name: tensor for name, tensor in stored.items() if not name.startswith(_POSITIONS)}
-    return State(positions or None, loop.Snapshot(record.step, record.steps, first_loss, last_loss, tensors))
+    snapshot = loop.Snapshot(record.step, record.steps, first_loss, last_loss, tensors)
+    return State(positions or None, snapshot, calibrated_on)

@@ -36,7 +36,7 @@ from loraf_train.retention.of_base import ProtectedBase, protected_base
 from loraf_train.retention.of_checkpoint import protected_tasks, unprotected
 from loraf_train.retention.of_task import RetentionOfTask
 from loraf_train.sequence import provenance, resume
-from loraf_train.sequence.calibrate import calibrate
+from loraf_train.sequence.calibrate import calibrate, read_by_calibration, require_read
 from loraf_train.sequence.conflicts import obstacles
 from loraf_train.sequence.load_base import Loaded as Loaded
 from loraf_train.sequence.load_base import load_model as load_model
@@ -215,7 +215,7 @@ def _add_task(
     retention = RetentionOfTask(config.retention, protected if store.retention else ())
 
     positions = store.state.positions if store.state is not None else None
-    if positions is None:
+    if store.state is None or positions is None:
         positions = select_positions(
             base,
             task,
@@ -228,8 +228,10 @@ def _add_task(
             retention.penalty,
         )
         _require_agreement(task, positions, base.model.device)
-        store.save_positions(positions)
+        store.save_positions(positions, read_by_calibration(base.model, task, data.train, seeds[CALIBRATION_SEED]))
         observer.calibrated(task)
+    else:
+        require_read(base.model, task, data.train, seeds[CALIBRATION_SEED], store.state.calibrated_on)
 
     def on_trained() -> None:
         if retention.spent:

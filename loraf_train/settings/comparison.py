@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, cast, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from loraf.limits import MAX_RANK
 from loraf_train.settings.data import RecordSource
-from loraf_train.settings.declare import Number, SettingsModel, Whole, mistake, setting
+from loraf_train.settings.declare import Number, Seed, SettingsModel, Whole, mistake, setting
 from loraf_train.settings.parts import TaskOverrides
 
 MethodName = Literal[
@@ -56,6 +56,7 @@ _UNUSED: dict[str, tuple[str, ...]] = {
     "full": ("calibration", "sparsity", "rank", "alpha"),
 }
 _SAME_FOR_ALL = ("max_length", "report_to", "save_seconds")  # the first decides what the examples are
+_NOT_COMPARED = ("early_stopping", "beta")  # nor are tasks that stop early or learn from preferences
 _NO_DROPOUT = ("full",)  # it has no adapter whose input could be dropped
 
 Location = tuple[str | int, ...]
@@ -92,7 +93,7 @@ class MethodSettings(TaskOverrides):
 class CompareConfig(SettingsModel):
     """A comparison of training methods."""
 
-    seeds: Annotated[tuple[Annotated[Whole, Field(ge=0, le=HIGHEST_SEED)], ...], AfterValidator(_distinct)] = setting(
+    seeds: Annotated[tuple[Seed, ...], AfterValidator(_distinct)] = setting(
         (0, 1, 2),
         "Seeds that each method is trained with.",
         expects=f"a list of different whole numbers from 0 to {HIGHEST_SEED}",
@@ -154,5 +155,8 @@ def contradictions(compare: CompareConfig, tasks: Sequence[str]) -> Iterator[tup
                 if key in training:
                     remedy = "set it under training:, of the file or of a task"
                     yield (*where, "training", key), "is the same for all methods", remedy
+            for key in _NOT_COMPARED:
+                if getattr(overrides.training, key) is not None:
+                    yield (*where, "training", key), "compare does not keep to it", "leave it out"
             if method in _NO_DROPOUT and "dropout" in training:
                 yield (*where, "training", "dropout"), f"the method {method} has no dropout", "leave it out"

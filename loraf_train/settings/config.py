@@ -11,14 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from loraf.tasksets import name_problem
 from loraf_train.grading import custom
 from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS
 from loraf_train.settings.comparison import CompareConfig
 from loraf_train.settings.data import DataConfig
-from loraf_train.settings.declare import SettingsModel, Whole, mistake, setting
+from loraf_train.settings.declare import Seed, SettingsModel, Whole, mistake, setting
 from loraf_train.settings.parts import (
     AdapterConfig,
     CalibrationConfig,
@@ -46,6 +46,12 @@ def _check_metric(name: str) -> str:
     if name not in DEFAULT_NEW_TOKENS and not custom.is_name(name):
         raise mistake(f"{name!r} is not known")
     return name
+
+
+def _check_output(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise mistake("is empty")  # Python would take it for the folder of the tasks.yaml
+    return value
 
 
 TaskName = Annotated[str, AfterValidator(_check_task_name)]
@@ -112,7 +118,7 @@ class RunFile(SettingsModel):
         expects="a hub id, a local folder, or tiny",
         min_length=1,
     )
-    output: Path = setting(
+    output: Annotated[Path, BeforeValidator(_check_output)] = setting(
         ...,
         "Folder of the checkpoint, relative to the tasks.yaml.",
         expects="the folder of the checkpoint, for example ./ckpt",
@@ -122,12 +128,10 @@ class RunFile(SettingsModel):
         "A branch, tag or commit of the model's repository; by default its main branch.",
         expects="a branch, tag or commit of the hub, in quotes",
     )
-    seed: Whole = setting(
+    seed: Seed = setting(
         0,
         "Seed of everything random: A, the order of examples, dropout and samples of records.",
         expects="a whole number from 0 to 4294967295",
-        ge=0,
-        lt=1 << 32,
     )
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo, field_validator, model_validator
 
 from loraf_train.grading.builtin import MEAN
-from loraf_train.settings.declare import SettingsModel, Whole, mistake, setting
+from loraf_train.settings.declare import SettingsModel, Switch, Whole, mistake, setting
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = ".gz"  # may follow any of them
@@ -212,7 +212,7 @@ class DataConfig(SettingsModel):
         "DPO's template of the other answer over a record's fields; by default the field rejected.",
         expects='a template such as "{worse}"',
     )
-    streaming: bool = setting(
+    streaming: Switch = setting(
         False,
         "Reads training records while they are trained on, so that memory does not grow with their number.",
         expects="true or false",

@@ -8,6 +8,7 @@ about a wrong value (`settings.problems`).
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -42,12 +43,28 @@ def mistake(message: str, remedy: str = "") -> PydanticCustomError:
     return PydanticCustomError("loraf", "{message}", {"message": message, "remedy": remedy})
 
 
-def _no_boolean(value: Any) -> Any:
-    """Refuses YAML's true, yes and on, which Python would take for 1."""
+MOST = 10**9  # of anything that is counted: products of two still fit where Python and torch count
+_SCIENTIFIC = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")  # YAML 1.1 reads 1e-4 as text: its floats have a point
+
+
+def _only_numbers(value: Any) -> Any:
+    """Refuses what Python would take for a number: YAML's true, yes and on, and text in quotes."""
     if isinstance(value, bool):
         raise mistake(f"{value!r} is not a number")
+    if isinstance(value, str) and not _SCIENTIFIC.fullmatch(value) and _is_number(value):
+        raise mistake(f"{value!r} is text, not a number", "write it without quotes, and without leading zeros")
     return value
 
 
-Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_no_boolean)]
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+Number = Annotated[float, BeforeValidator(_only_numbers), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_only_numbers), Field(le=MOST)]
+Seed = Annotated[int, BeforeValidator(_only_numbers), Field(ge=0, lt=1 << 32)]
+Switch = Annotated[bool, Field(strict=True)]  # true or false: no text, which would be true for "yes", and no number

@@ -39,12 +39,15 @@ def _objective(run: RunFile, task: TaskConfig) -> Iterator[Objection]:
             if getattr(task.data, field) is not None:
                 yield ("data", field), f"{named}, which knows no {field} answer", "leave it out, or use objective: dpo"
         if task.training.beta is not None:
-            yield ("training", "beta"), f"{named}, which has no beta", "leave it out, or use objective: dpo"
+            remedy = "leave it out, or write it under the training: of a task with objective: dpo"
+            yield ("training", "beta"), f"{named}, which has no beta", remedy
         if task.metric == PREFERENCE:
             yield ("metric",), f"{named}, whose records hold no preferences", "use another metric, or objective: dpo"
         return
     if task.metric not in (None, PREFERENCE):
         yield ("metric",), f"{named}, whose answers are scored by {PREFERENCE}", "leave it out"
+    if task.max_new_tokens is not None:
+        yield ("max_new_tokens",), f"{named}, and is scored without an answer being written", "leave it out"
     if task.data.completion is not None:
         yield ("data", "completion"), f"{named}, which has two answers", "write chosen: and rejected: in its place"
     if task.data.streaming:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
 from loraf.limits import MAX_RANK
 from loraf_train.settings.data import RecordSource
-from loraf_train.settings.declare import Number, SettingsModel, Whole, mistake, setting
+from loraf_train.settings.declare import MOST, Number, SettingsModel, Switch, Whole, mistake, setting
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -20,6 +20,10 @@ def _trackers(value: Any) -> Any:
     if value is None or value == "none" or value == ["none"]:
         return ()
     return (value,) if isinstance(value, str) else value
+
+
+def _each_once(trackers: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+    return tuple(dict.fromkeys(trackers))
 
 
 def _on_or_off(value: Any) -> Any:
@@ -109,7 +113,11 @@ class TrainingConfig(SettingsModel):
         ge=1,
     )
     epochs: Number = setting(
-        1.0, "Passes over the training examples; may be a fraction.", expects="a number above 0, for example 3", gt=0
+        1.0,
+        "Passes over the training examples; may be a fraction.",
+        expects="a number above 0, for example 3",
+        gt=0,
+        le=MOST,
     )
     max_length: Whole = setting(
         512,
@@ -147,7 +155,7 @@ class TrainingConfig(SettingsModel):
         expects="a whole number from 1, at most batch_size",
         ge=1,
     )
-    gradient_checkpointing: bool = setting(
+    gradient_checkpointing: Switch = setting(
         False,
         "Saves memory by computing activations again in the backward pass.",
         expects="true or false",
@@ -155,12 +163,12 @@ class TrainingConfig(SettingsModel):
     max_steps: Whole | None = setting(
         None, "Number of optimizer steps, in place of epochs.", expects="a whole number from 1", ge=1
     )
-    packing: bool = setting(
+    packing: Switch = setting(
         False,
         "Puts several examples into a row of up to max_length tokens, without letting them attend to each other.",
         expects="true or false",
     )
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_trackers)] = setting(
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_trackers), AfterValidator(_each_once)] = setting(
         (),
         "Experiment trackers that receive every step.",
         expects="tensorboard, wandb, mlflow, a list of them, or none",

@@ -14,6 +14,8 @@ from loraf.errors import Problem
 
 Location = tuple[str | int, ...]
 OVERRIDE = "--set"
+_TAG = "tag:yaml.org,2002:"
+_ONLY_IN_YAML_1_1 = re.compile(rf"{_TAG}(timestamp.*|int[-+]?0[0-7_]+|(int|float).*:.*)")
 
 
 @dataclass
@@ -57,7 +59,10 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also records duplicate keys (YAML would silently take the last one)."""
+    """The safe loader, which also records duplicate keys (YAML would silently take the last one).
+
+    What YAML 1.1 alone reads as something else is text, as in YAML 1.2: dates, 010 (eight) and 1:30 (ninety).
+    """
 
     def __init__(self, stream: str):
         super().__init__(stream)
@@ -71,6 +76,12 @@ class _Loader(yaml.SafeLoader):
                     self.duplicates.append((key_node.value, key_node.start_mark.line + 1))
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]  # of PyYAML
+        if kind is yaml.ScalarNode and implicit[0] and _ONLY_IN_YAML_1_1.fullmatch(tag + value):
+            return self.DEFAULT_SCALAR_TAG
+        return tag
 
 
 def _parse(text: str, file: str, problems: list[Problem]) -> Any:
@@ -130,7 +141,8 @@ def _apply(document: Document, override: str) -> None:
             container[key] = value
             document.overridden.append(tuple(location))
             return None
-        if isinstance(container, dict) and container.get(key) is None:
+        # A key below one that is off or on: the whole key becomes a mapping, such as retention.
+        if isinstance(container, dict) and (container.get(key) is None or isinstance(container[key], bool)):
             container[key] = {}
         container = container[key]
 

@@ -97,9 +97,8 @@ def fit(
     streamed: DrawnExamples | None = None
     if isinstance(examples, ExampleStream):
         assert settings.max_steps is not None  # settings.objections
-        limits = Limits(model_limits.vocabulary(model), model_limits.positions(model))
         examples = streamed = examples.drawn(
-            phase.seed, settings.max_steps * settings.batch_size, settings.batch_size, limits
+            phase.seed, settings.max_steps * settings.batch_size, settings.batch_size, limits_of(model)
         )
     if not examples:
         raise ConfigError(Problem(f"{phase.name}: there are no examples to train on", remedy="add training records"))
@@ -174,6 +173,11 @@ def fit(
         GradientState._reset_state()
         AcceleratorState._reset_state(reset_partial_state=True)
     return Outcome(report.steps, report.first_loss, report.last_loss)
+
+
+def limits_of(model: PreTrainedModel) -> Limits:
+    """Returns what the model can read."""
+    return Limits(model_limits.vocabulary(model), model_limits.positions(model))
 
 
 class _Trainer(transformers.Trainer):
@@ -307,6 +311,7 @@ class _Report(TrainerCallback):
         if not math.isfinite(loss):
             message = f"{self._phase.name}: the loss is {loss} at step {state.global_step}"
             remedy = f"use a learning rate below {self._phase.settings.learning_rate:g}, or more warm-up steps"
+            remedy += "" if self._phase.beta is None else f", or a beta below {self._phase.beta:g}"
             raise ConfigError(Problem(message, remedy=remedy))
         self.first_loss = loss if self.steps == 0 else self.first_loss
         self.last_loss = loss

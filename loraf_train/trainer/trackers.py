@@ -33,6 +33,8 @@ PACKAGES = {
 }  # tracker → any one of these
 
 Close = Callable[[bool], None]  # whether the phase failed
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"  # by default 7, each after twice the time: minutes without a word
+_RETRIES_AT_START = "2"
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,22 @@ def opened(tracking: Tracking | None) -> Iterator[Sequence[TrainerCallback]]:
             closers.append(close)
         yield callbacks
         failed = False
+    except Exception as error:
+        if _is_of_mlflow(error):
+            raise _unreachable(error) from error
+        raise
     finally:
         for close in closers:
             close(failed)
+
+
+def _is_of_mlflow(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] == "mlflow"
+
+
+def _unreachable(error: Exception) -> ConfigError:
+    remedy = "run the command again when it can be reached, and it goes on where it was; or leave mlflow out"
+    return ConfigError(Problem(f"MLflow cannot log ({one_line(error)})", "training.report_to", remedy=remedy))
 
 
 def _tensorboard(tracking: Tracking) -> tuple[TrainerCallback, Close]:
@@ -114,13 +129,19 @@ def _wandb(tracking: Tracking) -> tuple[TrainerCallback, Close]:
     import wandb  # type: ignore[import-not-found]  # optional
     from transformers.integrations.integration_utils import WandbCallback, WandbLogModel
 
-    run = wandb.init(  # the callback uses the open run
-        project=os.environ.get("WANDB_PROJECT", PROJECT),
-        name=tracking.name,
-        group=f"{tracking.output.name}/{tracking.task}",
-        job_type=tracking.phase,
-        reinit="finish_previous",
-    )
+    try:
+        run = wandb.init(  # the callback uses the open run
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=tracking.name,
+            group=f"{tracking.output.name}/{tracking.task}",
+            job_type=tracking.phase,
+            reinit="finish_previous",
+        )
+    except Exception as error:  # of wandb's own: nobody is logged in, nobody answers
+        remedy = "call `wandb login`, set WANDB_MODE=offline, or leave wandb out"
+        raise ConfigError(
+            Problem(f"wandb cannot open a run ({one_line(error)})", "training.report_to", remedy=remedy)
+        ) from error
     callback = WandbCallback()  # type: ignore[no-untyped-call]  # of transformers
     callback._log_model = WandbLogModel.FALSE  # or it would upload the whole model
 
@@ -134,6 +155,8 @@ def _mlflow(tracking: Tracking) -> tuple[TrainerCallback, Close]:
     import mlflow
     from transformers.integrations.integration_utils import MLflowCallback
 
+    own_retries = os.environ.get(_RETRIES)
+    os.environ[_RETRIES] = own_retries or _RETRIES_AT_START
     try:
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
         tags = {"loraf.task": tracking.task, "loraf.phase": tracking.phase, "loraf.output": tracking.output.name}
@@ -143,12 +166,19 @@ def _mlflow(tracking: Tracking) -> tuple[TrainerCallback, Close]:
         raise ConfigError(
             Problem(f"MLflow cannot open a run ({one_line(error)})", "training.report_to", remedy=remedy)
         ) from error
+    finally:
+        if own_retries is None:
+            del os.environ[_RETRIES]
     callback = MLflowCallback()  # type: ignore[no-untyped-call]  # of transformers; it uses the open run
 
     def close(failed: bool) -> None:
-        mlflow.flush_async_logging()
-        active = mlflow.active_run()
-        if active is not None and active.info.run_id == run.info.run_id:
-            mlflow.end_run("FAILED" if failed else "FINISHED")
+        try:
+            mlflow.flush_async_logging()
+            active = mlflow.active_run()
+            if active is not None and active.info.run_id == run.info.run_id:
+                mlflow.end_run("FAILED" if failed else "FINISHED")
+        except Exception as error:  # as above
+            if not failed:  # or what ended the phase would be hidden
+                raise _unreachable(error) from error
 
     return callback, close

@@ -212,7 +212,7 @@ def test_results_are_printed_written_and_drawn(tmp_path, monkeypatch):
     tables.markdown = lambda results: f"# {results.model} ⟂\n"
     pictures.draw = lambda results, folder: [folder / "bars.png"]
     for name, module in {"tables": tables, "pictures": pictures}.items():
-        monkeypatch.setitem(sys.modules, f"loraf_train.compare.{name}", module)
+        monkeypatch.setitem(sys.modules, f"loraf_train.compare.report.{name}", module)
     monkeypatch.setattr("loraf_train.compare.results.write", lambda path, results: calls.append((path.name, results)))
     out = io.StringIO()
     compare._show(results, tmp_path, console(out))

@@ -10,8 +10,8 @@ import yaml
 
 from loraf import manifest as manifests
 from loraf.checkpoint import Checkpoint
+from loraf_train import card as model_card
 from loraf_train.cli import main
-from loraf_train.commands import card as model_card
 from tests.loraf.small_manifests import WHOLE, a_manifest, a_task
 from tests.loraf_train import fake_hub
 from tests.loraf_train.command_line import digests, run
@@ -59,6 +59,15 @@ def test_only_the_checkpoints_own_files_and_a_card_are_uploaded_in_one_commit(ck
     assert manifests.read(ckpt).adapter_digest in out and "/commit/" in out
     assert "a folder on this machine" in err  # the test model is named by its path
     assert digests(ckpt) == before
+
+
+def test_a_card_that_save_pretrained_wrote_is_made_for_what_is_pushed(ckpt, hub, capsys):
+    (ckpt / "README.md").write_text(f"# ckpt\n\nwith `statistics/`\n\n{model_card.GENERATED}\n")
+    assert run(capsys, "push", str(ckpt), "org/adapter")[0] == 0
+    expected = model_card.card(manifests.read(ckpt).without_statistics(), "org/adapter").encode()
+    assert hub.files("org/adapter")["README.md"] == expected
+    assert run(capsys, "card", str(ckpt), "--write")[0] == 0  # it may be replaced
+    assert run(capsys, "card", str(ckpt), "--write")[0] == 2  # now it is the user's
 
 
 def test_a_pushed_checkpoint_is_downloaded_by_its_name(ckpt, hub, capsys, prepared, tmp_path):

@@ -200,6 +200,24 @@ def test_records_that_changed_where_it_had_read_stop_a_resumed_run(folder, token
         runner.run(run, data_of(tokenizer), None, loaded)
 
 
+@pytest.mark.parametrize("at", ["calibrated", "step 1"])
+def test_records_that_changed_where_calibration_had_read_stop_a_resumed_run(folder, tokenizer, tmp_path, at):
+    """The positions were chosen by the first 240; the training has read none of its own, or 8."""
+    lines(tmp_path / "a.jsonl")
+    of_task = task(tmp_path)
+    calibration = of_task.calibration.model_copy(update={"steps": 30})
+    run = toys.run_config(folder, tmp_path / "ckpt", of_task.model_copy(update={"calibration": calibration}))
+    loaded = runner.load_model(run)
+    with pytest.raises(Stopped):
+        runner.run(run, data_of(tokenizer), Stopper("one", at), loaded)
+    changed = [row if i < 1010 else {**row, "completion": row["completion"][::-1]} for i, row in enumerate(ROWS)]
+    lines(tmp_path / "a.jsonl", changed)
+    with pytest.raises(ConfigError, match="the records that it had read until then have changed"):
+        runner.run(run, data_of(tokenizer), None, loaded)
+    lines(tmp_path / "a.jsonl")
+    runner.run(run, data_of(tokenizer), None, loaded)
+
+
 def test_another_size_of_the_file_begins_the_task_again(folder, tokenizer, tmp_path):
     lines(tmp_path / "a.jsonl")
     run = config(folder, tmp_path / "ckpt", tmp_path)

@@ -6,12 +6,14 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
+from loraf import manifest as manifests
 from loraf.checkpoint import Checkpoint
 from loraf.delta import Merger
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, UnknownTask
 from loraf.tasksets import TaskSet
+from loraf_train import card
 from loraf_train.adapter.trainable_base import find_targets, projections
 from loraf_train.cli import main
 from loraf_train.peft import calibrate, finish_task, load_tasks, next_task, select_tasks
@@ -194,6 +196,50 @@ def test_a_model_without_a_folder_is_not_saved_and_says_so_before_it_trains(fold
         calibrate(model, toys.batches(3), steps=2)
     with pytest.raises(ConfigError, match="made from a config"):
         model.save_pretrained(tmp_path)
+
+
+def test_its_card_is_the_checkpoint_s_and_names_no_path(folder, tmp_path):
+    """PEFT's own is an empty template, with the base's path on this machine."""
+    model = toys.trained(folder)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    assert card.is_generated(path) and str(folder.parent) not in path.read_text()
+    assert path.read_text().startswith(card.card(manifests.read(tmp_path), tmp_path.name))
+    next_task(model, toys.config("two"))
+    calibrate(model, toys.batches(9), steps=2)
+    model.save_pretrained(tmp_path)
+    assert "2 tasks" in path.read_text()
+
+
+def test_a_card_of_one_s_own_keeps_its_text_and_gets_no_path(folder, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense: mit\n---\n\n# Mine\n\nabout it\n")
+    toys.trained(folder).save_pretrained(tmp_path)
+    text = path.read_text()
+    assert "license: mit" in text and "# Mine\n\nabout it" in text and str(folder.parent) not in text
+
+
+@pytest.mark.parametrize(("field", "value"), [("alpha", 4), ("seed", 3), ("init_std", 0.5)])
+def test_values_that_were_trained_with_something_else_are_not_loaded(folder, tmp_path, field, value):
+    """Without a callback, PEFT alone loads them: on the folder's name, or as a state."""
+    model = toys.trained(folder)
+    model.save_pretrained(tmp_path)
+    other = toys.adapted(folder, **{field: value})
+    with pytest.raises(ConfigError, match=rf"{field}: the values for adapter 'default' were trained with"):
+        other.load_adapter(tmp_path, "default", is_trainable=True)
+    with pytest.raises(ConfigError, match=field):
+        set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    same = toys.adapted(folder)
+    same.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(toys.logits(same), toys.logits(model))
+
+
+def test_values_without_what_they_were_trained_with_are_still_loaded(folder):
+    state = get_peft_model_state_dict(toys.trained(folder))
+    bare = {name: tensor for name, tensor in state.items() if not name.endswith("made_with")}
+    other = toys.adapted(folder)
+    set_peft_model_state_dict(other, bare)
+    assert tuner_of(other).is_calibrated("default")
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
 
+from loraf import manifest as manifests
 from loraf.errors import ConfigError
 from loraf.manifest import positions_per_matrix
 from loraf_train.adapter.dropout import keep_rate
-from loraf_train.peft import calibrate, finish_task, next_task, protect
+from loraf_train.peft import calibrate, finish_task, load_tasks, next_task, protect
 from loraf_train.peft.model import tuner_of
 from loraf_train.peft.protect import protected
 from tests.loraf_train.peft import toys
@@ -368,6 +370,37 @@ def test_data_that_hold_nothing_to_learn_do_not_switch_protection_off(folder, ki
     with pytest.raises(ConfigError, match="data: holds nothing that task 'one' could have learned"):
         next_task(model, toys.config("two"), data)
     assert list(model.peft_config) == ["default"]
+
+
+def test_data_for_a_task_that_has_its_statistics_are_refused(folder):
+    """They would change nothing."""
+    model = toys.trained(folder)
+    finish_task(model)
+    before = tuner_of(model).states["default"].statistics
+    with pytest.raises(ConfigError, match="data: task 'one' is finished, with the statistics"):
+        next_task(model, toys.config("two"), toys.batches(3))
+    assert list(model.peft_config) == ["default"] and tuner_of(model).states["default"].statistics == before
+    finish_task(model)  # idempotent without
+    model = toys.trained(folder, retention=None)
+    with pytest.raises(ConfigError, match="data: nothing protects task 'one', whose retention is None"):
+        finish_task(model, toys.batches(3))
+
+
+def test_data_give_a_finished_task_without_statistics_what_protects_it(folder, tmp_path):
+    model = toys.trained(folder)
+    finish_task(model, toys.batches(3))
+    expected = tuner_of(model).states["default"].statistics
+    model.save_pretrained(tmp_path)
+    manifest = manifests.read(tmp_path).without_statistics()
+    (tmp_path / "loraf.json").write_text(manifest.to_json())
+    shutil.rmtree(tmp_path / "statistics")
+    loaded = load_tasks(toys.base(folder), tmp_path)
+    assert tuner_of(loaded).states["one"].statistics is None
+    next_task(loaded, toys.config("two"), toys.batches(3))
+    assert tuner_of(loaded).states["one"].statistics == expected
+    calibrate(loaded, toys.batches(50), steps=2)
+    with pytest.raises(ConfigError, match="nothing keeps it from changing"):
+        loaded.train()(**toys.batches(50)[0]).loss.backward()
 
 
 def test_calibration_without_labels_says_so(folder):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from loraf.errors import ConfigError
 from loraf_train.sequence import runner
 from loraf_train.sequence.base_checks import attention_problem
 from loraf_train.sequence.preflight import survey
@@ -40,6 +41,14 @@ def test_flash_attention_without_a_gpu_is_refused(folder, name):
     problem = attention_problem(folder, name, "tasks.yaml")
     assert problem is not None and (problem.field, problem.file) == ("attn_implementation", "tasks.yaml")
     assert "runs on GPUs" in problem.message and problem.remedy
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it")
+def test_flex_attention_without_a_gpu_is_refused(folder, tmp_path):
+    """torch computes it there, but not its gradient."""
+    config = toys.run_config(folder, tmp_path / "ckpt", toys.task("one"), attn_implementation="flex_attention")
+    with pytest.raises(ConfigError, match="attn_implementation: flex_attention trains on GPUs only"):
+        runner.load_model(config)
 
 
 def test_what_the_architecture_lacks_is_refused_before_the_weights_are_loaded(tmp_path):

@@ -306,6 +306,12 @@ def test_no_code_runs_from_yaml(folder):
     )
 
 
+@pytest.mark.parametrize("in_the_file", [{}, *({"retention": x} for x in (False, True, {"budget": 1}))])
+def test_an_override_below_a_key_that_is_off_or_on_makes_it_a_mapping(folder, in_the_file):
+    config = load(write(folder, SMALL | in_the_file), ["retention.budget=0.3"])
+    assert config.retention is not None and config.retention.budget == 0.3
+
+
 def test_overrides_replace_values(folder):
     config = load(
         write(folder, SMALL),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from loraf_train.sequence.base_checks import load_tokenizer
 from loraf_train.sequence.preflight import survey
 from loraf_train.settings import loading
 from loraf_train.settings.parts import RetentionConfig
-from loraf_train.trainer import loop
+from loraf_train.trainer import loop, trl_package
 from tests.loraf_train import toys
 from tests.loraf_train.command_line import run as command
 from tests.loraf_train.interruptions import Stopped, Stopper, contents
@@ -289,6 +291,73 @@ def test_doubtful_pairs_are_warned_of(folder, tmp_path):
     assert problems == []
     texts = " ".join(str(warning) for warning in warnings)
     assert "record 6" in texts and "are the same" in texts and "record 7" in texts and "prefers the answer" in texts
+
+
+def test_pairs_that_prefer_nothing_are_counted_and_left_out(folder, tmp_path):
+    same = [{**record, "rejected": record["chosen"]} for record in RECORDS[:2]]
+    prepared, _, warnings = survey(write(tmp_path, folder, [*RECORDS, *same]))
+    assert len(prepared.data["a"].units) == 5 == len(prepared.data["a"].rejected)
+    (of_train, of_eval) = [str(warning) for warning in warnings]
+    assert "record 6" in of_train and "and 1 more" in of_train and "it is not trained on" in of_train
+    assert "it counts half" in of_eval
+    assert all(pair.chosen != pair.rejected for pair in prepared.data["a"].units)
+
+
+def test_pairs_that_max_length_makes_the_same_are_left_out_and_the_remedy_keeps_them(folder, tmp_path):
+    long = [{"prompt": "ab=", "chosen": "AAAAAA" + end, "rejected": "AAAAAA" + end + "B"} for end in ("", "CC")]
+    records = [*RECORDS, *long]
+    prepared, problems, warnings = survey(write(tmp_path, folder, records, training=", max_length: 8"))
+    assert problems == [] and len(prepared.data["a"].units) == 5
+    (found,) = [warning for warning in warnings if "answers that are the same" in warning.message]
+    assert "max_length 8 cuts 2 pairs" in found.message and found.field == "record 6"
+    needed = int(re.search(r"max_length to (\d+)", found.remedy)[1])
+    for length, kept in ((needed, 7), (needed - 1, 6)):
+        prepared, _, _ = survey(write(tmp_path, folder, records, training=f", max_length: {length}"))
+        assert len(prepared.data["a"].units) == kept
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "training", "message"),
+    [
+        ("AB", "AB", "", "the same, in all 3"),
+        ("A" * 20, "A" * 21, ", max_length: 8", "3 are cut to the same answers by max_length 8"),
+    ],
+)
+def test_a_task_without_a_pair_that_can_teach_is_refused(folder, tmp_path, chosen, rejected, training, message):
+    records = [{"prompt": f"{n}=", "chosen": chosen, "rejected": rejected} for n in range(3)]
+    _, problems, _ = survey(write(tmp_path, folder, records, training=training))
+    assert any(message in problem.message and problem.remedy for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("record", "data", "message"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "", "null in field 'rejected'"),
+        ({"prompt": "a", "chosen": None, "rejected": "b"}, "", "null in field 'chosen'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ', prompt: "{prompt}", rejected: "{c}"', "data.rejected"),
+        ({"chosen": [{"role": "user"}], "rejected": []}, "", "both answers follow into a field prompt"),
+    ],
+)
+def test_a_mistake_names_the_answer_that_has_it(folder, tmp_path, record, data, message):
+    _, problems, _ = survey(write(tmp_path, folder, [record], data=data))
+    assert message in str(problems[0]) and "completion" not in str(problems[0])
+
+
+def test_an_empty_rejected_answer_does_not_teach_to_answer_nothing(folder, tmp_path):
+    _, _, warnings = survey(write(tmp_path, folder, [*RECORDS, {**RECORDS[0], "rejected": ""}]))
+    text = " ".join(map(str, warnings))
+    assert "its rejected answer is empty" in text and "learns to answer nothing" not in text
+    _, _, warnings = survey(write(tmp_path, folder, [*RECORDS, {**RECORDS[0], "chosen": ""}]))
+    assert "learns to answer nothing" in " ".join(map(str, warnings))
+
+
+@pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "0.9.6", "1.160.0"])
+def test_another_release_of_trl_is_refused(folder, tmp_path, monkeypatch, version):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    (problem,) = trl_package.missing("objective", "tasks.yaml")
+    assert version in problem.message and "loraf[trl]" in problem.remedy
+    requirement = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    assert f'"trl>={trl_package.RELEASE},<' in requirement
 
 
 def test_records_without_two_answers_are_a_mistake(folder, tmp_path):

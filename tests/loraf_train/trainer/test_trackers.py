@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.machinery
+import os
+import socket
 import sys
+import time
 import types
 
 import pytest
@@ -223,5 +226,43 @@ def test_a_store_that_mlflow_cannot_open_is_a_mistake(tmp_path, mlflow):
     with (
         pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"),
         trackers.opened(trackers.Tracking(("mlflow",), tmp_path, "t", "training")),
+    ):
+        pass
+
+
+def test_a_server_of_mlflow_that_nobody_answers_is_soon_reported(tmp_path, mlflow, monkeypatch):
+    """By default MLflow tries again and again, for minutes."""
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.setattr(trackers, "_RETRIES_AT_START", "1")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{closed.getsockname()[1]}")
+        begin = time.monotonic()
+        with (
+            pytest.raises(ConfigError, match="MLflow cannot open a run"),
+            trackers.opened(trackers.Tracking(("mlflow",), tmp_path, "t", "training")),
+        ):
+            pass
+    assert time.monotonic() - begin < 30 and "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_a_server_of_mlflow_that_goes_away_ends_the_run_with_a_message(model_folder, tmp_path, mlflow, monkeypatch):
+    def gone(*arguments, **keywords):
+        raise mlflow.exceptions.MlflowException("nobody answers")
+
+    monkeypatch.setattr(mlflow, "log_metrics", gone)
+    monkeypatch.setattr(mlflow, "flush_async_logging", gone)
+    with pytest.raises(ConfigError, match=r"MLflow cannot log \(nobody answers\).*goes on where it was"):
+        train(model_folder, tmp_path / "ckpt", "mlflow", names=("one",))
+
+
+def test_wandb_without_a_login_is_a_mistake(tmp_path, wandb, monkeypatch):
+    def refused(**settings):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setattr(wandb, "init", refused)
+    with (
+        pytest.raises(ConfigError, match=r"api_key not configured \(no-tty\).*wandb login"),
+        trackers.opened(trackers.Tracking(("wandb",), tmp_path, "t", "training")),
     ):
         pass

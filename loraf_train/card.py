@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,6 +18,10 @@ from loraf_train.set_options import as_trained_or_none
 from loraf_train.terminal import tables
 
 FILE_NAME = "README.md"
+GENERATED = (
+    "<!-- Written by save_pretrained, which writes it again, as `loraf-train push` does. "
+    "Take this line out to keep what you change. -->"
+)
 REVEALED = (
     "hold moments of the activations and gradients of the tasks' training data: averages over examples, and no text. "
     "Something of what the data is about can be told from them"
@@ -49,6 +54,14 @@ def card(manifest: Manifest, name: str) -> str:
         _identity(manifest),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def is_generated(path: Path) -> bool:
+    """Whether a card is there that nobody has made their own, and that may be written again."""
+    try:
+        return GENERATED in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def base_name(manifest: Manifest) -> tuple[str, bool]:
