@@ -21,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --n
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml setup.py constraints.txt build-constraints.txt tools/setup.sh \
-              $(wildcard proto/loraf/v1/*.proto proto/vllm/*.proto loraf/csrc/* loraf_serve/kernels/csrc/*)
+              $(wildcard proto/loraf/v1/*.proto proto/vllm/*.proto loraf/matrices/csrc/* loraf_serve/kernels/csrc/*)
 	PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" tools/setup.sh
 
 demo: setup
@@ -54,4 +54,4 @@ dist: setup
 
 clean:
 	rm -rf .venv .tools build dist site *.egg-info examples/demo/data examples/demo/ckpt \
-	    loraf_serve/v1/*_pb2* loraf_serve/vllm_proto/*_pb2* loraf/_native.so loraf_serve/kernels/_cpu.so
+	    loraf_serve/v1/*_pb2* loraf_serve/vllm_proto/*_pb2* loraf/matrices/_native.so loraf_serve/kernels/_cpu.so

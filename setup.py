@@ -59,7 +59,7 @@ VARIANTS = (
 )
 
 LIBRARIES = {
-    "loraf._native": CompiledLibrary("loraf/csrc"),
+    "loraf.matrices._native": CompiledLibrary("loraf/matrices/csrc"),
     "loraf_serve.kernels._cpu": CompiledLibrary("loraf_serve/kernels/csrc", ("-fopenmp",), (("delta.cpp", VARIANTS),)),
 }
 

@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import commit, instructions, processor  # noqa: E402
-from loraf.sparse import SparseB  # noqa: E402
+from loraf.matrices.sparse import SparseB  # noqa: E402
 from loraf_serve.kernels import BatchWeights, Part, prepare, why_not_native  # noqa: E402
 
 RANK, SPARSITY = 64, 0.9

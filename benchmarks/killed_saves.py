@@ -70,7 +70,7 @@ def saves() -> list[Save]:
     import torch
 
     from loraf.checkpoint import Checkpoint
-    from loraf.folder_lock import locked
+    from loraf.files.folder_lock import locked
     from loraf.manifest import BaseModel
     from loraf_train.retention.statistics import ModuleStatistics, encode
     from tests.standins import random_values
@@ -262,7 +262,7 @@ class Subject:
     def _after_another_save(self, folder: Path) -> str | None:
         """Stores the scores that are there once more, which changes nothing but what is left of the killed save."""
         from loraf.checkpoint import Checkpoint
-        from loraf.folder_lock import locked
+        from loraf.files.folder_lock import locked
 
         with locked(folder, "killed_saves"):
             opened = Checkpoint.open(folder)

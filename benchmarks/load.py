@@ -46,7 +46,7 @@ def make_checkpoint(folder: Path, layers: int, rank: int, tasks: int, sparsity: 
 
     from loraf.checkpoint import Checkpoint
     from loraf.manifest import BaseModel, positions_per_matrix
-    from loraf.sparse import SparseB
+    from loraf.matrices.sparse import SparseB
 
     shapes = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
     base = BaseModel("benchmark/mistral-7b-shape", "MistralForCausalLM", "0" * 64)
@@ -70,8 +70,8 @@ def measure(folder: Path) -> dict:
     """Returns the measurements of one process, in seconds and bytes."""
     import torch
 
-    from loraf import native, projection
     from loraf.checkpoint import Checkpoint
+    from loraf.matrices import native, projection
 
     projection.normal_table()  # read once per process
     if (os.environ.get(native.SWITCH) != "0") != (native.library() is not None):

@@ -19,8 +19,8 @@ from torch import nn
 
 from loraf import task_file
 from loraf.manifest import positions_per_matrix
-from loraf.projection import projection
-from loraf.sparse import SparseB
+from loraf.matrices.projection import projection
+from loraf.matrices.sparse import SparseB
 from loraf_train.adapter.dropout import TokenKeys
 from loraf_train.adapter.layer import LorafLinear
 from loraf_train.adapter.trainable_base import attached, find_targets

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from loraf import manifest as manifests
-from loraf import projection, task_file
-from loraf.bounded_file import read_bounded
-from loraf.durable_folder import flush_folder, make_durably, remove_leftovers, temporary_name
+from loraf import task_file
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem
+from loraf.files.bounded_file import read_bounded
+from loraf.files.durable_folder import flush_folder, make_durably, remove_leftovers, temporary_name
 from loraf.manifest import BaseModel, Manifest, Module, Projection, StoredFile, Task, Templates, positions_per_matrix
 from loraf.manifest_view import CheckpointManifestView, read_manifest
-from loraf.sparse import SparseB
+from loraf.matrices import projection
+from loraf.matrices.sparse import SparseB
 from loraf.tasksets import name_problem
 
 _REMEDY = "use values that a checkpoint can hold"

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from loraf import strict_safetensors, task_file
-from loraf.bounded_file import open_regular
+from loraf import task_file
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CorruptCheckpoint, Problem
+from loraf.files import strict_safetensors
+from loraf.files.bounded_file import open_regular
+from loraf.files.strict_safetensors import Entry
 from loraf.manifest import Manifest, Task
 from loraf.manifest_view import CheckpointManifestView, read_manifest
-from loraf.sparse import SparseB
-from loraf.strict_safetensors import Entry
+from loraf.matrices.sparse import SparseB
 from loraf.system import pages
 from loraf.task_file import BYTES_AT_ONCE, PARTS
 

@@ -37,5 +37,5 @@ def statistics_bytes(rows: int, modules: int, rank: int) -> int:
 
 
 def index_bytes(size: int) -> int:
-    """Returns the bytes of the smallest index type that numbers 0 … size − 1, see `loraf.sparse.index_dtype`."""
+    """Returns the bytes of the smallest index type that numbers 0 … size − 1; see `matrices.sparse.index_dtype`."""
     return 1 if size <= 1 << 8 else 2 if size <= 1 << 16 else 4

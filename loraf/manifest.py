@@ -16,9 +16,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from loraf import set_record, strict_json, task_record
-from loraf.bounded_file import read_bounded
+from loraf import set_record, task_record
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem, UnknownTask
+from loraf.files import strict_json
+from loraf.files.bounded_file import read_bounded
+from loraf.files.sealed_json import content_digest, seal
 from loraf.limits import (
     MAX_DIMENSION,
     MAX_ENTRIES,
@@ -33,7 +35,6 @@ from loraf.limits import (
     index_bytes,
     statistics_bytes,
 )
-from loraf.sealed_json import content_digest, seal
 from loraf.tasksets import TaskSet, name_problem
 
 FILE_NAME = "loraf.json"

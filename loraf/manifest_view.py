@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from loraf import manifest as manifests
-from loraf import projection
 from loraf.errors import CheckpointError, CorruptCheckpoint, Problem
 from loraf.manifest import Manifest
+from loraf.matrices import projection
 from loraf.system import in_threads
 from loraf.task_file import RESTORE
 

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from loraf import strict_json, strict_safetensors
-from loraf.bounded_file import open_regular, read_bounded
 from loraf.errors import ConfigError, Problem
+from loraf.files import strict_json, strict_safetensors
+from loraf.files.bounded_file import open_regular, read_bounded
+from loraf.files.strict_safetensors import Entry
 from loraf.limits import MAX_DIMENSION, MAX_FACTOR, MAX_NAME
 from loraf.manifest import StoredFile
 from loraf.peft_export import PREFIX
-from loraf.strict_safetensors import Entry
 from loraf.system import pages
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -1,6 +1,6 @@
 """What loraf needs from the operating system: memory that goes back to it, and work on all processors.
 
-NumPy, hashing and `loraf.native` release the GIL, so `in_threads` runs them in parallel.
+NumPy, hashing and `loraf.matrices.native` release the GIL, so `in_threads` runs them in parallel.
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loraf import limits, strict_safetensors
-from loraf.bounded_file import open_regular
+from loraf import limits
 from loraf.errors import Problem
+from loraf.files import strict_safetensors
+from loraf.files.bounded_file import open_regular
+from loraf.files.strict_json import shown_name
 from loraf.manifest import Manifest, Task
-from loraf.sparse import SparseB, examine
-from loraf.strict_json import shown_name
+from loraf.matrices.sparse import SparseB, examine
 from loraf.system import in_threads, pages
 
 RESTORE = "restore the checkpoint from a copy, or train it again"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraf import strict_json
+from loraf.files import strict_json
 from loraf.limits import MAX_COUNT, MAX_NAME
 
 Report = Callable[[str, str], None]  # called with (field, message) for every mistake

@@ -24,7 +24,7 @@ def path_of(file: Path) -> str:
 
 
 def module_name(file: Path) -> str:
-    """`loraf_train/data/forms.py` → `loraf_train.data.forms`; a folder's `__init__.py` is the folder's own name."""
+    """`loraf_train/data/values.py` → `loraf_train.data.values`; a folder's `__init__.py` is the folder's own name."""
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 

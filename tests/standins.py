@@ -14,7 +14,7 @@ import torch
 from loraf.base_model import describe
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import positions_per_matrix
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = ("mistral", "llama", "qwen2")

@@ -181,7 +181,7 @@ def test_the_packages_do_not_import_tests_or_tools():
 def test_light_modules_load_nothing_heavy():
     """Reading a manifest must not cost the seconds that torch takes to import."""
     code = (
-        "import sys, loraf, loraf.errors, loraf.tasksets, loraf.strict_json, loraf.manifest\n"
+        "import sys, loraf, loraf.errors, loraf.tasksets, loraf.files.strict_json, loraf.manifest\n"
         "print(sorted({'torch', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

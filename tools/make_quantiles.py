@@ -1,7 +1,7 @@
 """Makes loraf/data/normal_quantiles.f32: 65,536 quantiles of the standard normal distribution.
 
 Entry k is Φ⁻¹((k + ½) / 65536), computed with 50 decimal digits and rounded once to float32 (little-endian), so that
-no maths library takes part in rebuilding A. `loraf/projection.py` holds the digest that this prints.
+no maths library takes part in rebuilding A. `loraf/matrices/projection.py` holds the digest that this prints.
 
     python tools/make_quantiles.py loraf/data/normal_quantiles.f32
 """

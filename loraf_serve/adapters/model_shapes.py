@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loraf.base_model import weight_files
-from loraf.bounded_file import open_regular
 from loraf.errors import ConfigError, Problem
+from loraf.files.bounded_file import open_regular
 from loraf.manifest import Manifest
 
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit

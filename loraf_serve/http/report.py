@@ -26,7 +26,7 @@ import numpy as np
 from loraf.checkpoint_stream import CheckpointStream
 from loraf.errors import LorafError, UnknownTask
 from loraf.manifest import Manifest, Task
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf.tasksets import TaskSet
 from loraf_serve.backends.backend import ServedAdapter
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

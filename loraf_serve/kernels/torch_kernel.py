@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_serve.kernels.operand import BatchWeights, Extent, Operand, Part
 
 INDEX_LIMIT = 1 << 31

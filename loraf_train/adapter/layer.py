@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from loraf.errors import ConfigError, Problem
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.adapter.dropout import ModuleDraws, keep_rate, random_mask
 from loraf_train.adapter.probe import WatchedWeight
 from loraf_train.adapter.weights import weight_of

@@ -17,7 +17,7 @@ import torch
 
 from loraf.errors import Problem
 from loraf.manifest import Manifest, positions_per_matrix
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 
 _FINEST = 6  # decimals of a sparsity that a message may propose
 

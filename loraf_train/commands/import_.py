@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from loraf import manifest as manifests
 from loraf.errors import ConfigError, LorafError, Problem
-from loraf.folder_lock import locked
+from loraf.files.folder_lock import locked
 from loraf.tasksets import name_problem
 from loraf.units import size_text
 from loraf_train.commands.inspect import capacity_text

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from loraf import manifest as manifests
 from loraf.errors import ConfigError, CorruptCheckpoint, Problem, one_line
-from loraf.folder_lock import locked
+from loraf.files.folder_lock import locked
 from loraf.units import size_text
 from loraf_train.processes import launcher
 from loraf_train.sequence.preflight import PreparedRun, prepare

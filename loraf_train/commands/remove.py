@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from loraf import manifest as manifests
-from loraf.folder_lock import locked
+from loraf.files.folder_lock import locked
 from loraf.manifest import Manifest
 from loraf_train.commands.inspect import capacity_text
 from loraf_train.terminal import tables

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraf.folder_lock import locked
+from loraf.files.folder_lock import locked
 from loraf_train.processes import launcher
 from loraf_train.scoring import table
 from loraf_train.sequence.preflight import PreparedRun, prepare

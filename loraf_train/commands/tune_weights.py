@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from loraf import manifest as manifests
 from loraf import set_text
 from loraf.errors import ConfigError, LorafError, Problem
-from loraf.folder_lock import locked
+from loraf.files.folder_lock import locked
 from loraf.manifest import Manifest
 from loraf.tasksets import TaskSet, name_problem
 from loraf_train.processes import launcher

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraf import strict_json
 from loraf.errors import ConfigError, Problem
+from loraf.files import strict_json
 
 FORMAT = 1
 BASE = ""  # in place of a task's name: before anything was trained

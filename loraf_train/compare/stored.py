@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraf import strict_json
 from loraf.checkpoint import unwritable, write_durably
-from loraf.sealed_json import seal, unseal
+from loraf.files import strict_json
+from loraf.files.sealed_json import seal, unseal
 from loraf_train.compare.results import Run
 from loraf_train.sequence.provenance import differences, value_text
 

@@ -121,7 +121,7 @@ def tokenize(
 
     Args:
         special_tokens: see `loraf.manifest.Templates`.
-        ends: see `loraf_train.data.form.Form`.
+        ends: see `loraf_train.data.forms.form.Form`.
 
     Raises:
         ConfigError: a prompt has no token, so that no answer could begin.

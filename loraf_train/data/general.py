@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from loraf.errors import ConfigError
 from loraf.prompt_ids import prompt_ids
 from loraf_train.data.examples import Example
-from loraf_train.data.form import RecordFault
+from loraf_train.data.forms.form import RecordFault
+from loraf_train.data.forms.text import require_encodable
 from loraf_train.data.records import Faults, read
 from loraf_train.data.task_data import load_task
-from loraf_train.data.text import require_encodable
 from loraf_train.settings.config import TaskConfig
 from loraf_train.settings.data import DataConfig, RecordSource
 from loraf_train.settings.parts import TrainingConfig

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from loraf.errors import Problem
 from loraf_train.data.cutting import Cut, first_learned, nothing_kept
 from loraf_train.data.examples import Example, RecordText
-from loraf_train.data.form import Form, RecordFault
-from loraf_train.data.forms import form_of
+from loraf_train.data.forms.form import Form, RecordFault
+from loraf_train.data.forms.forms import form_of
 from loraf_train.data.records import Faults, Record
 from loraf_train.settings.data import DataConfig
 

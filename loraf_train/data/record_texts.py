@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraf_train.data.chat import ChatForm
 from loraf_train.data.examples import RecordText
-from loraf_train.data.form import Form, RecordFault
+from loraf_train.data.forms.chat import ChatForm
+from loraf_train.data.forms.form import Form, RecordFault
+from loraf_train.data.forms.text import require_encodable, require_readable
 from loraf_train.data.preferences import PreferenceForm
 from loraf_train.data.records import Faults, Record
-from loraf_train.data.text import require_encodable, require_readable
 from loraf_train.settings.data import RecordSource
 
 CONVERSATION_FIELDS = frozenset(

@@ -20,7 +20,7 @@ from loraf.errors import ConfigError, Problem
 from loraf_train.data import records
 from loraf_train.data.cutting import cut
 from loraf_train.data.examples import Example, RecordText, tokenize
-from loraf_train.data.form import Form
+from loraf_train.data.forms.form import Form
 from loraf_train.data.record_texts import texts_of
 from loraf_train.data.records import Faults, Record
 from loraf_train.settings.data import RecordSource

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import Templates
-from loraf_train.data import lori
-from loraf_train.data.chat import ChatForm
 from loraf_train.data.cutting import cut, nothing_kept
-from loraf_train.data.doubts import find_doubts, find_empty
 from loraf_train.data.examples import EvaluationExample, EvaluationSet, Example, RecordText, digest_of, tokenize
-from loraf_train.data.form import Form, RecordFault
-from loraf_train.data.forms import TemplateForm, form_of
+from loraf_train.data.forms import lori
+from loraf_train.data.forms.chat import ChatForm
+from loraf_train.data.forms.doubts import find_doubts, find_empty
+from loraf_train.data.forms.form import Form, RecordFault
+from loraf_train.data.forms.forms import TemplateForm, form_of
+from loraf_train.data.forms.text import require_readable, text_or_none
 from loraf_train.data.preferences import Pair, PreferenceForm, cut_pairs, find_doubtful, no_pair_kept, preference_form
 from loraf_train.data.record_texts import NumberedRecord, texts_of
 from loraf_train.data.records import Faults, Record, read
 from loraf_train.data.stream import ExampleStream, read_head
-from loraf_train.data.text import require_readable, text_or_none
 from loraf_train.data.values import Unreadable
 from loraf_train.grading.builtin import DEFAULT_METRIC, PREFERENCE, expected_answer
 from loraf_train.grading.custom import MetricFault, graded

@@ -12,7 +12,7 @@ from loraf.checkpoint import Checkpoint
 from loraf.delta import task_scale
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import positions_per_matrix
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.adapter.masks import PlannedTask, feasible, shortage
 from loraf_train.importing import fitting
 from loraf_train.importing.fitting import Geometry, Lengths

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from loraf.errors import ConfigError, Problem
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.adapter.dropout import ModuleDraws
 from loraf_train.adapter.layer import EarlierTasks, TaskValues, adapt, block_rows, refuse_use
 from loraf_train.adapter.probe import WatchedWeight

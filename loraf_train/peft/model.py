@@ -29,10 +29,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
-from loraf import projection
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import Templates, positions_per_matrix
-from loraf.sparse import SparseB
+from loraf.matrices import projection
+from loraf.matrices.sparse import SparseB
 from loraf_train.adapter.layer import EarlierTasks
 from loraf_train.adapter.masks import PlannedTask, shortage
 from loraf_train.adapter.trainable_base import TrainableBase, adaptable

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from loraf.errors import ConfigError, Problem
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.peft.config import LorafConfig
 from loraf_train.peft.layer import LorafLayer
 

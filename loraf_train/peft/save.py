@@ -22,9 +22,9 @@ import loraf
 from loraf import base_model, manifest
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CheckpointError, ConfigError, Problem
-from loraf.folder_lock import locked
+from loraf.files.folder_lock import locked
 from loraf.manifest import BaseModel
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.peft.finish import gather
 from loraf_train.peft.model import LorafModel, TaskState
 from loraf_train.peft.model_card import write_card

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
-from loraf import strict_safetensors
 from loraf.errors import CorruptCheckpoint, Problem
+from loraf.files import strict_safetensors
 
 _PARTS = ("directions", "scales", "rest", "factor")
 _LARGEST_INT8 = 127

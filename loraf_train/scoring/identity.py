@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from loraf.sealed_json import content_digest
+from loraf.files.sealed_json import content_digest
 from loraf_train.grading import custom
 from loraf_train.grading.builtin import DEFAULT_NEW_TOKENS, OWN_METRIC_NEW_TOKENS, PREFERENCE
 

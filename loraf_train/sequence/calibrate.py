@@ -17,7 +17,7 @@ import torch
 from loraf.delta import task_scale
 from loraf.errors import ConfigError, Problem
 from loraf.manifest import positions_per_matrix
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.adapter.layer import EarlierTasks, LorafLinear
 from loraf_train.adapter.masks import feasible, top_k
 from loraf_train.adapter.trainable_base import TrainableBase, attached

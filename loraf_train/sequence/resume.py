@@ -26,13 +26,13 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from loraf import strict_json, strict_safetensors
-from loraf.bounded_file import read_bounded
 from loraf.checkpoint import folders_of, unwritable, write_durably
-from loraf.durable_folder import flush_folder, make_durably, remove_leftovers
 from loraf.errors import CheckpointError, Problem
+from loraf.files import strict_json, strict_safetensors
+from loraf.files.bounded_file import read_bounded
+from loraf.files.durable_folder import flush_folder, make_durably, remove_leftovers
+from loraf.files.sealed_json import seal, unseal
 from loraf.manifest import StoredFile
-from loraf.sealed_json import seal, unseal
 from loraf_train.processes import group
 from loraf_train.sequence.phases import CALIBRATION, TRAINING
 from loraf_train.sequence.provenance import differences, value_text

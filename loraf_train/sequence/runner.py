@@ -27,7 +27,7 @@ from torch import nn
 from loraf import base_model, manifest
 from loraf.checkpoint import Checkpoint
 from loraf.errors import ConfigError, Problem
-from loraf.folder_lock import locked
+from loraf.files.folder_lock import locked
 from loraf_train.adapter import model_limits, sharding
 from loraf_train.adapter.trainable_base import TrainableBase, earlier_tasks, find_targets, projections, shapes_of
 from loraf_train.adapter.weights import is_quantised

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraf.manifest import positions_per_matrix
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 
 if TYPE_CHECKING:
     from loraf_train.settings.config import TaskConfig

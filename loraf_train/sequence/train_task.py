@@ -9,7 +9,7 @@ import torch
 
 from loraf.delta import task_scale
 from loraf.errors import ConfigError, Problem
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.adapter.layer import EarlierTasks, LorafLinear, TaskValues
 from loraf_train.adapter.trainable_base import TrainableBase, attached
 from loraf_train.sequence.phases import training_phase

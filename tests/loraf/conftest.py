@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from loraf import native, projection
+from loraf.matrices import native, projection
 from tests.tools import needs
 
 

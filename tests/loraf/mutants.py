@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loraf import manifest as manifests
-from loraf import projection
+from loraf.matrices import projection
 from tests.loraf.hostile_changes import NUMBERS, TEXTS, Choices, a_value, change, header_change, text_change
 from tests.loraf.mutated_tensors import OTHER_NAMES, TENSOR_CHANGES, WHOLE_FILE, Tensor, encoded, tensors_of
 from tests.loraf.small_manifests import sha256_of

@@ -13,7 +13,7 @@ import torch
 from loraf import manifest as manifests
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import BaseModel, Manifest
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from tests.standins import random_values
 
 BASE = BaseModel("org/model", "LlamaForCausalLM", "f" * 64, None, {"hidden_size": 24})

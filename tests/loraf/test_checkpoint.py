@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraf import manifest as manifests
-from loraf import projection
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CheckpointError, CorruptCheckpoint, UnknownTask
 from loraf.manifest import Templates, positions_per_matrix
-from loraf.sparse import SparseB, index_dtype
+from loraf.matrices import projection
+from loraf.matrices.sparse import SparseB, index_dtype
 from tests.loraf import small_checkpoints as small
 from tests.loraf.small_checkpoints import BASE, RANK, SHAPES, SPARSITY, TASKS, UP, Q
 from tests.standins import random_values

@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 
 from loraf import manifest as manifests
-from loraf import projection
 from loraf.checkpoint import Checkpoint
 from loraf.checkpoint_stream import CheckpointStream
 from loraf.errors import CheckpointError, CorruptCheckpoint
 from loraf.manifest import Module, StoredFile
+from loraf.matrices import projection
 from tests.loraf import small_checkpoints as small
 from tests.loraf.small_checkpoints import RANK, SHAPES, TASKS, UP, Q
 

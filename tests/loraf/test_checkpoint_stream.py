@@ -16,10 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraf import checkpoint_stream, strict_safetensors, task_file
+from loraf import checkpoint_stream, task_file
 from loraf.checkpoint import Checkpoint
 from loraf.checkpoint_stream import CheckpointStream
 from loraf.errors import CheckpointError, CorruptCheckpoint, UnknownTask
+from loraf.files import strict_safetensors
 from loraf.manifest import BaseModel
 from loraf.system import pages
 from tests.loraf import small_checkpoints as small

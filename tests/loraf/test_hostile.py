@@ -11,10 +11,10 @@ import sys
 import pytest
 
 from loraf import manifest as manifests
-from loraf import sparse
-from loraf.bounded_file import open_regular, read_bounded
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CheckpointError, CorruptCheckpoint
+from loraf.files.bounded_file import open_regular, read_bounded
+from loraf.matrices import sparse
 from tests.loraf import small_checkpoints as small
 from tests.loraf.small_manifests import DATA, PATH, a_manifest, a_task, changed, signed
 from tests.source_tree import ROOT
@@ -147,7 +147,7 @@ from pathlib import Path
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import BaseModel
 import torch
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 
 folder = Path(sys.argv[1])
 shapes = {f"model.layers.{i}.q_proj": (500_000, 8) for i in range(4)}

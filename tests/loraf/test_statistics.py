@@ -13,7 +13,7 @@ from loraf import manifest as manifests
 from loraf.checkpoint import Checkpoint
 from loraf.checkpoint_stream import CheckpointStream
 from loraf.errors import CheckpointError, CorruptCheckpoint, UnknownTask
-from loraf.folder_lock import locked
+from loraf.files.folder_lock import locked
 from tests.loraf import small_checkpoints as small
 from tests.loraf.crash_steps import stopped_at
 from tests.loraf.small_checkpoints import SPARSITY, TASKS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_serve.kernels import BatchWeights, Part, why_not_native
 from tests.tools import needs
 

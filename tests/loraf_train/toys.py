@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import Templates
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.adapter.trainable_base import TrainableBase, find_targets, projections, shapes_of
 from loraf_train.data.examples import Example
 from loraf_train.data.task_data import TaskData

@@ -13,7 +13,7 @@ from tests.tools import needs
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
-LIBRARIES = {"loraf/_native.so", "loraf_serve/kernels/_cpu.so"}
+LIBRARIES = {"loraf/matrices/_native.so", "loraf_serve/kernels/_cpu.so"}
 STUBS = {
     f"loraf_serve/{name}_pb2{end}"
     for name in ("v1/adapter", "v1/generation", "v1/info", "vllm_proto/control", "vllm_proto/inference")

@@ -20,7 +20,7 @@ GOLDEN = ROOT / "tests" / "golden"
 ASK = """
 import json, sys
 import loraf
-from loraf import native
+from loraf.matrices import native
 from loraf_serve.launch import launch
 
 checkpoint, selection = sys.argv[1], json.loads(sys.argv[2])

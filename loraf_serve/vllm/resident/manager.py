@@ -19,7 +19,7 @@ from vllm.lora.request import LoRARequest
 from loraf.checkpoint_stream import CheckpointStream
 from loraf.errors import Problem
 from loraf.manifest import Manifest
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf.tasksets import TaskSet
 from loraf_serve import kernels
 from loraf_serve.backends.backend import SelfCheckFailed

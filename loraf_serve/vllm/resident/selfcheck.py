@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_serve import kernels
 from loraf_serve.vllm.worker.parts import LayerPart
 

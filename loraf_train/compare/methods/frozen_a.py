@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loraf import projection
 from loraf.delta import OriginalWeights, task_scale
+from loraf.matrices import projection
 from loraf_train.adapter.layer import EarlierTasks
 from loraf_train.adapter.trainable_base import TrainableBase, find_targets
 from loraf_train.compare.methods.base import (

@@ -34,7 +34,7 @@ from loraf_train.trainer.order import derived_seed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from loraf.sparse import SparseB
+    from loraf.matrices.sparse import SparseB
     from loraf_train.data.examples import Example
     from loraf_train.settings.config import RunConfig, TaskConfig
 

@@ -1,7 +1,7 @@
 """A by its definition, with Python integers and one loop a number: the reference that test vectors come from.
 
-Nothing here is shared with loraf/projection.py but the table of quantiles, read as raw bytes. It may serve as the model
-for an implementation in another language.
+Nothing here is shared with loraf/matrices/projection.py but the table of quantiles, read as raw bytes. It may serve as
+the model for an implementation in another language.
 
     python tests/loraf/vectors/slow_projection.py          writes projection.json beside this file
 """

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from loraf_serve import client_cli
-from loraf_train.data.messages import conversation_of
+from loraf_train.data.forms.messages import conversation_of
 from tests.loraf_serve.fake_backend import FakeBackend, expected_text
 from tests.loraf_serve.harness import serving
 

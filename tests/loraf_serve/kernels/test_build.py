@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-LIBRARIES = ("loraf/_native.so", "loraf_serve/kernels/_cpu.so")
+LIBRARIES = ("loraf/matrices/_native.so", "loraf_serve/kernels/_cpu.so")
 
 # Logs its arguments and writes the output file. Fails on flags and files that LACKS names.
 COMPILER = """#!{python}
@@ -33,9 +33,14 @@ def tree(tmp_path) -> Path:
     """A copy of the files that a build of the libraries reads."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    for folder in ("loraf/csrc", "loraf_serve/kernels/csrc"):
+    for folder in ("loraf/matrices/csrc", "loraf_serve/kernels/csrc"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    for name in ("loraf/__init__.py", "loraf_serve/__init__.py", "loraf_serve/kernels/__init__.py"):
+    for name in (
+        "loraf/__init__.py",
+        "loraf/matrices/__init__.py",
+        "loraf_serve/__init__.py",
+        "loraf_serve/kernels/__init__.py",
+    ):
         (tmp_path / name).touch()
     (tmp_path / "loraf" / "__init__.py").write_text('__version__ = "0"\n', encoding="utf-8")
     compiler = tmp_path / "compiler"
@@ -67,7 +72,9 @@ def test_each_file_is_compiled_and_delta_for_each_instruction_set(tree):
     compiled = [call for call in calls if "-c" in call]
     sources = sorted(Path(call[call.index("-c") + 1]).name for call in compiled)
     every = [
-        file.name for folder in ("loraf", "loraf_serve/kernels") for file in (ROOT / folder / "csrc").glob("*.cpp")
+        file.name
+        for folder in ("loraf/matrices", "loraf_serve/kernels")
+        for file in (ROOT / folder / "csrc").glob("*.cpp")
     ]
     variants = [a for call in compiled for a in call if a.startswith("-DLORAF_VARIANT=")]
     assert sources == sorted(every + ["delta.cpp"] * (len(variants) - 1))
@@ -100,12 +107,12 @@ def test_without_a_compiler_there_is_one_line_and_no_library(tree):
 def test_a_failed_compilation_gives_the_reason_and_removes_the_old_library(tree):
     build(tree)
     built, warnings, _ = build(tree, LACKS="pack.cpp")
-    assert built == {"loraf/_native.so"}
+    assert built == {"loraf/matrices/_native.so"}
     [warning] = warnings
     assert "loraf_serve.kernels._cpu" in warning and "cc: error: unrecognised: pack.cpp" in warning
 
 
 def test_a_folder_without_sources_builds_no_library(tree):
-    shutil.rmtree(tree / "loraf" / "csrc")
+    shutil.rmtree(tree / "loraf/matrices/csrc")
     built, warnings, _ = build(tree)
     assert (built, warnings) == ({"loraf_serve/kernels/_cpu.so"}, [])

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_serve.kernels import BatchWeights, Part, cpu_library, prepare
 from loraf_serve.kernels.cpu_kernel import NativeOperand
 from tests.loraf_serve.kernel_cases import (

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as recompute
 
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.adapter import layer as layers
 from loraf_train.adapter.dropout import TokenKeys, keep_rate, random_mask
 from loraf_train.adapter.layer import EarlierTasks, LorafLinear

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import BaseModel, positions_per_matrix
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.adapter.masks import PlannedTask, feasible, fitting_sparsity, shortage, top_k
 from tests.standins import random_values
 

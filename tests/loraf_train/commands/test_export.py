@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraf import manifest as manifests
-from loraf.projection import projection
+from loraf.matrices.projection import projection
 from tests.loraf_train.command_line import run, words
 from tests.standins import make_model, random_checkpoint
 

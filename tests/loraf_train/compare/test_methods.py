@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 
-from loraf import projection
 from loraf.checkpoint import Checkpoint
 from loraf.manifest import positions_per_matrix
-from loraf.sparse import SparseB
+from loraf.matrices import projection
+from loraf.matrices.sparse import SparseB
 from loraf_train.compare import methods
 from loraf_train.sequence import runner
 from loraf_train.settings.parts import RetentionConfig

@@ -10,9 +10,9 @@ from datetime import date
 
 import pytest
 
-from loraf_train.data.chat import ChatForm
 from loraf_train.data.examples import IGNORED, RecordText, tokenize
-from loraf_train.data.form import RecordFault
+from loraf_train.data.forms.chat import ChatForm
+from loraf_train.data.forms.form import RecordFault
 from loraf_train.settings.data import RecordSource
 from tests.loraf_train import chat_templates as templates
 

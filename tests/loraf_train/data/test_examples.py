@@ -10,7 +10,7 @@ import pytest
 
 from loraf.errors import ConfigError
 from loraf.manifest import Templates
-from loraf_train.data.forms import INSTRUCTION_PROMPT
+from loraf_train.data.forms.forms import INSTRUCTION_PROMPT
 from loraf_train.data.records import read
 from loraf_train.data.task_data import TaskData, load_all, load_task
 from loraf_train.settings.config import RunConfig, TaskConfig

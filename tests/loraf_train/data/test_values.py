@@ -19,10 +19,10 @@ import pyarrow.parquet
 import pytest
 
 from loraf.errors import ConfigError
-from loraf_train.data.form import RecordFault
+from loraf_train.data.forms.form import RecordFault
+from loraf_train.data.forms.text import field_text
 from loraf_train.data.records import read
 from loraf_train.data.task_data import load_task
-from loraf_train.data.text import field_text
 from loraf_train.data.values import Label, Unreadable
 from loraf_train.settings.data import EvaluationSource, RecordSource
 from tests.loraf_train.data.test_examples import problems_of, task, texts, write_jsonl

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraf import strict_safetensors
 from loraf.errors import CorruptCheckpoint
+from loraf.files import strict_safetensors
 from loraf_train.retention.extent import stored_bytes
 from loraf_train.retention.statistics import ModuleStatistics, decode, encode, mean_square_change, rounded
 

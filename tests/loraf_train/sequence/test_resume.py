@@ -14,7 +14,7 @@ import loraf
 from loraf import checkpoint as checkpoints
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CheckpointError
-from loraf.sealed_json import seal, unseal
+from loraf.files.sealed_json import seal, unseal
 from loraf_train.adapter.dropout import TokenKeys
 from loraf_train.sequence import resume, runner
 from loraf_train.trainer import loop

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from loraf.sparse import SparseB
+from loraf.matrices.sparse import SparseB
 from loraf_train.sequence.state_check import TaskShape
 from loraf_train.trainer.loop import Snapshot
 from tests.loraf_train import toys

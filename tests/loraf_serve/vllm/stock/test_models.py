@@ -19,8 +19,8 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadL
 from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
-from loraf import bounded_file
 from loraf.checkpoint import Checkpoint
+from loraf.files import bounded_file
 from loraf_serve.vllm import naming
 from loraf_serve.vllm.stock import models as stock_models
 from loraf_serve.vllm.stock.models import TaskSetModels

@@ -20,7 +20,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from loraf_train.data.form import RecordFault
+from loraf_train.data.forms.form import RecordFault
 from loraf_train.data.values import Label, Unreadable
 
 _FILL = "fill the field or leave the record out"

@@ -1,4 +1,4 @@
-// The interface version, which loraf/native.py checks, so that a library built from other sources is not used.
+// The interface version, which loraf/matrices/native.py checks, so that a library built from other sources is not used.
 
 #include "api.h"
 #include "isa.h"

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraf import native, projection, sparse
-from loraf.sparse import SparseB, examine, index_dtype
+from loraf.matrices import native, projection, sparse
+from loraf.matrices.sparse import SparseB, examine, index_dtype
 from tests.loraf.conftest import compiled_library
 
 HALVES = {torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16}
@@ -224,7 +224,7 @@ def test_matrices_with_more_than_32_bit_positions_use_numpy():
 
 
 def test_an_environment_variable_disables_the_library():
-    code = "from loraf import native; print(native.library(), native.why_not())"
+    code = "from loraf.matrices import native; print(native.library(), native.why_not())"
     environment = os.environ | {native.SWITCH: "0"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "None LORAF_NATIVE=0 disables it", run.stderr

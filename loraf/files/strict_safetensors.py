@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from loraf import strict_json
+from loraf.files import strict_json
+from loraf.files.strict_json import LONGEST_NAME, shown
 from loraf.limits import MAX_HEADER_BYTES
-from loraf.strict_json import LONGEST_NAME, shown
 
 _TOO_LARGE = 1 << 63  # bytes of a tensor; also without a dimension that is zero, since torch multiplies the others
 _MOST_DIMENSIONS = 64

@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from loraf import strict_safetensors
+from loraf.files import strict_safetensors
 
 DTYPES = list(strict_safetensors._DTYPES.values())
 

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loraf.bounded_file import read_bounded
-from loraf.durable_folder import make_durably
 from loraf.errors import CheckpointError, Problem
+from loraf.files.bounded_file import read_bounded
+from loraf.files.durable_folder import make_durably
 
 try:
     import fcntl

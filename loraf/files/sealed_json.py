@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from loraf import strict_json
+from loraf.files import strict_json
 
 
 def seal(kind: str, version: int, content: Mapping[str, Any]) -> bytes:

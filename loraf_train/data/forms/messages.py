@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraf_train.data.form import RecordFault
+from loraf_train.data.forms.form import RecordFault
+from loraf_train.data.forms.text import readable
 from loraf_train.data.records import Record
-from loraf_train.data.text import readable
 from loraf_train.data.values import Unreadable
 from loraf_train.grading.thoughts import CLOSES, OPENS
 

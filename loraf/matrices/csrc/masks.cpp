@@ -1,4 +1,4 @@
-// Checks the masks of one module (loraf/sparse.py has the definition and the reference):
+// Checks the masks of one module (loraf/matrices/sparse.py has the definition and the reference):
 //
 //     for each task t, for each of its positions p, in stored order:
 //         row[p] in 0 … d_out-1,  column[p] in 0 … rank-1
@@ -21,7 +21,7 @@ using loraf::Isa;
 
 constexpr int64_t kBlock = 2048;  // positions per block; their coordinates stay in the L1 cache
 
-enum Fault : uint32_t { kRow = 1, kColumn = 2, kOrder = 4, kValue = 8 };  // loraf/sparse.py has their messages
+enum Fault : uint32_t { kRow = 1, kColumn = 2, kOrder = 4, kValue = 8 };  // loraf/matrices/sparse.py has their messages
 
 // Whether one of `n` values has all bits of `exponent` set: NaN or infinity.
 template <typename Bits>
@@ -62,7 +62,7 @@ LORAF_INLINE uint32_t check(const Row* rows, const Column* columns, const void* 
     return faults;
 }
 
-// One task's mask: `Mask` in loraf/native.py. `value_kind`: 0 float32, 1 bfloat16, 2 float16.
+// One task's mask: `Mask` in loraf/matrices/native.py. `value_kind`: 0 float32, 1 bfloat16, 2 float16.
 struct Mask {
     const void *rows, *columns, *values;
     int64_t n;

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraf import native, projection
+from loraf.matrices import native, projection
 from tests.loraf.vectors import slow_projection
 
 VECTORS = json.loads((slow_projection.HERE / "projection.json").read_text(encoding="utf-8"))

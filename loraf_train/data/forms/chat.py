@@ -18,9 +18,9 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from loraf.manifest import Templates
-from loraf_train.data.chat_template import ChatTemplate, TemplateRefusal, end_tokens
-from loraf_train.data.form import Form, RecordFault
-from loraf_train.data.messages import (
+from loraf_train.data.forms.chat_template import ChatTemplate, TemplateRefusal, end_tokens
+from loraf_train.data.forms.form import Form, RecordFault
+from loraf_train.data.forms.messages import (
     CALLS,
     PARTS,
     THOUGHTS,
@@ -43,7 +43,7 @@ _NO_THOUGHTS = f"{OPENS}\n\n{CLOSES}\n\n"  # as Qwen3's template writes an answe
 
 
 class ChatForm(Form):
-    """Conversations; see `loraf_train.data.messages` for what a record may hold.
+    """Conversations; see `loraf_train.data.forms.messages` for what a record may hold.
 
     Answers with `"weight": 0` (as in OpenAI's files) are not learned; messages after the last answer are ignored.
 

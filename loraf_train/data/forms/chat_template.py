@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraf.errors import one_line
-from loraf_train.data.form import RecordFault
+from loraf_train.data.forms.form import RecordFault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from loraf.errors import ConfigError
-from loraf_train.data import lori
-from loraf_train.data.forms import INSTRUCTION_PROMPT
+from loraf_train.data.forms import lori
+from loraf_train.data.forms.forms import INSTRUCTION_PROMPT
 from loraf_train.data.task_data import load_all, load_task
 from loraf_train.grading.builtin import is_right
 from loraf_train.settings.loading import draft, load
@@ -24,7 +24,7 @@ from tests.loraf_train.command_line import run
 from tests.standins import byte_tokenizer
 from tests.tools import needs
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 FEW = ROOT / "tests" / "fixtures" / "records"
 WHOLE = Path(os.environ.get("LORAF_TEST_DATA", ROOT.parent / "shared" / "data"))
 ALL = [

@@ -1,4 +1,4 @@
-"""The optional compiled library of loraf/csrc: the same results as NumPy, several times as fast.
+"""The optional compiled library of loraf/matrices/csrc: the same results as NumPy, several times as fast.
 
 It is an ordinary shared library next to this file, `_native*.so`, called through ctypes, which releases the GIL.
 Everything works without it; `why_not` explains why it is not used. LORAF_NATIVE=0 in the environment disables it.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-INTERFACE = 1  # of loraf/csrc/version.cpp
+INTERFACE = 1  # of loraf/matrices/csrc/version.cpp
 SWITCH = "LORAF_NATIVE"
 VARIANTS = ("plain", "AVX2", "AVX-512")
 BFLOAT16, FLOAT16 = 1, 2  # dtypes that A is rounded to, and of a mask's values; 0 is float32
@@ -93,7 +93,7 @@ class NativeLibrary:
         out16: int | None = None,
         kind: int = 0,
     ) -> None:
-        """Computes a part of A, see `loraf.projection`.
+        """Computes a part of A, see `loraf.matrices.projection`.
 
         Args:
             table: the 65,536 quantiles.

@@ -16,9 +16,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loraf_train.data.chat import ChatForm
-from loraf_train.data.form import Form
-from loraf_train.data.forms import TemplateForm, holds_messages
+from loraf_train.data.forms.chat import ChatForm
+from loraf_train.data.forms.form import Form
+from loraf_train.data.forms.forms import TemplateForm, holds_messages
 from loraf_train.data.records import Faults, Record
 from loraf_train.settings.data import RecordSource, file_format
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from loraf import native
+from loraf.matrices import native
 
 INDEX_DTYPES = (torch.uint8, torch.uint16, torch.int32)
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

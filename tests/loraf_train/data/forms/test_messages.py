@@ -11,15 +11,15 @@ import pytest
 
 from loraf.errors import ConfigError
 from loraf_train.data import task_data
-from loraf_train.data.chat import ChatForm
 from loraf_train.data.examples import EvaluationExample
-from loraf_train.data.form import RecordFault
+from loraf_train.data.forms.chat import ChatForm
+from loraf_train.data.forms.form import RecordFault
 from loraf_train.data.task_data import TaskData, load_task
 from loraf_train.settings.config import TaskConfig
 from loraf_train.settings.data import DataConfig, EvaluationSource, RecordSource
 from tests.loraf_train import chat_templates as templates
 from tests.loraf_train import small_tokenizers as small
-from tests.loraf_train.data.test_chat import learned
+from tests.loraf_train.data.forms.test_chat import learned
 from tests.loraf_train.data.test_examples import write_jsonl
 
 USER, ANSWER = {"role": "user", "content": "hi?"}, {"role": "assistant", "content": "yes"}

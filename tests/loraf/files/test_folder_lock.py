@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from loraf import durable_folder, folder_lock
 from loraf.checkpoint import Checkpoint
 from loraf.errors import CheckpointError
-from loraf.folder_lock import FILE_NAME, locked
+from loraf.files import durable_folder, folder_lock
+from loraf.files.folder_lock import FILE_NAME, locked
 from tests.loraf import small_checkpoints as small
 from tests.source_tree import ROOT
 
 HOLD = """
 import sys
 from pathlib import Path
-from loraf.folder_lock import locked
+from loraf.files.folder_lock import locked
 with locked(Path(sys.argv[1]), "loraf-train run"):
     print("held", flush=True)
     sys.stdin.read()

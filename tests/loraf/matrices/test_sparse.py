@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraf.sparse import SparseB, index_dtype
+from loraf.matrices.sparse import SparseB, index_dtype
 
 pytestmark = pytest.mark.usefixtures("with_and_without_library")
 

@@ -6,7 +6,7 @@ u16(i, j) is lane j mod 8 of Philox-4×32-10 at counter (j div 8, i, 0, 0): the 
 numbers, the lower half of each word first. The key is the first 8 bytes of SHA-256("loraf:" seed ":" module), as two
 little-endian words. The counter is the position, so any slice can be computed alone, and no row depends on the rank.
 
-The compiled library (loraf.native) computes the same bits. NumPy is the fallback, and the reference in tests.
+The compiled library (loraf.matrices.native) computes the same bits. NumPy is the fallback, and the reference in tests.
 
 Philox: Salmon et al., «Parallel random numbers: as easy as 1, 2, 3», SC 2011.
 """
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from loraf import native
+from loraf.matrices import native
 from loraf.system import in_threads
 
 GENERATOR = "philox4x32-10/normal-65536/1"

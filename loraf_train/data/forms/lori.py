@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraf_train.data import forms
-from loraf_train.data.form import Form, RecordFault
-from loraf_train.data.forms import InstructionForm, TemplateForm
-from loraf_train.data.text import field_text, text_or_none
+from loraf_train.data.forms import forms
+from loraf_train.data.forms.form import Form, RecordFault
+from loraf_train.data.forms.forms import InstructionForm, TemplateForm
+from loraf_train.data.forms.text import field_text, text_or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@
     instruction, input, output    INSTRUCTION_PROMPT around instruction and input, output as the completion
 
 Fields that are null count as missing when a form is chosen. One form serves training, evaluation and serving of a task;
-its templates are stored with the task. What text a value becomes is said in `loraf_train.data.text`.
+its templates are stored with the task. What text a value becomes is said in `loraf_train.data.forms.text`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraf.manifest import Templates
-from loraf_train.data.chat import ChatForm
-from loraf_train.data.form import Form, RecordFault
-from loraf_train.data.messages import NOT_AS_TEXT, are_messages_as_text
+from loraf_train.data.forms.chat import ChatForm
+from loraf_train.data.forms.form import Form, RecordFault
+from loraf_train.data.forms.messages import NOT_AS_TEXT, are_messages_as_text
+from loraf_train.data.forms.text import field_text, readable, text_of
 from loraf_train.data.records import Record
-from loraf_train.data.text import field_text, readable, text_of
 from loraf_train.data.values import Unreadable
 from loraf_train.settings.data import DataConfig
 
@@ -160,7 +160,7 @@ def _is_of_sharegpt(item: Any) -> bool:
 
 
 class _Formatter(string.Formatter):
-    """`str.format` over a record's fields: without attributes, and with the texts of `loraf_train.data.text`."""
+    """`str.format` over a record's fields: without attributes, and with the texts of `loraf_train.data.forms.text`."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
         name, *keys = field_name.replace("]", "").split("[")

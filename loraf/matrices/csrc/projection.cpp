@@ -1,4 +1,4 @@
-// The frozen projection A (loraf/projection.py has the definition and the reference):
+// The frozen projection A (loraf/matrices/projection.py has the definition and the reference):
 //
 //     for each row i, for each block b of 8 columns:
 //         w0, w1, w2, w3 = philox4x32_10(counter = (b, i, 0, 0), key)
@@ -85,7 +85,7 @@ LORAF_INLINE void run(const Job& job) {
         for (int64_t block = first_block; block * kLanes < job.column1; block += kBlocks) {
             philox(uint32_t(row), uint32_t(block), job.key0, job.key1, words);
             uint16_t lanes[kBlocks * kLanes];
-            memcpy(lanes, words, sizeof lanes);  // little-endian: the lower half first (loraf/native.py checks that)
+            memcpy(lanes, words, sizeof lanes);  // little-endian: the lower half first (loraf/matrices/native.py checks that)
             for (int i = 0; i < kBlocks * kLanes; i++) values[i] = job.table[lanes[i]] * job.scale;
             // The part of this tile that lies in the slice.
             const int64_t start = block * kLanes < job.column0 ? job.column0 - block * kLanes : 0;

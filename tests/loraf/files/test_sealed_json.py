@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraf import strict_json
-from loraf.sealed_json import seal, unseal
+from loraf.files import strict_json
+from loraf.files.sealed_json import seal, unseal
 
 FOLDER = Path(__file__).parent / "sealed"  # written before this module moved here; the bytes must stay readable
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUNS = sorted((ROOT / "examples/compare/results/sequence/runs").glob("*.json"))  # only where the example was run
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 VALUES = st.recursive(
