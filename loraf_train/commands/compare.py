@@ -91,7 +91,7 @@ def compare(
         comparison = replace(comparison, stored_only=stored_only)
         runs = comparison.runs()
     if not runs:
-        remedy = "name methods and seeds that were run, or leave out --stored"
+        remedy = "name methods and seeds that were run, with the settings that they had, or leave out --stored"
         raise ConfigError(Problem("holds none of these runs", file=str(folder), remedy=remedy))
     comparison = replace(comparison, methods=tuple(dict.fromkeys(run.method for run in runs)))
     results = _results(comparison, prepared.model, runs)
@@ -252,6 +252,7 @@ def _comparison(
         folder=folder,
         part=progress.part,
         say=say,
+        base_text=prepared.base_text,
     )
 
 

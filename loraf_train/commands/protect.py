@@ -16,8 +16,9 @@ from loraf.errors import ConfigError, CorruptCheckpoint, Problem, one_line
 from loraf.files.folder_lock import locked
 from loraf.units import size_text
 from loraf_train.processes import launcher
-from loraf_train.sequence.preflight import PreparedRun, prepare
+from loraf_train.sequence.preflight import PreparedRun, survey
 from loraf_train.sequence.provenance import EXAMPLES_DIGEST
+from loraf_train.settings.loading import draft
 from loraf_train.terminal import tables
 from loraf_train.terminal.progress import Progress
 
@@ -44,21 +45,31 @@ def protect(folder: Path, path: Path, overrides: Sequence[str], again: bool) -> 
     manifests.read(folder)
     with locked(folder, "loraf-train protect"):
         output = f"output={json.dumps(str(folder.absolute()), ensure_ascii=False)}"
+        _, problems = draft(path, [*overrides, output])  # what is wrong with `retention` is a mistake all the same
         # No task is trained here, and damaged statistics are what this command mends.
-        prepared = prepare(path, [*overrides, output, "retention=off"])
-        problems = _problems(prepared)
+        prepared, more, _ = survey(path, [*overrides, output, "retention=off"])
+        problems += [problem for problem in more if problem not in problems]
+        if problems or prepared is None:
+            raise ConfigError(problems)
+        from loraf.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(prepared.config.output)
+        finished = [task.name for task in prepared.config.tasks if task.name in checkpoint.manifest.task_names]
+        lacking = [name for name in finished if again or _lacks_statistics(checkpoint, name)]
+        problems = _problems(prepared, lacking)
         if problems:
             raise ConfigError(problems)
-        _protect(prepared, again, tables.console())
+        _protect(prepared, checkpoint, lacking, tables.console())
     return 0
 
 
-def _problems(prepared: PreparedRun) -> list[Problem]:
+def _problems(prepared: PreparedRun, lacking: Sequence[str]) -> list[Problem]:
+    """What keeps the statistics of these tasks from being gathered."""
     config, existing = prepared.config, prepared.existing
     assert existing is not None
     problems = []
     for i, task in enumerate(config.tasks):
-        if task.name not in existing.task_names:
+        if task.name not in lacking:
             continue
         before = existing.task_names[: existing.task_names.index(task.name)]  # one trained again comes later
         missing = [name for name in existing.task(task.name).trained_with if name not in before]
@@ -82,8 +93,7 @@ def _problems(prepared: PreparedRun) -> list[Problem]:
     return problems
 
 
-def _protect(prepared: PreparedRun, again: bool, out: Console) -> None:
-    from loraf.checkpoint import Checkpoint
+def _protect(prepared: PreparedRun, checkpoint: Checkpoint, lacking: Sequence[str], out: Console) -> None:
     from loraf_train.adapter import model_limits
     from loraf_train.adapter.trainable_base import TrainableBase, find_targets, projections
     from loraf_train.retention.of_checkpoint import gather_again
@@ -91,12 +101,6 @@ def _protect(prepared: PreparedRun, again: bool, out: Console) -> None:
     from loraf_train.sequence.runner import load_model
 
     config = prepared.config
-    checkpoint = Checkpoint.open(config.output)
-    lacking = [
-        task.name
-        for task in config.tasks
-        if task.name in checkpoint.manifest.task_names and (again or _lacks_statistics(checkpoint, task.name))
-    ]
     if not lacking:
         out.print("every finished task of the file has statistics already (--again gathers them once more)")
         return

@@ -67,7 +67,7 @@ class RunProgress(Observer):
     def retained(self, task: TaskConfig, spent: Mapping[str, float], budget: float) -> None:
         names = {name: "the base model" if name == of_base.NAME else name for name in spent}
         over = {name: " (over)" if change > OVER * budget else "" for name, change in spent.items()}
-        parts = ", ".join(f"{names[name]} {change:.3f}{over[name]}" for name, change in spent.items())
+        parts = ", ".join(f"{names[name]} {_change_text(change)}{over[name]}" for name, change in spent.items())
         whose = "logits" if of_base.NAME in spent else "the earlier tasks' logits"
         self._out.print(
             f"{task.name}: predicted change of {whose}, of a budget of {budget:g}: {parts} "
@@ -99,3 +99,8 @@ class RunProgress(Observer):
         if scores:
             names = checkpoint.manifest.task_names
             self._out.print(tables.score_table(scores, f"scores after {names[-1]}"))
+
+
+def _change_text(change: float) -> str:
+    """Three decimals, or one digit of a change that would look like none."""
+    return f"{change:.1g}" if 0 < change < 0.0005 else f"{change:.3f}"

@@ -64,7 +64,7 @@ def tune_weights(
     with locked(folder, "loraf-train tune-weights"):
         output = f"output={json.dumps(str(folder.absolute()), ensure_ascii=False)}"
         prepared = prepare(path, [*overrides, output], limit)
-        problems = _data_problems(prepared, names, name)
+        problems = _data_problems(prepared, names, name, limit)
         if problems:
             raise ConfigError(problems)
         return _tune(prepared, names, name)
@@ -94,7 +94,7 @@ def _tasks(text: str, manifest: Manifest) -> list[str]:
     return list(task_set.names)
 
 
-def _data_problems(prepared: PreparedRun, names: Sequence[str], label: str) -> list[Problem]:
+def _data_problems(prepared: PreparedRun, names: Sequence[str], label: str, limit: int | None) -> list[Problem]:
     """What keeps the tasks from being scored and averaged, and a later task of the file with the set's name."""
     from loraf_train.scoring.evaluate import higher_is_better
 
@@ -116,7 +116,8 @@ def _data_problems(prepared: PreparedRun, names: Sequence[str], label: str) -> l
         for part in evaluation.values():
             if len(part.examples) < 2:
                 message = f"evaluation set {part.name!r} has one example, which cannot be split in two"
-                problems.append(Problem(message, where, file, "use more records"))
+                remedy = "set --limit to 2 or more" if limit == 1 else "use more records"
+                problems.append(Problem(message, where, file, remedy))
     metrics = {name: prepared.data[name].metric for name in names if name in index}
     if len({higher_is_better(metric) for metric in metrics.values()}) > 1:
         shown = ", ".join(f"{name}: {metric}" for name, metric in metrics.items())
@@ -154,6 +155,9 @@ def _tune(prepared: PreparedRun, names: list[str], label: str) -> int:
         weights = search(len(names), lambda w: sign * mean(scores(w, choosing)), progress.part)
     ones = (1.0,) * len(names)
     columns = [scores(w, data) for data in (choosing, held_out) for w in (ones, weights)]
+    if not math.isfinite(mean(columns[1])):
+        message = "no weights were found with which every score is a finite number"
+        raise ConfigError(Problem(message, remedy="use precision: float32, or tune fewer tasks"))
     checkpoint.set_named_set(label, dict(zip(names, weights, strict=True)))
 
     rows = []
@@ -195,7 +199,7 @@ def search(
     """Searches for the weights from GRID with the largest objective, one coordinate after another, from 1 each.
 
     Ends when no change of a single weight is better. Of equally good weights those nearer to 1 are better, then the
-    larger ones.
+    larger ones. An objective that is no number is worse than any other.
 
     Args:
         count: number of weights.
@@ -205,7 +209,8 @@ def search(
 
     def value(weights: Weights) -> tuple[float, float, float]:
         if weights not in found:
-            found[weights] = objective(weights)
+            measured = objective(weights)
+            found[weights] = -math.inf if math.isnan(measured) else measured
         return found[weights], -sum(abs(weight - 1.0) for weight in weights), sum(weights)
 
     best = (1.0,) * count

@@ -47,6 +47,7 @@ from loraf_train.settings.comparison import WITH_PEFT
 
 if TYPE_CHECKING:
     from loraf_train.compare.methods import Method
+    from loraf_train.data.examples import Example
     from loraf_train.data.task_data import TaskData
     from loraf_train.sequence.runner import Loaded
     from loraf_train.settings.config import RunConfig, TaskConfig
@@ -65,6 +66,7 @@ class Comparison:
     Attributes:
         config: the file; each method trains with `config.of_method`.
         general: the general text on which drift is measured; None: it is not measured.
+        base_text: the general text that `retention.base` names; None: it names none.
         loaded: the base model, its tokenizer and their folder.
         base: the base model's fingerprint.
         folder: where finished runs are kept.
@@ -85,6 +87,7 @@ class Comparison:
     part: Callable[[str], Report]
     say: Callable[[str], None]
     stored_only: bool = False
+    base_text: Sequence[Example] | None = None
 
     def config_of(self, method: str, seed: int) -> RunConfig:
         """The configuration of a run: its tasks in their order, without trackers or saving unfinished tasks."""
@@ -109,16 +112,14 @@ class Comparison:
         runs = []
         for seed in self.seeds:
             for name in self.methods:
-                if self.stored_only and not self._is_stored(name, seed):
-                    self.say(f"{name}, seed {seed}: missing")
-                    continue
+                if self.stored_only:
+                    found, reason = stored.find(self._file(name, seed), self._provenance(name, seed))
+                    if found is None:
+                        self.say(f"{name}, seed {seed}: " + (f"left out, because {reason}" if reason else "missing"))
+                        continue
                 run = self._run(name, seed, partial(self._measure, name, seed))
                 runs.append(dataclasses.replace(run, scores=base.scores + run.scores, drift=base.drift + run.drift))
         return sorted(runs, key=lambda run: self.methods.index(run.method))
-
-    def _is_stored(self, name: str, seed: int) -> bool:
-        run, _ = stored.find(self._file(name, seed), self._provenance(name, seed))
-        return run is not None
 
     def _file(self, name: str, seed: int) -> Path:
         return stored.path_of(self.folder, name if name == OF_BASE else f"{name}-seed{seed}")
@@ -158,11 +159,14 @@ class Comparison:
 
             provenance["versions"]["peft"] = peft.__version__
         config, method = self.config_of(name, seed), methods.ALL[name]
+        settings = {t.name: method.settings(config, t) for t in config.tasks}
+        if self.base_text and any("retention" in of_task for of_task in settings.values()):
+            provenance["base_text"] = digest_of(self.base_text)  # the settings have only the name of its file
         return provenance | {
             "method": name,
             "seed": seed,
             "order": [t.name for t in config.tasks] if self.protocol == SEQUENCE else None,
-            "settings": {t.name: method.settings(config, t) for t in config.tasks},
+            "settings": settings,
             "how": {t.name: _speed_settings(t) for t in config.tasks},
             "examples": {n: digest_of(d.train) for n, d in self.data.items()},
         }

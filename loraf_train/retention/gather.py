@@ -71,6 +71,8 @@ def gather(
                 _add(model, sums, captured, {k: v.to(model.device) for k, v in batch.items()}, of_batch, seed, rounds)
     finally:
         model.train(was_training)
+    if not any(bool(of_module.squares.any()) for of_module in sums.values()):
+        raise FloatingPointError("no module has a gradient, so nothing would be protected")
     tokens = rounds * sum(sum(label != IGNORED for label in examples[i].labels()) for i in chosen)
     return {name: of_module.statistics(max(1, tokens)) for name, of_module in sums.items()}
 

@@ -6,14 +6,15 @@ are not stored: the same text and seed give the same again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from loraf.checkpoint import Checkpoint
-from loraf.errors import ConfigError, Problem
+from loraf.errors import ConfigError, Problem, one_line
 from loraf_train.adapter import model_limits, sharding
 from loraf_train.adapter.layer import EarlierTasks
 from loraf_train.adapter.trainable_base import TrainableBase, attached, earlier_tasks
@@ -76,7 +77,8 @@ def protected_base(
     if not isinstance(source, RecordSource):
         if sharding.is_sharded(base.model):
             raise ConfigError(base_text.sharded_problem(str(config.file)))
-        text = base_text.write(base.model, tokenizer, base.pad_id, config.seed)
+        with _said_of_the_base("no text can be written with", config):
+            text = base_text.write(base.model, tokenizer, base.pad_id, config.seed)
     elif not text:
         limits = model_limits.context(base.model), model_limits.vocabulary(base.model)
         text = base_text.read(source, tokenizer, *limits)
@@ -87,6 +89,17 @@ def protected_base(
         raise ConfigError(Problem(message, base_text.FIELD, str(config.file), remedy))
     none = {module: torch.empty(0, dtype=torch.int64) for module in base.targets}
     layers = base.layers(none, 1.0, dict.fromkeys(base.targets, EarlierTasks.of(())))
-    with attached(base.model, layers):
+    with attached(base.model, layers), _said_of_the_base("no statistics can be gathered of", config):
         statistics = gather(base.model, layers, text, base.pad_id, derived_seed(config.seed, NAME))
     return ProtectedBase(rounded(statistics), digest)
+
+
+@contextmanager
+def _said_of_the_base(what: str, config: RunConfig) -> Iterator[None]:
+    """Turns what torch raises (no memory, no embedding, values that are not finite) into a ConfigError."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, ArithmeticError) as error:
+        message = f"{what} the base model ({one_line(error)})"
+        remedy = "set it to off, or try precision: float32, or a machine with more memory"
+        raise ConfigError(Problem(message, base_text.FIELD, str(config.file), remedy)) from error

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loraf.errors import ConfigError, Problem
 from loraf_train.adapter.layer import EarlierTasks, TaskValues
 from loraf_train.retention.statistics import Statistics
 from loraf_train.trainer.penalty import Penalty
@@ -73,11 +74,19 @@ class Protection(Penalty):
         deltas = {name: _dense(layer, layer.values, layer.scale) for name, layer in self._layers.items()}
         evaluated = [task.evaluate(deltas) for task in self._tasks]
         changes = torch.stack([change for change, _ in evaluated]).cpu().double()
+        self._require_finite(changes, step)
         self._steer(changes, step + 1, steps)
         for strength, (_, gradients) in zip(self._log_strength.exp().tolist(), evaluated, strict=True):
             for name, layer in self._layers.items():
                 if layer.values.grad is not None:
                     layer.values.grad.add_(gradients[name], alpha=strength)
+
+    def _require_finite(self, changes: torch.Tensor, step: int) -> None:
+        wrong = [name for name, change in zip(self.names, changes.tolist(), strict=True) if not math.isfinite(change)]
+        if wrong:
+            message = f"the predicted change of the logits of {', '.join(wrong)} is not finite at step {step + 1}"
+            remedy = "use a lower learning rate, or gather the statistics again (`loraf-train protect --again`)"
+            raise ConfigError(Problem(message, remedy=remedy))
 
     def _steer(self, changes: torch.Tensor, step: int, steps: int) -> None:
         """Adjusts λ by P's distance from what is allowed: a proportional-integral controller of log λ."""

@@ -127,6 +127,8 @@ def decode(data: bytes, shapes: Mapping[str, tuple[int, int]], file: str) -> dic
     problems = [Problem(fault, name, file, _REMEDY) for name, fault in _faults(tensors, shapes)]
     if problems:
         raise CorruptCheckpoint(problems)
+    if not any(bool(tensors[f"{name}.{part}"].any()) for name in shapes for part in ("scales", "rest")):
+        raise CorruptCheckpoint(Problem("is all zero, so it would protect nothing", file=file, remedy=_REMEDY))
     return {
         name: _from_stored({part: tensors[f"{name}.{part}"] for part in _PARTS}, rank)
         for name, (_, rank) in shapes.items()

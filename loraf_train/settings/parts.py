@@ -26,8 +26,10 @@ def _each_once(trackers: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
     return tuple(dict.fromkeys(trackers))
 
 
-def _on_or_off(value: Any) -> Any:
-    """Accepts YAML's off and on, which are booleans, and the words."""
+def _on_or_off(value: Any, info: ValidationInfo) -> Any:
+    """Accepts YAML's off and on, which are booleans, and the words; a file that leaves the value out says neither."""
+    if value is None and info.context:
+        raise mistake("is empty, which says neither on nor off")
     return {"off": None, "on": {}, False: None, True: {}}.get(value, value) if isinstance(value, bool | str) else value
 
 

@@ -76,7 +76,7 @@ class Stopping:
         if better:
             self.best_loss, self.best_step, self._without_improvement = loss, step, 0
             self._best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        elif self.best_step:
+        elif accepted and self.best_step:
             self._without_improvement += 1
         if group.is_first():
             self._on_evaluation(loss, step, better)

@@ -86,4 +86,5 @@ def comparison(
         folder=folder / "out",
         part=lambda name: lambda done, total, note="": None,
         say=(printed if printed is not None else []).append,
+        base_text=prepared.base_text,
     )

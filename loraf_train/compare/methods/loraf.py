@@ -10,6 +10,7 @@ import torch
 
 from loraf.checkpoint import Checkpoint
 from loraf.delta import Merger
+from loraf.errors import ConfigError, Problem
 from loraf.manifest import positions_per_matrix
 from loraf.tasksets import TaskSet
 from loraf_train.adapter.layer import EarlierTasks
@@ -52,7 +53,7 @@ class Loraf(Method):
     def train(self, bench: Bench, config: RunConfig, listener: Listener) -> None:
         config = config.model_copy(update={"output": bench.scratch})
         checkpoint = runner.run(
-            config, bench.data, _ObserverForListener(listener, bench), bench.loaded, self.select_positions
+            config, bench.data, _ObserverForListener(listener, bench, config), bench.loaded, self.select_positions
         )
         if group.is_first():
             merger = Merger(bench.model, checkpoint)
@@ -125,9 +126,10 @@ class RandomMask(LorafPaper):
 class _ObserverForListener(runner.Observer):
     """Passes a sequence's progress on to a Listener."""
 
-    def __init__(self, listener: Listener, bench: Bench):
+    def __init__(self, listener: Listener, bench: Bench, config: RunConfig):
         self._listener = listener
         self._bench = bench
+        self._retains = config.retention is not None
         self._logits: dict[str, torch.Tensor] = {}  # task → its logits when it was finished
         self._predicted: Mapping[str, float] = {}
 
@@ -153,6 +155,9 @@ class _ObserverForListener(runner.Observer):
     def task_finished(self, checkpoint: Checkpoint, task: TaskConfig, model: PreTrainedModel) -> None:
         manifest = checkpoint.manifest
         stored = manifest.task(task.name)
+        if self._retains and stored.statistics is None:  # the scores would be called protected, and are not
+            message = f"the statistics of task {task.name!r} could not be gathered, so nothing protects it"
+            raise ConfigError(Problem(message, remedy="free memory, or compare loraf-paper, which needs none"))
         masks = tuple(
             MaskShare(task.name, module, count, manifest.modules[module].d_out * manifest.rank)
             for module, count in stored.k.items()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import math
 import re
+import types
 
 import pytest
 
@@ -15,6 +17,7 @@ from loraf.delta import Merger
 from loraf.tasksets import TaskSet
 from loraf_train.commands import tune_weights as module
 from loraf_train.commands.tune_weights import GRID, search, split
+from loraf_train.scoring import evaluate
 from loraf_train.scoring.evaluate import completion_loss
 from loraf_train.sequence import runner
 from loraf_train.sequence.preflight import prepare
@@ -56,6 +59,10 @@ def test_a_weight_is_chosen_again_once_another_has_changed():
 )
 def test_of_equally_good_weights_the_one_nearer_to_1_is_chosen_then_the_larger(equally_good, chosen):
     assert search(1, lambda weights: float(weights[0] in equally_good)) == (chosen,)
+
+
+def test_an_objective_that_is_no_number_is_worse_than_any_other():
+    assert search(2, lambda weights: math.nan if weights[0] == 1.0 else -weights[1]) == (1.25, 0.0)
 
 
 def test_every_set_is_split_in_two_halves_that_share_nothing(copied):
@@ -189,3 +196,16 @@ def test_it_waits_for_no_other_writer(copied, capsys, tmp_path):
     assert status == 2 and "another process" in err
     status, _, err = run(capsys, "tune-weights", str(tmp_path / "none"), "tasks.yaml", "--tasks", "a", "--name", "x")
     assert status == 2 and "there is no loraf.json" in err and not (tmp_path / "none").exists()
+
+
+def test_too_small_a_limit_is_what_has_to_be_changed(copied, capsys):
+    _, _, err = run(capsys, *TUNE, "--tasks", "all", "--name", "x", "--limit", "1")
+    assert err.count("set --limit to 2 or more") == 3 and "use more records" not in err
+
+
+def test_weights_without_a_finite_score_are_not_stored(copied, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "score", lambda *_: [types.SimpleNamespace(score=math.nan)])
+    before = digests(copied / "ckpt")
+    status, _, err = run(capsys, *TUNE, "--tasks", "all", "--name", "x")
+    assert status == 2 and "no weights were found with which every score is a finite number" in err
+    assert digests(copied / "ckpt") == before

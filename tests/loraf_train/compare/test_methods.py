@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from loraf.checkpoint import Checkpoint
+from loraf.errors import ConfigError
 from loraf.manifest import positions_per_matrix
 from loraf.matrices import projection
 from loraf.matrices.sparse import SparseB
 from loraf_train.compare import methods
+from loraf_train.retention import of_task
 from loraf_train.sequence import runner
 from loraf_train.settings.parts import RetentionConfig
 from loraf_train.trainer import loop
@@ -328,3 +330,14 @@ def test_every_method_learns_with_dropout_packing_and_checkpointing(model_folder
     for name in methods.ALL:
         recorder, before = train(name, config, tmp_path / name)
         assert any(not torch.equal(recorder.weights["two"][n], before[n]) for n in before)
+
+
+def test_a_task_that_nothing_protects_is_not_compared_as_protected(model_folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(of_task, "gather", fail)
+    off = config_of(model_folder, tmp_path).model_copy(update={"retention": None})
+    train("loraf", off, tmp_path / "off")
+    with pytest.raises(ConfigError, match="statistics of task 'one' could not be gathered, so nothing protects it"):
+        train("loraf", off.model_copy(update={"retention": RetentionConfig(budget=0.2)}), tmp_path / "on")

@@ -441,3 +441,29 @@ def test_two_processes_measure_what_one_measures(folder):
 
 if __name__ == "__main__":
     sys.exit(launch(Path(sys.argv[1])))
+
+
+def test_another_text_of_the_base_makes_another_run(folder):
+    """The settings hold the name of its file only. Methods without retention do not read it."""
+    on = (*SHORT, "retention={base: text.jsonl}")
+    (folder / "text.jsonl").write_text('{"text": "a plain sentence"}\n')
+    both = ("loraf", "loraf-paper")
+    first = comparison(folder, "sequence", both, overrides=on)
+    first.runs()
+    (folder / "text.jsonl").write_text('{"text": "quite another one"}\n')
+    printed: list[str] = []
+    again = comparison(folder, "sequence", both, overrides=on, printed=printed, loaded=first.loaded)
+    (run,) = dataclasses.replace(again, stored_only=True).runs()
+    assert run.method == "loraf-paper"
+    assert "loraf, seed 3: left out, because base_text changed" in printed
+
+
+def test_runs_that_are_stored_and_left_out_are_told_from_missing_ones(folder, monkeypatch):
+    counted(monkeypatch, pretend=True)
+    comparison(folder, "sequence", ("full",), (3,), SHORT).runs()
+    reason = change_rate(folder)
+    printed: list[str] = []
+    again = comparison(folder, "sequence", ("full",), (3, 4), SHORT, printed)
+    assert dataclasses.replace(again, stored_only=True).runs() == []
+    assert printed[-2].startswith(f"full, seed 3: left out, because {reason}")
+    assert printed[-1] == "full, seed 4: missing"

@@ -174,6 +174,8 @@ def test_messages_name_the_base_model():
     progress = RunProgress(None, type("Out", (), {"print": staticmethod(printed.append)}), None, False)
     progress.retained(toys.task("two"), {"base": 0.04, "one": 0.05}, 0.2)
     assert "predicted change of logits, of a budget of 0.2: the base model 0.040, one 0.050" in printed[0]
+    progress.retained(toys.task("two"), {"one": 4e-5, "base": 0.0}, 1e-5)
+    assert "of a budget of 1e-05: one 4e-05 (over), the base model 0.000" in printed[1]
 
 
 # --- interrupted runs ------------------------------------------------------------------------------------------------
@@ -375,3 +377,16 @@ def test_digests_of_general_text_are_those_of_before(model_folder, text_file):
     examples = general_text(RecordSource(file=text_file), tokenizer, 1024).examples
     read = base_text.read(RecordSource(file=text_file), tokenizer, 1024, 320)
     assert [e.example for e in examples] == [replace(e, prompt_length=0) for e in read]
+
+
+@pytest.mark.parametrize(
+    ("base", "fails", "says"),
+    [("self", "write", "no text can be written with"), ("text.jsonl", "gather", "no statistics can be gathered of")],
+)
+def test_what_torch_cannot_do_is_said_of_the_base(folder, capsys, monkeypatch, base, fails, says):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(base_text if fails == "write" else of_base, fails, fail)
+    status, _, err = run(capsys, "run", "tasks.yaml", "--no-eval", "--set", f"retention={{base: {base}}}")
+    assert status == 2 and f"retention.base: {says} the base model (out of memory)" in " ".join(err.split())

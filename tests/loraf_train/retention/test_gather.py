@@ -164,3 +164,11 @@ def tiny(tmp_path_factory):
     layers = base.layers(none, 1.0, dict.fromkeys(base.targets, EarlierTasks.of(())))
     with attached(base.model, layers):
         yield base, layers, examples
+
+
+def test_statistics_without_any_gradient_are_refused(base_and_layers, monkeypatch):
+    """They would protect nothing, and nobody would notice."""
+    base, layers = base_and_layers
+    monkeypatch.setattr(gathering, "_probes", lambda tokens, vocabulary, *_: torch.zeros(tokens, vocabulary))
+    with pytest.raises(FloatingPointError, match="nothing would be protected"):
+        gather(base.model, layers, toys.examples(7, 2), toys.PAD, seed=3)

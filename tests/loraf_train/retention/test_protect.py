@@ -29,3 +29,22 @@ def test_damaged_statistics_are_gathered_as_missing_ones_are(copied, capsys, dam
     status, out, _ = run(capsys, "protect", "ckpt", "tasks.yaml")
     assert status == 0 and out.count("statistics in") == 1 and "upper: statistics in" in out
     assert digests(copied / "ckpt") == whole
+
+
+def test_only_what_is_gathered_has_to_be_as_it_was(copied, capsys):
+    run(capsys, "protect", "ckpt", "tasks.yaml")
+    run(capsys, "remove", "ckpt", "upper")
+    head, _, truth = (copied / "tasks.yaml").read_text().split("  - name: ")
+    (copied / "tasks.yaml").write_text("  - name: ".join((head, truth)))
+    status, out, err = run(capsys, "protect", "ckpt", "tasks.yaml")
+    assert status == 0 and "has statistics already" in " ".join(out.split()).replace("have", "has"), err
+    status, _, err = run(capsys, "protect", "ckpt", "tasks.yaml", "--again")
+    assert status == 2 and "task 'truth' was trained on top of upper" in " ".join(err.split())
+
+
+def test_a_mistake_in_retention_is_not_passed_over(copied, capsys):
+    before = digests(copied / "ckpt")
+    arguments = ("--set", "retention={budget: -3}", "--set", "training.epochs=0")
+    status, _, err = run(capsys, "protect", "ckpt", "tasks.yaml", *arguments)
+    assert status == 2 and digests(copied / "ckpt") == before
+    assert "retention.budget: -3 is out of range" in err and err.count("training.epochs") == 1, err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from loraf.errors import ConfigError
 from loraf_train.adapter.layer import EarlierTasks, LorafLinear
 from loraf_train.retention.protection import PRICE, ProtectedTask, Protection, allowed
 from loraf_train.retention.statistics import ModuleStatistics
@@ -146,3 +148,13 @@ def test_its_state_is_all_that_the_next_step_depends_on():
         protection.add_gradient(5, 100)
     for name in of:
         assert torch.equal(of[name].values.grad, again[name].values.grad)
+
+
+def test_a_change_that_is_not_finite_is_named_before_it_spoils_the_values():
+    task = protected("one", 1, later=True)
+    huge = {m: ModuleStatistics(s.directions, s.rest + 3e38, s.factor * 1e3) for m, s in task.statistics.items()}
+    of = layers()
+    protection = Protection(of, [protected("two", 2, later=False), dataclasses.replace(task, statistics=huge)], 0.2)
+    with pytest.raises(ConfigError, match="change of the logits of one is not finite at step 4 .*protect --again"):
+        protection.add_gradient(3, 100)
+    assert all(torch.equal(layer.values.grad, torch.zeros(15)) for layer in of.values())

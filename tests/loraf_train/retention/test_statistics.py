@@ -80,3 +80,14 @@ def test_a_file_that_does_not_fit_is_refused(change, message):
 def test_bytes_that_are_no_safetensors_file_are_refused(data):
     with pytest.raises(CorruptCheckpoint, match="is not a file of statistics"):
         decode(data, SHAPES, "x")
+
+
+def test_statistics_that_would_protect_nothing_are_refused():
+    zero = {
+        n: ModuleStatistics(torch.zeros(shape[0], 12), torch.zeros(shape[0]), s.factor)
+        for (n, shape), s in zip(SHAPES.items(), drawn().values(), strict=True)
+    }
+    with pytest.raises(CorruptCheckpoint, match="x: is all zero, so it would protect nothing"):
+        decode(encode(zero), SHAPES, "x")
+    one = zero | {"a": drawn()["a"]}
+    assert decode(encode(one), SHAPES, "x").keys() == SHAPES.keys()  # a single module may not matter

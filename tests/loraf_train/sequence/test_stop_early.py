@@ -168,6 +168,11 @@ def test_values_that_are_not_accepted_spend_no_patience():
     for step in (1, 2):
         stopping.evaluate(step, {}, accepted=False)
     assert (stopping.best_step, stopping.is_over) == (0, False)
+    for step, accepted in ((3, True), (4, False), (5, False)):
+        stopping.evaluate(step, {}, accepted)
+    assert (stopping.best_step, stopping.is_over) == (3, False)
+    stopping.evaluate(6, {}, accepted=True)
+    assert stopping.is_over
 
 
 FILE = """

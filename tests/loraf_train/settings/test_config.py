@@ -402,3 +402,10 @@ def test_junk_anywhere_becomes_problems_and_never_an_exception(folder, changes):
     assert config is not None or problems
     for problem in problems:
         assert problem.message and problem.remedy and problem.file and problem.field
+
+
+@pytest.mark.parametrize(("in_the_file", "override"), [({"retention": None}, ()), ({}, ("retention=",))])
+def test_retention_without_a_value_is_not_off(folder, in_the_file, override):
+    with pytest.raises(ConfigError, match="retention: is empty, which says neither on nor off → use off, or a mapping"):
+        load(write(folder, SMALL | in_the_file), override)
+    assert load(write(folder, SMALL), ["retention=off"]).retention is None
