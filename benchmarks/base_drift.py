@@ -1,6 +1,6 @@
 """How much `retention.base` keeps of the base model's own skills, and what it costs the task.
 
-    python benchmarks/base_drift.py                 # 40 minutes on a quiet core; writes results/base-drift.json
+    python benchmarks/base_drift.py                 # 40 minutes or more; writes results/base-drift.json
     python benchmarks/base_drift.py --seeds 1 --steps 20 --budgets 0.2 --out -
 
 The embedded model learns Pig Latin with the settings of examples/compare (its method loraf): unprotected, protected on
@@ -135,7 +135,7 @@ def summary(runs: list[dict]) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.4])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.4, 0.6])
     parser.add_argument("--protect", nargs="+", choices=PROTECTED, default=list(PROTECTED))
     parser.add_argument("--steps", type=int, help="steps of the task; default: those of the example")
     parser.add_argument("--threads", type=int, default=1)
