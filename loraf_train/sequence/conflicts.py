@@ -12,6 +12,7 @@ from loraf.checkpoint import Checkpoint
 from loraf.errors import BaseMismatch, CheckpointError, ConfigError, Problem
 from loraf.manifest import Manifest
 from loraf_train.adapter.masks import PlannedTask, shortage
+from loraf_train.retention.of_checkpoint import stored_statistics
 from loraf_train.sequence.provenance import (
     FIRST_OBJECTIVE,
     FIRST_RECIPE,
@@ -51,13 +52,13 @@ def damage(config: RunConfig, existing: Manifest) -> list[Problem]:
         checkpoint = Checkpoint.open(config.output)
     except CheckpointError as error:
         return list(error.problems)
-    if config.retention is None:
-        return []
-    try:
-        checkpoint.verify_statistics()
-    except CheckpointError as error:
-        return list(error.problems)
-    return []
+    problems: list[Problem] = []
+    for name in existing.task_names if config.retention is not None else ():
+        try:
+            stored_statistics(checkpoint, name)
+        except CheckpointError as error:
+            problems += error.problems
+    return problems
 
 
 def capacity(config: RunConfig, shapes: Shapes, existing: Manifest | None = None) -> list[Problem]:

@@ -6,6 +6,7 @@ import json
 import re
 
 from loraf import manifest as manifests
+from loraf.checkpoint import Checkpoint
 from tests.loraf_train.command_line import THIRD, digests, run
 
 PROTECT = ("protect", "ckpt", "tasks.yaml")
@@ -112,3 +113,13 @@ def test_a_damaged_task_is_found_before_another_is_trained(copied, capsys):
     (copied / "tasks.yaml").write_text((copied / "tasks.yaml").read_text() + THIRD)
     status, out, err = run(capsys, "check", "tasks.yaml")
     assert status == 2 and "truth.safetensors" in out + err and "Traceback" not in out + err
+
+
+def test_statistics_that_could_not_protect_are_found_by_check(copied, capsys):
+    """Their digest is right: it is their content that no writer of this project makes."""
+    run(capsys, *PROTECT)
+    (copied / "tasks.yaml").write_text((copied / "tasks.yaml").read_text() + THIRD)
+    checkpoint = Checkpoint.open(copied / "ckpt")
+    checkpoint.set_statistics("truth", b"no tensors")
+    status, out, err = run(capsys, "check", "tasks.yaml", "--set", "retention={budget: 0.1}")
+    assert status == 2 and "truth.safetensors" in out + err and "loraf-train protect" in out + err
