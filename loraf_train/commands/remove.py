@@ -45,11 +45,14 @@ def _remove(folder: Path, name: str, dry_run: bool) -> int:
     above = trained_on_top(before, name)
     if above:
         were, they, them = ("were", "they", "them") if len(above) > 1 else ("was", "it", "it")
-        print(
-            f"loraf-train: warning: {', '.join(above)} {were} trained on top of {name}: {they} can still be selected "
-            f"by name, but no longer as trained; to restore that, remove and train {them} again too",
-            file=sys.stderr,
+        warning = (
+            f"{', '.join(above)} {were} trained on top of {name}: {they} can still be selected by name, but no longer "
+            f"as trained; to restore that, remove and train {them} again too"
         )
+        protected = [above_it for above_it in above if before.task(above_it).statistics]
+        if protected:
+            warning += f". The statistics of {', '.join(protected)} stay, and protect what was answered with {name} on"
+        print(f"loraf-train: warning: {warning}", file=sys.stderr)
     sets = [label for label, weights in before.sets.items() if name in weights]
     if dry_run:
         out.print(f"{folder}: task {name} would be removed, {task.parameters:,} positions would be free again")

@@ -110,6 +110,8 @@ def test_statistics_and_named_sets_go_with_the_task(copied, capsys):
     checkpoint.set_statistics("truth", b"moments")
     for name, weights in (("both", {"upper": 1.0, "truth": 0.5}), ("off", {"truth": 0.0}), ("one", {"upper": 0.5})):
         checkpoint.set_named_set(name, weights)
+    status, _, err = run(capsys, "remove", "ckpt", "upper", "--dry-run")
+    assert "The statistics of truth stay, and protect what was answered with upper on" in err
     status, out, _ = run(capsys, "remove", "ckpt", "truth", "--dry-run")
     assert status == 0 and "the named sets both, off with truth would be removed too" in out
     status, out, _ = run(capsys, "remove", "ckpt", "truth")
