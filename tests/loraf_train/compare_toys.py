@@ -45,6 +45,7 @@ compare:
     joint: {training: {learning_rate: 1e-2}}
     full: {training: {learning_rate: 5e-3}}
 """
+ORDERS = ("compare.orders=[[upper, truth], [truth, upper]]",)
 SHORT = ("training.max_steps=2",)
 
 
