@@ -21,13 +21,8 @@ from loraf_train.sequence.provenance import differences, value_text
 FOLDER = "runs"
 _SEAL = "loraf-compare-run", 1
 _PROVENANCE = "making"  # its key in the file
-_DIGESTS = (
-    "examples",
-    "evaluation",
-    "general",
-    "base",
-    "base_text",
-)  # entries whose values would tell a reader nothing
+# Entries whose values would tell a reader nothing.
+_DIGESTS = ("examples", "evaluation", "general", "base", "base_text")
 
 
 def path_of(folder: Path, name: str) -> Path:
