@@ -7,6 +7,7 @@ body ──▶ asked ──▶ Generations: admission, lease ──▶ names, ac
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ from loraf_serve.service.doors import Inside
 
 if TYPE_CHECKING:
     from loraf_serve.vllm.http.app import EngineApp
+
+log = logging.getLogger(__name__)
 
 PROMPT_HEADER = "loraf-prompt"
 """A header of answers to chats with `apply_task_template`: what has become of the message."""
@@ -71,6 +74,8 @@ class Answering:
                 raise ConfigError(Problem(message, "--http-port", remedy=remedy)) from None
             assert isinstance(backend, VllmBackend)
             self._app = EngineApp(backend, self._tool_parser)
+        elif self._tool_parser:
+            log.warning("--tool-call-parser has no effect: the parsers are vLLM's, which %s does not run", backend.name)
 
     async def _settled_app(self) -> EngineApp | None:
         """vLLM's app on the backend that serves; None if that does not run vLLM."""

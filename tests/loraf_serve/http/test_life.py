@@ -55,6 +55,13 @@ def test_health_is_serving_only_when_both_doors_are_open():
         assert httpx.get(f"http://127.0.0.1:{made[0].port}/health").status_code == 200
 
 
+@pytest.mark.parametrize("parser", ["", "hermes"])
+def test_a_parser_of_tools_without_vllm_is_said_to_have_no_effect(parser, caplog):
+    with both_doors(tool_parser=parser) as both:
+        assert both.http.get("/health").status_code == 200
+    assert ("--tool-call-parser has no effect" in caplog.text) == bool(parser)
+
+
 def test_a_drain_finishes_what_runs_and_refuses_the_rest():
     with both_doors(FakeBackend(seconds_per_token=0.02)) as both:
         stream = both.openai.completions.create(model="trio", prompt="x", max_tokens=40, stream=True)
