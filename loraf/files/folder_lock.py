@@ -28,7 +28,7 @@ from loraf.files.durable_folder import make_durably
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module otherwise
 
 FILE_NAME = ".lock"
 _TAKEN = (errno.EAGAIN, errno.EACCES)

@@ -141,8 +141,6 @@ def read_completion(values: Mapping[str, Any]) -> Asked:
             asked.renamed[PROMPT_LOGPROBS] = "logprobs"
         if params.HasField("max_tokens") and params.max_tokens == 0:
             params.max_tokens = 1  # as vLLM's app does: it generates one token and leaves it out
-    if asked.stream and values.get("prompt_logprobs") is not None:
-        fields.wrong("prompt_logprobs", "is not sent in pieces", "leave it out, or stream")
     fields.refuse_others()
     first = asked.requests[0]
     asked.requests = [] if prompts else [first]
@@ -281,6 +279,8 @@ def read_params(fields: Fields, asked: Asked) -> pb.SamplingParams:
     params = read_sampling(fields, form_field)
     if form_field:
         asked.renamed[FORM] = form_field[0]
+    if asked.stream and fields.take("prompt_logprobs") is not None:
+        fields.wrong("prompt_logprobs", "is not sent in pieces", "leave it out, or do not stream")
     if "stop" in asked.for_app:
         # vLLM's app admits four; the engine gets those of the validated request.
         asked.for_app["stop"] = list(params.stop)[:1]

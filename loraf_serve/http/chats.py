@@ -39,8 +39,6 @@ def read_chat(values: Mapping[str, Any]) -> Asked:
     asked.apply_task_template = fields.flag(TASK_TEMPLATE)
     asked.continues = values.get("continue_final_message") is True and values.get("add_generation_prompt") is False
     fields.refuse("add_special_tokens", "the chat template writes the special tokens", unless=False)
-    if asked.stream and values.get("prompt_logprobs") is not None:
-        fields.wrong("prompt_logprobs", "is not sent in pieces", "leave it out, or stream")
     fields.refuse_others()
     asked.texts.append(None)
     if not fields.problems:

@@ -48,7 +48,7 @@ class LorafCallback(TrainerCallback, ExportableState):
             load(folder, model)
 
         # No event of a callback comes before the values are loaded.
-        trainer._load_from_checkpoint = checked  # type: ignore[method-assign, assignment]
+        trainer._load_from_checkpoint = checked  # type: ignore[method-assign, assignment]  # of this trainer alone
 
     def on_train_begin(
         self,

@@ -20,7 +20,7 @@ def loraf_type() -> PeftType:
         member = str.__new__(PeftType, NAME)
         member._name_ = member._value_ = NAME
         member.__objclass__ = PeftType  # type: ignore[attr-defined]  # of enum
-        member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+        member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]  # of enum
         type.__setattr__(PeftType, NAME, member)
         PeftType._member_names_.append(NAME)
         PeftType._member_map_[NAME] = member

@@ -100,7 +100,7 @@ def trainer_class(of_steps: type[transformers.Trainer], beta: float) -> type[Any
     """
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    class PreferenceTrainer(of_steps, DPOTrainer):  # type: ignore[misc, valid-type]
+    class PreferenceTrainer(of_steps, DPOTrainer):  # type: ignore[misc, valid-type]  # a class made here
         """TRL's constructor is left out: it loads a second model, tokenizes, and changes model and tokenizer."""
 
         tokens: TokenKeys | None

@@ -114,6 +114,13 @@ def test_only_what_was_sent_is_named(both):
     assert set(problems(both, "completions", {"echo": True, "logprobs": 99}, 501)) == {"echo", "logprobs"}
 
 
+@pytest.mark.parametrize(("path", "others"), [("completions", COMPLETION), ("chat/completions", CHAT)])
+def test_the_remedy_of_prompt_logprobs_in_a_stream_helps(both, path, others):
+    response = both.post(f"/v1/{path}", others | {"stream": True, "prompt_logprobs": 1})
+    told = [p for p in response.json()["error"]["problems"] if "pieces" in p["message"]]
+    assert [(p["field"], p["remedy"]) for p in told] == [("prompt_logprobs", "leave it out, or do not stream")]
+
+
 def test_tools_that_nobody_could_call_are_named_and_not_the_choice_that_was_not_sent(both):
     assert "tool_choice" not in problems(both, "chat/completions", {"tools": [TOOL]}, 501)
 
